@@ -1,0 +1,384 @@
+"""Every setting of the project, with its unit and the reason for its default.
+
+One dataclass per task. The command line of a script is derived from its dataclass: a field is a
+flag, the docstring under a field is that flag's help. Every flag of `transformers.TrainingArguments`
+works beside them. Nothing heavy is imported at the top, so `--help` and a mistyped path answer at once.
+
+A value is taken from the first of these that has it: the command line, the run that is resumed, the
+preset, the default written here.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import json
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: the message says which file, row or field, what was
+    expected and what to do. Scripts print it without a traceback and exit with code 2."""
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Wrap a script's `main()`: an `InputError` becomes one readable line and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `... | head` closed our output
+        raise SystemExit(141) from None
+
+
+# ----------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass
+class DataConfig:
+    """Where scenes come from and how pixels reach a model; shared by every task."""
+
+    preset: Literal["full", "demo"] = "full"
+    """`full`: the real bases, settings for one CUDA device. `demo`: small models of the same classes on drawn
+    scenes, for two CPU cores; run `python demo_data.py` and `python load.py --preset demo` first."""
+
+    train_file: str | None = None
+    """Training data: triplets, captions, a Karpathy-split file or a scene-per-line .jsonl (docs/architecture.md).
+    A file with a `split` on its rows brings its own validation and test split."""
+
+    val_file: str | None = None
+    """Validation data. Default: the `val` rows of train_file, else val_fraction of its images."""
+
+    test_file: str | None = None
+    """Test data, scored once with the best model. Default: the `test` rows of train_file, if it has any."""
+
+    image_root: str | None = None
+    """Folder that image names are relative to. Default: the data file's folder, or its `images/`."""
+
+    language: Literal["all", "en", "zh"] = "all"
+    """Texts to use: all of them, those without Chinese characters, or those with."""
+
+    val_fraction: float = 0.1
+    """Share of images (not of rows: rows of one image never part) held out when no validation split is given."""
+
+    max_samples: int | None = None
+    """Use at most this many scenes of each split (a seeded sample), for a quick try."""
+
+    max_rejected: float = 0.01
+    """Share of rows, 0 to 1, that may be unusable before the run stops. Fewer are listed in rejected.jsonl."""
+
+    allow_leak: bool = False
+    """Go on although the same image (same bytes) is in two splits. Scores are then too high."""
+
+    bands: str = "auto"
+    """Bands that become RGB: `auto` (colour interpretation, else the first three), `4,3,2` (1-based), or a sensor
+    preset such as `sentinel2`. Recorded in the checkpoint, so that training and use agree."""
+
+    stretch: Literal["auto", "percentile", "reflectance", "none"] = "auto"
+    """How values become 8-bit: `auto` keeps 8-bit files and stretches others between percentiles."""
+
+    percentiles: list[float] = field(default_factory=lambda: [2.0, 98.0])
+    """Percentiles of a scene's valid pixels that become black and full brightness (`auto`, `percentile`)."""
+
+    reflectance: list[float] = field(default_factory=lambda: [0.0, 3000.0])
+    """Values that become black and full brightness with `--stretch reflectance`, in the file's own units (Sentinel-2:
+    reflectance x 10000). The same for every scene, so brightness keeps its meaning."""
+
+    nodata: float | None = None
+    """A value that holds no data although the files do not tag it."""
+
+    min_pixels: int = 56 * 56
+    """Images below this area (pixels) are enlarged. The processor's own lower bound for Qwen-VL."""
+
+    max_pixels: int = 448 * 448
+    """Images above this area (pixels) are shrunk. 448x448 is 256 merged tokens; a 256x256 scene stays as it is."""
+
+    cache_dir: str | None = ".cache"
+    """Folder of resized images and frozen-tower features, reused by later runs. `none` turns it off."""
+
+
+@dataclass
+class MatchConfig(DataConfig):
+    """train_match.py: a dual encoder that scores image-text pairs."""
+
+    base_model: str = "Qwen/Qwen2.5-VL-3B-Instruct"
+    """Folder of the Qwen2.5-VL or Qwen2-VL base (`python load.py` brings it)."""
+
+    image_tower: Literal["frozen", "lora", "full"] = "lora"
+    """What is trained in the vision encoder. LoRA keeps the optimizer state under 1% of a full fine-tune."""
+
+    text_tower: Literal["frozen", "lora", "full"] = "lora"
+    """What is trained in the language model. A frozen tower runs once per text and is cached on disk."""
+
+    lora_rank: int = 16
+    """Rank of the LoRA matrices (Hu et al. 2021)."""
+
+    lora_alpha: int = 32
+    """LoRA scale: updates are multiplied by alpha / rank."""
+
+    lora_dropout: float = 0.05
+    """Dropout on the LoRA input, 0 to 1."""
+
+    projection_dim: int = 512
+    """Length of an embedding. 512 is CLIP's; a million of them take 2 GB in fp32."""
+
+    projection_hidden: int = 0
+    """Width of a hidden layer in both projection heads; 0 for one linear layer, which needs the least data."""
+
+    projection_dropout: float = 0.0
+    """Dropout before the projection, 0 to 1."""
+
+    max_text_tokens: int = 128
+    """Longer texts are cut to this many tokens (the end-of-text token is kept) and counted in the summary."""
+
+    loss: Literal["triplet", "infonce", "sigmoid"] = "triplet"
+    """`triplet`: max(0, margin + d(image, positive) - d(image, negative)) with cosine distance; `infonce`:
+    multi-positive, false negatives masked; `sigmoid`: SigLIP's pairwise loss."""
+
+    margin: float = 0.2
+    """Margin of the triplet loss, in cosine distance (0 to 2); also the margin of the reported accuracy."""
+
+    in_batch_negatives: Literal["none", "semi_hard", "hardest"] = "semi_hard"
+    """Negatives the triplet loss adds from the batch, in both directions: none; semi-hard (further than the positive
+    but within the margin, FaceNet eq. 4); hardest (VSE++). Semi-hard does not collapse from a cold start."""
+
+    temperature: float = 0.07
+    """Initial temperature of infonce (learnt; CLIP's value). sigmoid starts at 0.1 with bias -10, as SigLIP does."""
+
+    texts_per_scene: int = 5
+    """Rows of each scene drawn per epoch (0: all). The image is encoded once for all of them."""
+
+    grad_cache_chunk: int = 0
+    """Encode the batch in chunks of this many images (and a like share of texts), with the loss over the whole batch
+    (GradCache, Gao et al. 2021): batch 2048 in the memory of one chunk, one more forward pass. 0: off."""
+
+    mine_negatives: bool = False
+    """Before training, give every row the most similar text of another image (by the base or resumed model)."""
+
+    mine_margin: float = 0.05
+    """A mined negative must score at least this much (cosine) below the positive, else it is taken for a true text of
+    the image (a false negative) and left out."""
+
+    image_learning_rate: float | None = None
+    """Learning rate of the vision encoder. Default: --learning_rate."""
+
+    text_learning_rate: float | None = None
+    """Learning rate of the language model. Default: --learning_rate."""
+
+    head_learning_rate: float | None = None
+    """Learning rate of the projection heads and the temperature. Default: 10 x --learning_rate with LoRA or frozen
+    towers (the heads start from nothing), else --learning_rate."""
+
+    early_stopping_patience: int = 0
+    """Stop after this many evaluations without a better metric_for_best_model. 0: off."""
+
+    max_eval_scenes: int = 2000
+    """Scenes scored at each evaluation during training (a fixed sample); the final test uses all."""
+
+
+# TrainingArguments whose default we change, with the reason.
+TRAINING_DEFAULTS = {
+    "output_dir": None,  # output/training_YYYYMMDD_HHMMSS, or the run that is resumed
+    "remove_unused_columns": False,  # our batches are made by our collator
+    "report_to": "tensorboard",
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,  # the best and the last
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "mR",
+    "greater_is_better": True,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,  # below 1: a share of all steps
+    "ddp_find_unused_parameters": False,
+    "ddp_broadcast_buffers": False,  # no buffer of these models changes in training
+}
+
+PRESETS: dict[str, dict[str, dict]] = {
+    "MatchConfig": {
+        "full": {
+            "per_device_train_batch_size": 32,  # scenes; with texts_per_scene 5 that is 160 pairs
+            "per_device_eval_batch_size": 32,
+            "learning_rate": 1e-4,
+            "num_train_epochs": 5,
+            "gradient_checkpointing": True,
+            "dataloader_num_workers": 4,
+        },
+        "demo": {
+            "base_model": "models/demo/qwen2_5_vl",
+            "train_file": "data/demo/triplets_train.json",
+            "val_file": "data/demo/triplets_val.json",
+            "test_file": "data/demo/triplets_test.json",
+            "image_root": "data/demo/images",
+            "max_pixels": 168 * 168,
+            "image_tower": "full",  # a small random tower has nothing to keep
+            "text_tower": "full",
+            "projection_dim": 128,
+            "per_device_train_batch_size": 32,
+            "per_device_eval_batch_size": 64,
+            "learning_rate": 1e-3,
+            "num_train_epochs": 12,
+            "dataloader_num_workers": 0,
+            "use_cpu": True,
+        },
+    },
+}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Command line
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """`{field name: docstring under that field}` of a dataclass and its bases."""
+    help_of = {}
+    for base in reversed(cls.__mro__):
+        if base.__module__ != cls.__module__:
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for node, after in zip(body, body[1:]):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                help_of[node.target.id] = " ".join(str(after.value.value).split())
+    return help_of
+
+
+def parse(config_class: type, argv: list[str] | None = None, description: str = ""):
+    """Read a training script's command line.
+
+    Returns `(config, training_args, changed)`: the task's dataclass, `transformers.TrainingArguments`, and every
+    setting of either that differs from its library default (what `config.json` records and a resumed run starts from).
+    Raises InputError where TrainingArguments refuses a combination.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    import logging
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our DataLoader workers fork
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    from transformers import HfArgumentParser
+
+    classes = [config_class]
+    wants_help = {"-h", "--help", "--help_all"} & set(argv)
+    if "--help_all" in argv or not wants_help:
+        from transformers import TrainingArguments
+
+        classes.append(TrainingArguments)
+    parser = HfArgumentParser(classes, description=description, usage="%(prog)s [--setting value ...]")
+    base = {}
+    for action in parser._actions:  # a flag's `--no_` twin follows it with another default: the first is meant
+        base.setdefault(action.dest, action.default)
+    base.pop("help", None)
+    for name, text in field_help(config_class).items():
+        for action in parser._actions:
+            if action.dest == name:
+                action.help = text.replace("%", "%%")
+    if wants_help:
+        parser.epilog = (
+            "Every flag of transformers.TrainingArguments works too (--learning_rate, --num_train_epochs, "
+            "--per_device_train_batch_size, --resume_from_checkpoint, --output_dir, --report_to ...): --help_all lists them."
+        )
+        parser.print_help()
+        raise SystemExit(0)
+
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    preset = _value_of("--preset", argv) or "full"
+    defaults = PRESETS[config_class.__name__].get(preset, {}) | {"preset": preset}
+    if _value_of("--train_file", argv):  # the preset's own data does not go with the user's
+        defaults = {k: v for k, v in defaults.items() if k not in ("val_file", "test_file", "image_root")}
+    parser.set_defaults(**defaults)
+    resume = _value_of("--resume_from_checkpoint", argv)
+    if resume:
+        checkpoint = resolve_checkpoint(resume)
+        recorded = json.loads((checkpoint / "config.json").read_text())["settings"]
+        known = {key: value for key, value in recorded.items() if key in base}
+        parser.set_defaults(**known, output_dir=str(checkpoint.parent))
+    namespace = parser.parse_args(argv)
+    if resume:
+        namespace.resume_from_checkpoint = str(checkpoint)
+    if namespace.output_dir is None:
+        from datetime import datetime
+
+        namespace.output_dir = f"output/training_{datetime.now():%Y%m%d_%H%M%S}"
+    if preset == "full" and "--bf16" not in argv and not resume:
+        import torch
+
+        # bf16 products are several times slower than fp32 on a CPU, so they are for CUDA alone.
+        namespace.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not namespace.use_cpu
+        namespace.tf32 = True if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 else None
+    changed = {key: value for key, value in vars(namespace).items() if key in base and value != base[key]}
+    parts = []
+    for cls in classes:
+        names = {field.name for field in dataclasses.fields(cls) if field.init}
+        try:
+            parts.append(cls(**{key: value for key, value in vars(namespace).items() if key in names}))
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(f"these settings do not go together: {error}") from None
+    config, training_args = parts
+    if resume:
+        for key in sorted(set(recorded) | set(changed)):
+            if key in ("resume_from_checkpoint", "output_dir", "preset"):
+                continue
+            if recorded.get(key, base.get(key)) != changed.get(key, base.get(key)):
+                print(
+                    f"resumed with a change: {key} {recorded.get(key, base.get(key))} -> {changed.get(key, base.get(key))}"
+                )
+    check(config)
+    return config, training_args, changed
+
+
+def check(config: DataConfig) -> None:
+    """Refuse values that no run can use. Raises InputError."""
+    bounds = {
+        "val_fraction": (0, 0.9), "max_rejected": (0, 1), "lora_dropout": (0, 1), "projection_dropout": (0, 1),
+        "margin": (0, 2), "mine_margin": (0, 2), "lora_rank": (1, 4096), "projection_dim": (1, 65536),
+        "projection_hidden": (0, 65536), "max_text_tokens": (2, 32768), "texts_per_scene": (0, 10**6),
+        "grad_cache_chunk": (0, 10**9), "min_pixels": (1, 10**9), "max_pixels": (28 * 28, 10**9), "temperature": (1e-4, 10),
+        "max_eval_scenes": (1, 10**9), "early_stopping_patience": (0, 10**9), "lora_alpha": (1, 10**6),
+    }  # fmt: skip
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name, None)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name} {value}: expected a number from {low} to {high}")
+    if config.min_pixels > config.max_pixels:
+        raise InputError(f"--min_pixels {config.min_pixels} is above --max_pixels {config.max_pixels}")
+    if str(config.cache_dir).lower() == "none":
+        config.cache_dir = None
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """A checkpoint folder as given, or the newest whole checkpoint of a run folder. Raises InputError."""
+    path = Path(path)
+    if (path / "trainer_state.json").is_file():
+        return path
+    found = {}
+    for state in path.glob("checkpoint-*/trainer_state.json"):
+        if state.parent.name.removeprefix("checkpoint-").isdigit():
+            found[json.loads(state.read_text())["global_step"]] = state.parent
+    if found:
+        return found[max(found)]
+    why = "does not exist" if not path.exists() else "holds no whole checkpoint (checkpoint-N/trainer_state.json)"
+    raise InputError(f"{path}: cannot resume, the folder {why}; start without --resume_from_checkpoint")
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    for i, word in enumerate(argv):
+        word = word.split("=", 1)[0].replace("-", "_").replace("__", "--", 1) + word[len(word.split("=", 1)[0]) :]
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(flag + "="):
+            return word.split("=", 1)[1]
+    return None

@@ -1,0 +1,608 @@
+"""Files to scenes, scenes to tensors.
+
+A scene is one image and all of its texts: rows that share an image are gathered when a file is read, so
+that the image is decoded, resized and encoded once, however many texts hang on it.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+from config import DataConfig, InputError
+from imagery import ImageError, ImageSettings, image_size, read_image
+
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files -> scenes
+
+
+@dataclass
+class Scene:
+    """One image and all of its texts."""
+
+    image: str
+    """Path of the image."""
+    texts: list[str] = field(default_factory=list)
+    """Texts that are true of the image, without repeats, in file order."""
+    rows: list[tuple[str, str | None]] = field(default_factory=list)
+    """(text, text that is false of the image or None): what a training step draws from."""
+    split: str | None = None
+
+
+@dataclass
+class Rejected:
+    """A row that cannot be used: where it stands and why."""
+
+    file: str
+    row: int
+    reason: str
+
+
+@dataclass
+class SceneFile:
+    """Scenes of one file and what was left out of it."""
+
+    scenes: list[Scene]
+    rejected: list[Rejected]
+    duplicates: int = 0
+    rows: int = 0
+
+
+def load_json(path: str | Path):
+    """Parse a .json or .jsonl file. Raises InputError with the file, the line and the column."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path (now in {Path.cwd().name}/)") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder, expected a .json or .jsonl file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if path.suffix == ".jsonl":
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}: line {number}, column {error.colno}: {error.msg}") from None
+        return rows
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+
+
+def read_scenes(path: str | Path, *, image_root: str | None = None, language: str = "all", max_rejected: float = 0.01):
+    """Read a text-image file in any form of docs/architecture.md and gather its rows by image.
+
+    Forms: triplets `[{"image_name", "positive", "negative"}]`; captions `[{"image", "caption"}]`; Karpathy
+    `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`; scenes `[{"image", "captions": [...]}]`, with an
+    optional Chinese `zh_answer`. Rows may have a `split`.
+
+    Returns a `SceneFile`. Raises InputError when the file is of no known form, or when more than `max_rejected` of its
+    rows are bad: a missing field, a wrong type, an empty text, an image that is missing or not readable.
+    """
+    path = Path(path)
+    content = load_json(path)
+    form, entries = _form_of(path, content)
+    roots = [Path(image_root)] if image_root else [path.parent, path.parent / "images"]
+    result = SceneFile([], [])
+    scenes: dict[str, Scene] = {}
+    found: dict[str, str | None] = {}  # image name -> path, or None with its reason in `bad`
+    bad: dict[str, str] = {}
+    seen: dict[tuple, int] = {}  # (image, text, negative) -> its row
+    for number, entry in enumerate(entries):
+        result.rows += 1
+        try:
+            name, rows, split = _rows_of(form, entry)
+            if name not in found:
+                found[name] = None
+                try:
+                    found[name] = _find_image(name, roots)
+                    image_size(found[name])
+                except ImageError as error:
+                    found[name], bad[name] = None, str(error)
+            if found[name] is None:
+                raise InputError(bad[name])
+        except InputError as error:
+            result.rejected.append(Rejected(str(path), number, str(error)))
+            continue
+        scene = scenes.setdefault(found[name], Scene(found[name], split=split))
+        if scene.split != split:
+            raise InputError(f"{path}: row {number}: image {name!r} is in split {split!r} and in {scene.split!r}")
+        for text, negative in rows:
+            if language != "all" and (language == "zh") != bool(CHINESE.search(text)):
+                continue
+            if (scene.image, text, negative) in seen:
+                result.duplicates += 1
+                continue
+            seen[(scene.image, text, negative)] = number
+            scene.rows.append((text, negative))
+    for scene in scenes.values():
+        scene.texts = list(dict.fromkeys(text for text, _ in scene.rows))
+        true = set(scene.texts)
+        wrong = [row for row in scene.rows if row[1] in true]
+        for row in wrong:
+            reason = f"field 'negative': {row[1]!r} is also a positive of {scene.image}"
+            result.rejected.append(Rejected(str(path), seen[(scene.image, *row)], reason))
+        scene.rows = [row for row in scene.rows if row not in set(wrong)]
+        if scene.rows:
+            result.scenes.append(scene)
+    if len(result.rejected) > max_rejected * result.rows:
+        shown = "".join(f"\n  row {bad.row}: {bad.reason}" for bad in result.rejected[:5])
+        more = len(result.rejected) - 5
+        raise InputError(
+            f"{path}: {len(result.rejected)} of {result.rows} rows cannot be used"
+            f" (allowed: --max_rejected {max_rejected:g}):{shown}" + (f"\n  and {more} more" if more > 0 else "")
+        )
+    if not result.scenes:
+        raise InputError(f"{path}: no usable row" + (f" with --language {language}" if language != "all" else ""))
+    return result
+
+
+def _form_of(path: Path, content) -> tuple[str, list]:
+    if isinstance(content, dict) and isinstance(content.get("images"), list):
+        return "karpathy", content["images"]
+    if isinstance(content, list):
+        keys = next((set(entry) for entry in content if isinstance(entry, dict)), set())
+        for form, needed in (
+            ("triplets", {"image_name", "positive"}),
+            ("scenes", {"image", "captions"}),
+            ("captions", {"image", "caption"}),
+        ):
+            if needed <= keys:
+                return form, content
+        if not content:
+            raise InputError(f"{path}: the list is empty")
+        have = f"its first row has {sorted(keys)}" if keys else "its rows are not objects"
+    else:
+        have = f"its top level is {type(content).__name__}"
+    raise InputError(
+        f"{path}: expected a list of {{image_name, positive, negative}}, {{image, caption}} or {{image, captions}},"
+        f' or {{"images": [...]}}; {have}'
+    )
+
+
+def _rows_of(form: str, entry) -> tuple[str, list[tuple[str, str | None]], str | None]:
+    """One entry as (image name, [(text, negative)], split). Raises InputError naming the field."""
+    if not isinstance(entry, dict):
+        raise InputError(f"expected an object, found {type(entry).__name__}")
+    split = entry.get("split")
+    if form == "triplets":
+        negative = _text(entry, "negative") if entry.get("negative") is not None else None
+        return _text(entry, "image_name"), [(_text(entry, "positive"), negative)], split
+    if form == "captions":
+        return _text(entry, "image"), [(_text(entry, "caption"), None)], split
+    if form == "karpathy":
+        sentences = entry.get("sentences")
+        if not isinstance(sentences, list) or not sentences:
+            raise InputError("field 'sentences': expected a list with at least one {\"raw\": text}")
+        name = _text(entry, "filename")
+        name = str(Path(entry["filepath"]) / name) if isinstance(entry.get("filepath"), str) else name
+        split = "train" if split == "restval" else split  # COCO's name for the extra training part
+        return name, [(_text(s if isinstance(s, dict) else {}, "raw"), None) for s in sentences], split
+    captions = entry.get("captions")
+    if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions):
+        raise InputError("field 'captions': expected a list of texts, none of them empty")
+    texts = [text.strip() for text in captions]
+    if isinstance(entry.get("zh_answer"), str) and entry["zh_answer"].strip():
+        texts.append(entry["zh_answer"].strip())
+    return _text(entry, "image"), [(text, None) for text in texts], split
+
+
+def _text(entry: dict, name: str) -> str:
+    value = entry.get(name)
+    if name not in entry:
+        raise InputError(f"field {name!r} is missing (the row has {sorted(entry)})")
+    if not isinstance(value, str):
+        raise InputError(f"field {name!r}: expected a text, found {type(value).__name__} {json.dumps(value)[:60]}")
+    if not value.strip():
+        raise InputError(f"field {name!r} is empty")
+    return value.strip()
+
+
+def _find_image(name: str, roots: list[Path]) -> str:
+    for root in roots:
+        if (root / name).is_file():
+            return str(root / name)
+    raise ImageError(f"{name}: no such image in {' or '.join(str(root) for root in roots)} (set --image_root)")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Splits, always by image
+
+
+def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None) -> dict[str, list[Scene]]:
+    """`{"train", "val", "test"}` scenes of a configuration; "test" may be empty.
+
+    A file's own `split` fields are used where no file is named for that split; else `val_fraction` of the training
+    images is held out. Bad rows are appended to `report` (rejected.jsonl). Raises InputError, also when an image (the
+    same bytes, whatever its name) is in two splits and `allow_leak` is off.
+    """
+    if not config.train_file:
+        raise InputError("no training data: give --train_file (or --preset demo)")
+    options = {
+        "image_root": config.image_root,
+        "language": config.language,
+        "max_rejected": config.max_rejected,
+    }
+    rejected, duplicates = [], 0
+    splits: dict[str, list[Scene]] = {"train": [], "val": [], "test": []}
+    read = read_scenes(config.train_file, **options)
+    rejected, duplicates = read.rejected, read.duplicates
+    for scene in read.scenes:
+        if scene.split not in (None, "train", "val", "test"):
+            raise InputError(
+                f"{config.train_file}: split {scene.split!r} of {scene.image}: expected train, val or test"
+            )
+        splits[scene.split or "train"].append(scene)
+    for name in ("val", "test"):
+        if file := getattr(config, f"{name}_file"):
+            read = read_scenes(file, **options)
+            rejected, duplicates = rejected + read.rejected, duplicates + read.duplicates
+            own = [scene for scene in read.scenes if scene.split == name]
+            splits[name] = own or read.scenes
+    if not splits["train"]:
+        raise InputError(f"{config.train_file}: no row of split 'train'")
+    if not splits["val"]:
+        order = random.Random(seed).sample(range(len(splits["train"])), len(splits["train"]))
+        held = set(order[: max(1, round(config.val_fraction * len(order)))])
+        splits["val"] = [scene for i, scene in enumerate(splits["train"]) if i in held]
+        splits["train"] = [scene for i, scene in enumerate(splits["train"]) if i not in held]
+        if not splits["train"]:
+            raise InputError(
+                f"{config.train_file}: {len(splits['val'])} image is too few to hold one out for validation"
+            )
+    leaks = find_leaks(splits)
+    if leaks:
+        first = "; ".join(f"{a} ({x}) = {b} ({y})" for a, x, b, y in leaks[:3])
+        message = f"{len(leaks)} images are in more than one split, e.g. {first}"
+        if not config.allow_leak:
+            raise InputError(message + "; split by image, or go on with --allow_leak")
+        print("warning: " + message)
+    if config.max_samples:
+        for name, scenes in splits.items():
+            picked = sorted(random.Random(seed).sample(range(len(scenes)), min(config.max_samples, len(scenes))))
+            splits[name] = [scenes[i] for i in picked]
+    if report and rejected:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text("".join(json.dumps(vars(bad), ensure_ascii=False) + "\n" for bad in rejected))
+    if rejected or duplicates:
+        where = f", listed in {report}" if report and rejected else ""
+        print(f"data: {len(rejected)} bad rows left out{where}; {duplicates} duplicate rows dropped")
+    return splits
+
+
+def find_leaks(splits: dict[str, list[Scene]]) -> list[tuple[str, str, str, str]]:
+    """Images of one split that are in another too, by content: [(path, split, path, split)]."""
+    by_size: dict[int, list[tuple[str, str]]] = {}
+    for name, scenes in splits.items():
+        for scene in scenes:
+            by_size.setdefault(os.path.getsize(scene.image), []).append((scene.image, name))
+    leaks = []
+    for entries in by_size.values():  # only files of one length can be equal, so few are hashed
+        if len({split for _, split in entries}) < 2:
+            continue
+        first: dict[str, tuple[str, str]] = {}
+        for path, split in entries:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "blake2b").hexdigest() if hasattr(hashlib, "file_digest") else None
+                digest = digest or hashlib.blake2b(file.read()).hexdigest()  # Python 3.10
+            other = first.setdefault(digest, (path, split))
+            if other[1] != split:
+                leaks.append((*other, path, split))
+    return leaks
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pixels: every image is decoded and resized once
+
+
+def image_settings(config: DataConfig) -> ImageSettings:
+    """The `ImageSettings` a configuration asks for. Raises InputError."""
+    return ImageSettings(
+        bands=config.bands,
+        stretch=config.stretch,
+        percentiles=tuple(config.percentiles),
+        reflectance=tuple(config.reflectance),
+        nodata=config.nodata,
+    )
+
+
+class QwenResize:
+    """Bring an RGB image to the size the Qwen-VL processor would, by the same Pillow resize.
+
+    Sides become multiples of patch_size * merge_size, area between the processor's limits (Qwen2-VL, section 2.1).
+    """
+
+    def __init__(self, processor):
+        self.factor = processor.patch_size * processor.merge_size
+        self.low, self.high = processor.size["shortest_edge"], processor.size["longest_edge"]
+        self.resample = Image.Resampling(processor.resample)
+        self.key = f"qwen-{self.factor}-{self.low}-{self.high}-{int(self.resample)}"
+
+    def __call__(self, rgb: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 -> (H', W', 3) uint8."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        h, w = smart_resize(*rgb.shape[:2], self.factor, self.low, self.high)
+        return np.asarray(Image.fromarray(rgb).resize((w, h), self.resample))
+
+
+class PixelStore:
+    """Resized RGB pixels by image path, made once and kept on disk under `cache_dir/pixels`.
+
+    An entry is found again while path, size and time of change of the file, the image settings and the resize are the
+    same. Without a cache folder each call decodes anew.
+    """
+
+    def __init__(self, resize, settings: ImageSettings, cache_dir: str | None = None):
+        self.resize, self.settings = resize, settings
+        self.folder = Path(cache_dir) / "pixels" if cache_dir else None
+        self.recipe = json.dumps([resize.key, settings.to_dict()], sort_keys=True)
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        """(H, W, 3) uint8. Raises ImageError."""
+        entry = self._entry(path)
+        if entry is not None:
+            try:
+                return np.load(entry)
+            except (OSError, ValueError, EOFError):
+                entry.unlink(missing_ok=True)  # cut short by a full disk: make it anew
+        pixels = self.resize(read_image(path, self.settings).rgb)
+        if entry is not None:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            temporary = entry.with_suffix(f".{os.getpid()}.{id(pixels)}.tmp")
+            try:
+                with open(temporary, "wb") as file:
+                    np.save(file, pixels)
+                os.replace(temporary, entry)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise InputError(
+                    f"{entry.parent}: cannot keep resized images: {error.strerror}; see --cache_dir"
+                ) from None
+        return pixels
+
+    def _entry(self, path: str) -> Path | None:
+        if self.folder is None:
+            return None
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
+        text = f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{self.recipe}"
+        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return self.folder / digest[:2] / f"{digest}.npy"
+
+    def prepare(self, paths: list[str], desc: str = "images") -> dict[str, str]:
+        """Decode every image once, in threads; returns {path: reason} of those that fail.
+
+        A truncated file is found here, before training, not in the middle of an epoch.
+        """
+
+        def attempt(path):
+            try:
+                self[path]
+            except ImageError as error:
+                return str(error)
+
+        paths = list(dict.fromkeys(paths))
+        missing = [path for path in paths if (entry := self._entry(path)) is None or not entry.exists()]
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow and GDAL release the GIL
+            reasons = list(
+                tqdm(pool.map(attempt, missing), total=len(missing), desc=desc, disable=not missing, leave=False)
+            )
+        return {path: reason for path, reason in zip(missing, reasons) if reason}
+
+
+def drop_unreadable(
+    splits: dict[str, list[Scene]], store: PixelStore, max_rejected: float, report: Path | None = None
+) -> dict[str, list[Scene]]:
+    """Decode all images; scenes whose image fails are listed in `report` and left out.
+
+    Raises InputError when more than `max_rejected` of the images fail, or a split would be empty.
+    """
+    bad = store.prepare([scene.image for scenes in splits.values() for scene in scenes], "reading images")
+    if bad:
+        total = sum(len(scenes) for scenes in splits.values())
+        if len(bad) > max_rejected * total:
+            raise InputError(
+                f"{len(bad)} of {total} images cannot be decoded (allowed: --max_rejected {max_rejected:g}):"
+                + "".join(f"\n  {reason}" for reason in list(bad.values())[:5])
+            )
+        print(
+            f"data: {len(bad)} images cannot be decoded and are left out" + (f", listed in {report}" if report else "")
+        )
+        if report:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            with report.open("a") as file:
+                for path, reason in bad.items():
+                    file.write(json.dumps({"file": path, "row": -1, "reason": reason}, ensure_ascii=False) + "\n")
+    kept = {name: [scene for scene in scenes if scene.image not in bad] for name, scenes in splits.items()}
+    for name in splits:
+        if splits[name] and not kept[name]:
+            raise InputError(f"no image of the {name} split can be decoded")
+    return kept
+
+
+# ----------------------------------------------------------------------------------------------------
+# Features of frozen towers: constants, kept on disk
+
+
+class FeatureStore:
+    """Arrays by key in one folder per `recipe` (tower fingerprint, image settings, ...), written atomically."""
+
+    def __init__(self, cache_dir: str, recipe: str):
+        self.folder = Path(cache_dir) / "features" / hashlib.blake2b(recipe.encode(), digest_size=16).hexdigest()
+
+    def get(self, keys: list[str], compute, desc: str = "features", batch: int = 256) -> np.ndarray:
+        """(len(keys), D) float32, row by row from disk where present; `compute(list of keys) -> (n, D)` for the rest."""
+        table: dict[str, np.ndarray] = {}
+        for shard in sorted(self.folder.glob("*.npz")):
+            with np.load(shard) as stored:
+                table.update(zip(stored["keys"].tolist(), stored["features"]))
+        missing = [key for key in dict.fromkeys(keys) if key not in table]
+        made = [
+            compute(missing[i : i + batch]) for i in tqdm(range(0, len(missing), batch), desc=desc, disable=not missing)
+        ]
+        if missing:
+            features = np.concatenate(made)
+            table.update(zip(missing, features))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = hashlib.blake2b("\n".join(missing).encode(), digest_size=16).hexdigest()
+            temporary = self.folder / f"{name}.{os.getpid()}.tmp"
+            with open(temporary, "wb") as file:
+                np.savez(file, keys=np.array(missing), features=features)
+            os.replace(temporary, self.folder / f"{name}.npz")
+        return np.stack([table[key] for key in keys])
+
+
+# ----------------------------------------------------------------------------------------------------
+# Scenes -> batches
+
+
+class SceneSampler(Sampler):
+    """Scenes in a shuffled order that depends on (seed, epoch) alone, as (epoch, index) pairs.
+
+    The epoch travels with the index, so worker processes draw the same texts wherever they run, and a resumed run needs
+    no hidden state. An epoch is filled up to whole global batches from the start of its own order, so every step has the
+    same size on any number of processes.
+    """
+
+    def __init__(self, size: int, global_batch: int, seed: int = 0):
+        self.size, self.seed, self.epoch = size, seed, 0
+        self.length = size if size < global_batch else -(-size // global_batch) * global_batch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
+        for position in range(self.length):
+            yield self.epoch, int(order[position % self.size])
+
+
+class MatchDataset(Dataset):
+    """Scenes of the matcher: (epoch, index) -> the image and `texts_per_scene` of its rows, as token ids.
+
+    All texts are tokenized once, when the dataset is made; `text_ids` numbers them, equal texts once.
+    """
+
+    def __init__(
+        self, scenes: list[Scene], tokenize, store: PixelStore | None, *, texts_per_scene: int = 0, seed: int = 0
+    ):
+        self.scenes, self.store, self.seed, self.texts_per_scene = scenes, store, seed, texts_per_scene
+        texts = dict.fromkeys(t for s in scenes for row in s.rows for t in row if t is not None)
+        texts.update(dict.fromkeys(t for s in scenes for t in s.texts))
+        self.text_ids = {text: i for i, text in enumerate(texts)}
+        self.tokens, self.cut = tokenize(list(texts))
+        self.texts = list(texts)
+        self.scene_texts = [np.array([self.text_ids[t] for t in s.texts]) for s in scenes]
+        self.image_features = self.text_features = None  # of frozen towers: (scenes, D), (texts, D)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        scene = self.scenes[index]
+        rows = scene.rows
+        if self.texts_per_scene and len(rows) > self.texts_per_scene:
+            pick = np.random.default_rng((self.seed, epoch, index)).permutation(len(rows))[: self.texts_per_scene]
+            rows = [rows[i] for i in sorted(pick)]
+        return {
+            "scene": index,
+            "pixels": self.store[scene.image] if self.image_features is None else None,
+            "rows": [
+                (self.text_ids[text], -1 if negative is None else self.text_ids[negative]) for text, negative in rows
+            ],
+        }
+
+
+class MatchCollator:
+    """Examples of `MatchDataset` -> one batch, each image and each text in it once.
+
+    scene_ids (B,); scene_texts (B, K): ids of every text true of the image, -1 filled; text_ids (T,);
+    triplets (M, 3): scene id, text id, negative's id or -1; pixel_values (P, C), image_grid_thw (B, 3), input_ids (T, L),
+    text_lengths (T,); or image_features (B, D), text_features (T, D) of a frozen tower.
+    """
+
+    def __init__(self, dataset: MatchDataset, processor, pad_id: int):
+        self.dataset, self.processor, self.pad_id = dataset, processor, pad_id
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        data = self.dataset
+        triplets = np.array([(e["scene"], p, n) for e in examples for p, n in e["rows"]], dtype=np.int64)
+        examples = list({e["scene"]: e for e in examples}.values())  # a scene drawn twice is encoded once
+        scene_ids = np.array([e["scene"] for e in examples])
+        text_ids = np.array(list(dict.fromkeys(t for t in triplets[:, 1:].ravel().tolist() if t >= 0)))
+        batch = {
+            "scene_ids": torch.from_numpy(scene_ids),
+            "scene_texts": pad_rows([data.scene_texts[i] for i in scene_ids], -1),
+            "text_ids": torch.from_numpy(text_ids),
+            "triplets": torch.from_numpy(triplets),
+        }
+        if data.image_features is None:
+            batch |= pixel_batch([e["pixels"] for e in examples], self.processor)
+        else:
+            batch["image_features"] = torch.from_numpy(data.image_features[scene_ids])
+        if data.text_features is None:
+            batch |= token_batch([data.tokens[i] for i in text_ids], self.pad_id)
+        else:
+            batch["text_features"] = torch.from_numpy(data.text_features[text_ids])
+        return batch
+
+
+def pixel_batch(images: list[np.ndarray], processor) -> dict[str, torch.Tensor]:
+    """Resized (H, W, 3) uint8 images -> pixel_values (P, C) float32 and image_grid_thw (B, 3) int64."""
+    made = processor(images=images, do_resize=False, return_tensors="pt")
+    return {"pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
+
+
+def token_batch(rows: list[np.ndarray], pad_id: int) -> dict[str, torch.Tensor]:
+    """Token ids of each text -> input_ids (T, L), filled on the right, and text_lengths (T,)."""
+    return {
+        "input_ids": pad_rows(rows, pad_id),
+        "text_lengths": torch.tensor([len(row) for row in rows]),
+    }
+
+
+def pad_rows(rows: list[np.ndarray], fill: int) -> torch.Tensor:
+    """Integer rows of different lengths -> (N, longest) int64, filled on the right."""
+    table = np.full((len(rows), max(len(row) for row in rows)), fill, dtype=np.int64)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
+    return torch.from_numpy(table)
+
+
+def describe(splits: dict[str, list[Scene]]) -> str:
+    """One line on what was read, for the terminal."""
+    parts = []
+    for name, scenes in splits.items():
+        if scenes:
+            texts = Counter("zh" if CHINESE.search(text) else "en" for scene in scenes for text in scene.texts)
+            kinds = " + ".join(f"{count} {language}" for language, count in sorted(texts.items()))
+            parts.append(f"{name} {len(scenes)} images, {kinds} texts")
+    return "; ".join(parts)

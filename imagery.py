@@ -1,0 +1,681 @@
+"""The one reader of every image: photographs (JPEG, PNG, WebP, GIF, BMP) and rasters (GeoTIFF, 16-bit PNG, JPEG 2000).
+
+    picture = read_image("scene.tif", ImageSettings(bands="sentinel2"), max_side=512)
+    picture.rgb         # (H, W, 3) uint8, black where the file holds no data
+    picture.footprint   # where on Earth, or None
+
+A file goes to GDAL (rasterio) or to Pillow by its first bytes, never by its name. What happens to the
+pixels then is one road for both: choose bands, mask what is not data, stretch to 8 bits. The stretch
+belongs to the scene, not to the window, so a tile looks as it does in its scene; and it is written down
+in `ImageSettings`, which every checkpoint and index carries, so use sees what training saw.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import re
+import stat
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+import rasterio
+from PIL import Image, ImageOps
+from rasterio.enums import ColorInterp, Resampling
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.transform import from_gcps
+from rasterio.warp import transform as warp_points
+from rasterio.warp import transform_bounds
+from rasterio.windows import Window
+
+from config import InputError
+
+# A plain picture has no place on Earth, which is no reason to warn; `max_pixels` guards against bombs.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+GDAL_OPTIONS = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # the file alone: no .aux.xml, .tfw, .msk or .ovr beside it
+    "GDAL_PAM_ENABLED": "NO",  # and none written beside it
+}
+SAMPLE_SIDE = 1024  # the stretch is measured on at most SAMPLE_SIDE^2 pixels: 1M give a percentile to ~0.01%
+STREAM_FACTOR = 16  # a decimated read streams block by block, so it may pass through more than it returns
+MAGIC = {  # first bytes: (format as Pillow names it, GDAL driver or None for Pillow)
+    b"II*\0": ("TIFF", "GTiff"),
+    b"MM\0*": ("TIFF", "GTiff"),
+    b"II+\0": ("TIFF", "GTiff"),  # BigTIFF
+    b"MM\0+": ("TIFF", "GTiff"),
+    b"\0\0\0\x0cjP  ": ("JPEG2000", "JP2OpenJPEG"),
+    b"\xff\x4f\xff\x51": ("JPEG2000", "JP2OpenJPEG"),
+    b"\x89PNG\r\n\x1a\n": ("PNG", None),
+    b"\xff\xd8\xff": ("JPEG", None),
+    b"GIF8": ("GIF", None),
+    b"BM": ("BMP", None),
+}
+NOT_IMAGES = {  # what people do hand in: (what it is, what to do)
+    b"version https://git-lfs": ("a Git LFS pointer, not the image itself", "run `git lfs pull`"),
+    b"<svg": ("an SVG drawing, not pixels", "export it as PNG"),
+    b"<!doctype html": ("an HTML page, probably of a failed download", "fetch the image again"),
+    b"<html": ("an HTML page, probably of a failed download", "fetch the image again"),
+    b"<?xml": ("an XML document such as SVG or metadata, not pixels", "give the image itself"),
+    b"mz": ("a Windows program, not an image", "remove it"),
+    b"\x7felf": ("a program, not an image", "remove it"),
+    b"%pdf": ("a PDF document, not an image", "export the page as PNG"),
+    b"pk\3\4": ("a ZIP archive, not an image", "unpack it first"),
+    b"\x1f\x8b": ("a gzip archive, not an image", "unpack it first"),
+    b"\x89hdf": ("an HDF5 or netCDF-4 file", "convert a variable to GeoTIFF with gdal_translate"),
+}
+# Where red, green and blue are: (the sensor's own numbers of R, G, B, looked for in descriptions such as "B04" or
+# "SR_B4"; for files that name nothing, {bands in the file: 1-based indexes of R, G, B}, where 0 is any count).
+_OLI = ((4, 3, 2), {6: (3, 2, 1), 7: (4, 3, 2), 10: (4, 3, 2), 11: (4, 3, 2)})
+_TM = ((3, 2, 1), {6: (3, 2, 1), 7: (3, 2, 1), 8: (3, 2, 1), 9: (3, 2, 1)})
+SENSORS = {
+    # Sentinel-2 MSI (ESA, Sentinel-2 User Handbook): 13 = L1C B01-B12 with B8A; 12 = L2A, the same without B10;
+    # 11 = L2A with one NIR band; 10 = the 10 m and 20 m bands B02 B03 B04 B05 B06 B07 B08 B8A B11 B12 (as in
+    # BigEarthNet); 6 = B02 B03 B04 B8A B11 B12 (as in HLS chips); 4 = the 10 m bands B02 B03 B04 B08.
+    "sentinel2": ((4, 3, 2), {n: (3, 2, 1) for n in (4, 6, 10)} | {n: (4, 3, 2) for n in (11, 12, 13)}),
+    # Landsat (USGS, "What are the band designations for the Landsat satellites?"). OLI: 11 = B1-B11, 10 = without
+    # the panchromatic B8, 7 = surface reflectance B1-B7, 6 = B2-B7. TM and ETM+: B1 B2 B3 are blue, green, red.
+    "landsat8": _OLI,
+    "landsat9": _OLI,
+    "landsat5": _TM,
+    "landsat7": _TM,
+    "naip": (None, {3: (1, 2, 3), 4: (1, 2, 3)}),  # USDA NAIP: R G B (NIR)
+    # Planet, "PlanetScope instruments": 4 = B G R NIR; 8 = coastal, B, green I, G, yellow, R, red edge, NIR.
+    "planetscope": (None, {4: (3, 2, 1), 8: (6, 4, 2)}),
+    # Maxar WorldView-2/3 multispectral: 4 = B G R NIR; 8 = coastal, B, G, yellow, R, red edge, NIR1, NIR2.
+    "worldview": (None, {4: (3, 2, 1), 8: (5, 3, 2)}),
+    "modis": ((1, 4, 3), {7: (1, 4, 3)}),  # NASA MOD09 surface reflectance, bands 1-7
+    "rgb": (None, {0: (1, 2, 3)}),
+    "bgr": (None, {0: (3, 2, 1)}),
+}
+
+
+class ImageError(InputError):
+    """An image that cannot be used. The message names the file, what is wrong with it and what to do."""
+
+
+def _error(path, what: str, remedy: str) -> ImageError:
+    return ImageError(f"{path}: {what}; {remedy}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How pixels become RGB. Recorded in every checkpoint and index. Raises InputError on a bad value."""
+
+    bands: str = "auto"
+    """"auto": bands whose description names red, green, blue (or B04, B03, B02), else the colour interpretation,
+    else the first three, else the first as grey. "4,3,2" or "1": 1-based indexes. Or a sensor of `SENSORS`."""
+    stretch: str = "auto"
+    """"auto": 8 bits as they are, anything else "percentile". "percentile": per band, over the whole scene.
+    "reflectance": the fixed range below, the same for every scene. "none": the full range of an integer type,
+    0 to 1 for floats."""
+    percentiles: tuple[float, float] = (2.0, 98.0)
+    """Percentiles of the valid pixels that become black and full brightness."""
+    reflectance: tuple[float, float] = (0.0, 3000.0)
+    """Black and full brightness in the file's own units. Sentinel-2 stores reflectance x 10000, and land rarely
+    reflects above 0.3 in the visible. From processing baseline 04.00 (2022) on, its files hold +1000."""
+    nodata: float | None = None
+    """A value that holds no data although the file does not tag it, such as the untagged 0 around Landsat scenes."""
+    max_pixels: int = 2**26
+    """Most pixels (67 million, 8192 x 8192) decoded into memory at once: guards against decompression bombs."""
+
+    def __post_init__(self):
+        def pair(name, low, high):
+            value = getattr(self, name)
+            ok = isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
+            if not (ok and low <= value[0] < value[1] <= high):
+                raise InputError(f"image settings: {name}={value!r}; expected two rising numbers in {low} to {high}")
+            object.__setattr__(self, name, (float(value[0]), float(value[1])))
+
+        pair("percentiles", 0, 100)
+        pair("reflectance", -math.inf, math.inf)
+        indexes = r"[1-9]\d*( *, *[1-9]\d* *, *[1-9]\d*)?"
+        known = isinstance(self.bands, str) and (self.bands in ("auto", *SENSORS) or re.fullmatch(indexes, self.bands))
+        if not known:
+            raise InputError(
+                f'image settings: bands={self.bands!r}; expected "auto", one or three 1-based band numbers such as '
+                f'"4,3,2", or one of {", ".join(SENSORS)}'
+            )
+        if self.stretch not in ("auto", "percentile", "reflectance", "none"):
+            raise InputError(
+                f"image settings: stretch={self.stretch!r}; expected auto, percentile, reflectance or none"
+            )
+        if self.nodata is not None and not _is_number(self.nodata):
+            raise InputError(f"image settings: nodata={self.nodata!r}; expected a number or nothing")
+        if type(self.max_pixels) is not int or self.max_pixels < 1:
+            raise InputError(f"image settings: max_pixels={self.max_pixels!r}; expected a whole number above 0")
+
+    def to_dict(self) -> dict:
+        """JSON-ready; `from_dict` restores an equal object."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ImageSettings":
+        """Raises InputError on an unknown key or a bad value; absent keys take their defaults."""
+        if not isinstance(values, dict):
+            raise InputError(f"image settings: expected an object, got {type(values).__name__}")
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise InputError(f"image settings: unknown {', '.join(map(str, unknown))}; written by a newer version?")
+        return cls(**values)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What comes back
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Where a picture lies on Earth."""
+
+    crs: str
+    """"EPSG:32618", or WKT where there is no code."""
+    bounds: tuple[float, float, float, float]
+    """left, bottom, right, top in `crs`; for a rotated scene the box around it."""
+    lonlat_bounds: tuple[float, float, float, float]
+    """west, south, east, north in degrees (WGS 84); west > east where the box crosses the antimeridian, as in
+    GeoJSON (RFC 7946, section 5.2)."""
+    pixel_size_m: tuple[float, float]
+    """Width and height on the ground, in metres, of one pixel of the file at the centre (`max_side` does not
+    change it)."""
+    acquired: str | None
+    """ISO 8601 date or time, if tagged."""
+    polygon: tuple[tuple[float, float], ...]
+    """(lon, lat) of the corners upper left, lower left, lower right, upper right and upper left again: for a north-up
+    file counter-clockwise, as GeoJSON wants. Longitudes run on past 180 where the scene crosses the antimeridian."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image, ready for a model."""
+
+    rgb: np.ndarray
+    """(H, W, 3) uint8; 0 where there is no data."""
+    footprint: Footprint | None
+    path: str
+    window: tuple[int, int, int, int] | None
+    """(col_off, row_off, width, height) in pixels of the file; None for the whole."""
+    valid: float
+    """Fraction, 0 to 1, of the pixels that hold data in at least one band shown."""
+    bands: tuple[int, ...] = ()
+    """1-based indexes of the bands shown: three, or one for grey."""
+    limits: tuple[tuple[float, float], ...] | None = None
+    """Per band, the values that became 0 and 255; None where 8 bits were taken as they are."""
+    acquired: str | None = None
+    """As in the footprint, and also for photographs, which have none."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Opening: by content
+
+
+def _sniff(path) -> tuple[str, str | None]:
+    """(format, GDAL driver or None for Pillow) from the first bytes; ImageError for anything but an image file."""
+    try:
+        mode = os.stat(os.fspath(path)).st_mode
+        if not stat.S_ISREG(mode):  # before open(): opening a named pipe would wait for ever
+            kind = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
+            raise _error(path, f"is {kind}, not a file", "give the path of one image")
+        with open(path, "rb") as file:
+            head = file.read(1024)
+    except PermissionError:
+        raise _error(path, "may not be read", "check its permissions") from None
+    except (FileNotFoundError, NotADirectoryError):
+        if re.match(r"(?i)/vsi|[a-z][a-z0-9+.-]+:/", str(path)):
+            raise _error(path, "is an address, not a file", "download it and give the local path") from None
+        raise _error(path, "no such file", "check the path") from None
+    except (OSError, TypeError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise _error(path, f"cannot be opened ({error})", "check the path") from None
+    for magic, (name, driver) in MAGIC.items():
+        if head.startswith(magic):
+            # Pillow cuts 16-bit RGB to its high byte, which turns 12-bit imagery black; GDAL keeps all 16 bits.
+            return name, "PNG" if name == "PNG" and head[24:25] == b"\x10" else driver
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP", None
+    if not head:
+        raise _error(path, "is empty (0 bytes)", "fetch or write it again")
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for magic, (what, remedy) in NOT_IMAGES.items():
+        if start.startswith(magic):
+            raise _error(path, f"is {what}", remedy)
+    raise _error(path, f"is not an image (starts with {head[:8]!r})", "give a PNG, JPEG, WebP, TIFF or GeoTIFF")
+
+
+@contextlib.contextmanager
+def _guard(path):
+    """Around calls into GDAL and Pillow: whatever they raise on a file's bytes becomes an ImageError naming it."""
+    try:
+        with rasterio.Env(**GDAL_OPTIONS):
+            yield
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _error(path, f"has too many pixels ({error})", "cut it, or save it as a tiled GeoTIFF") from error
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        reason = reason.replace(os.path.abspath(path), "file")[:200]
+        raise _error(path, f"cannot be decoded: cut short or damaged ({reason})", "fetch or write it again") from error
+
+
+class _Raster:
+    """A file read by GDAL: any number of bands of any type, by windows and through overviews."""
+
+    def __init__(self, path, driver: str):
+        self.path = path
+        with _guard(path):
+            # Absolute, so that a name such as "zip:x.tif" is never taken for an address; one driver only.
+            self.src = rasterio.open(os.path.abspath(path), driver=driver)
+            self.height, self.width = self.src.shape
+            self.names = [description or "" for description in self.src.descriptions]
+            self.colours = list(self.src.colorinterp)
+            self.palette = self.src.colormap(1) if self.colours[0] == ColorInterp.palette else None
+            kind = "complex64" if self.src.dtypes[0].startswith("complex") else self.src.dtypes[0]
+            self.dtype = np.dtype("uint8" if self.palette else kind)
+            self.overviews = self.src.overviews(1)
+            self.acquired = _acquisition_time({**self.src.tags(ns="IMAGERY"), **self.src.tags()})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.src.close()
+
+    def check(self, window, out, limit: int):
+        """Raise ImageError where reading `window` (c, r, w, h) as `out` (H, W) would decode too much."""
+        ratio = min(window[3] / out[0], window[2] / out[1])
+        level = max((o for o in self.overviews if o <= ratio), default=1)
+        block = max(rows * cols for rows, cols in self.src.block_shapes)  # one strip or tile is decoded as a whole
+        if max(out[0] * out[1], block) > limit or window[2] * window[3] / level**2 > limit * STREAM_FACTOR:
+            raise _too_large(self.path, self.height, self.width, limit)
+
+    def read(self, bands, window, out, nodata=None, nearest=False):
+        """Bands of `window` as `out` (H, W): data (C, H, W) in the file's type and mask (C, H, W), True for data."""
+        # Averaging is the honest way down, but the mean of two palette numbers is some third colour, and GDAL leaves
+        # out of a mean only what the file itself marks as missing.
+        nearest = nearest or self.palette or nodata is not None
+        resampling = Resampling.nearest if nearest else Resampling.average
+        with _guard(self.path):  # one call for pixels and mask: nodata tags, alpha bands, internal masks
+            read = self.src.read(
+                list(bands), window=Window(*window), out_shape=(len(bands), *out), resampling=resampling, masked=True
+            )
+            white_is_zero = self.src.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+            bits = int(self.src.tags(bands[0], ns="IMAGE_STRUCTURE").get("NBITS", 8))
+        data, mask = read.data, ~np.ma.getmaskarray(read)
+        if np.iscomplexobj(data):  # radar: show the amplitude
+            data = np.abs(data)
+        if data.dtype.kind == "f":
+            mask &= np.isfinite(data)
+        if nodata is not None:
+            mask &= data != nodata
+        if self.palette:
+            table = np.zeros((max(self.palette) + 1, 4), np.uint8)
+            table[list(self.palette)] = list(self.palette.values())
+            colour = table[np.minimum(data[0], len(table) - 1)].transpose(2, 0, 1)  # (4, H, W)
+            return colour[:3], np.repeat(mask[:1] & (colour[3:] > 0), 3, axis=0)
+        if data.dtype == np.uint8 and bits < 8:  # 1, 2 or 4 bits: 0 to 1 would look black
+            data = (data.astype(np.uint16) * 255 // (2**bits - 1)).astype(np.uint8)
+        if white_is_zero and data.dtype.kind == "u":
+            data = np.iinfo(data.dtype).max - data
+        return data, mask
+
+    def footprint(self, window) -> "Footprint | None":
+        """None without a usable CRS and position; ground control points give an affine least-squares fit."""
+        with contextlib.suppress(ImageError), _guard(self.path):  # a local CRS or nonsense is no reason to fail
+            crs, transform, (points, points_crs) = self.src.crs, self.src.transform, self.src.gcps
+            if points and points_crs and (not crs or transform.is_identity):
+                if points_crs.is_geographic and np.ptp([p.x for p in points]) > 180:  # across the antimeridian
+                    for p in points:
+                        p.x %= 360
+                crs, transform = points_crs, from_gcps(points)
+            if crs and not transform.is_identity:
+                return _footprint(crs, transform, window, self.acquired)
+        return None
+
+
+class _Photo:
+    """A file read by Pillow: 8-bit grey or RGB, decoded whole (once), turned as its EXIF orientation says."""
+
+    dtype, overviews, acquired, decoded = np.dtype("uint8"), [], None, None
+
+    def __init__(self, path, name: str):
+        self.path, self.oriented = path, name in ("JPEG", "WEBP")
+        with _guard(path):
+            self.raw = Image.open(path, formats=[name])
+            sideways = self.oriented and self.raw.getexif().get(0x0112) in (5, 6, 7, 8)
+        self.width, self.height = self.raw.size[::-1] if sideways else self.raw.size
+        rgb = [ColorInterp.red, ColorInterp.green, ColorInterp.blue]
+        self.colours = [ColorInterp.gray] if self.raw.mode in ("1", "L", "LA") else rgb
+        self.names = [""] * len(self.colours)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.raw.close()
+
+    def check(self, window, out, limit: int):
+        """Raise ImageError where the image, which is always decoded whole, is too large."""
+        if self.height * self.width > limit:
+            raise _too_large(self.path, self.height, self.width, limit)
+
+    def _decode(self):
+        with _guard(self.path):
+            self.raw.load()  # the first frame
+            image, exif = self.raw, self.raw.getexif()
+            if self.oriented:
+                image = ImageOps.exif_transpose(image)
+            times = {"DATETIMEORIGINAL": exif.get_ifd(0x8769).get(0x9003), "TIFFTAG_DATETIME": exif.get(0x0132)}
+            self.acquired = _acquisition_time(times)
+            self.alpha = None
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                self.alpha = image.getchannel("A")
+            self.decoded = image.convert("L" if len(self.colours) == 1 else "RGB")
+
+    def read(self, bands, window, out, nodata=None, nearest=False):
+        """As `_Raster.read`."""
+        if self.decoded is None:
+            self._decode()
+        c, r, w, h = window
+        resampling = Image.Resampling.NEAREST if nearest or nodata is not None else Image.Resampling.BOX
+
+        def cut(image):
+            if (h, w) == out:
+                return np.asarray(image.crop((c, r, c + w, r + h)))
+            return np.asarray(image.resize(out[::-1], resampling, (c, r, c + w, r + h)))
+
+        data = np.atleast_3d(cut(self.decoded))[..., [b - 1 for b in bands]].transpose(2, 0, 1)
+        mask = np.ones(data.shape, bool) if self.alpha is None else np.repeat(cut(self.alpha)[None] > 0, len(data), 0)
+        return data, mask if nodata is None else mask & (data != nodata)
+
+    def footprint(self, window) -> None:
+        """A photograph does not say where its pixels lie."""
+        return None
+
+
+def _open(path) -> _Raster | _Photo:
+    name, driver = _sniff(path)
+    return _Raster(path, driver) if driver else _Photo(path, name)
+
+
+def _too_large(path, height: int, width: int, limit: int) -> ImageError:
+    what = f"{width} x {height} pixels would decode more than max_pixels={limit}"
+    return _error(path, what, "read windows of a tiled GeoTIFF with overviews, or raise max_pixels for a trusted file")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bands and stretch
+
+
+def _choose_bands(scene, settings: ImageSettings) -> tuple[int, ...]:
+    """1-based indexes of red, green, blue, or of one grey band."""
+    count, names, choice = len(scene.colours), scene.names, settings.bands
+    if choice == "auto":
+        found = _named(names, (4, 3, 2), two_digits=True)
+        if found:
+            return found
+        wanted = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+        if all(colour in scene.colours for colour in wanted):
+            return tuple(scene.colours.index(colour) + 1 for colour in wanted)
+        plain = [i + 1 for i, colour in enumerate(scene.colours) if colour != ColorInterp.alpha]
+        return tuple(plain[:3]) if len(plain) >= 3 else tuple(plain[:1]) or (1,)
+    if choice not in SENSORS:
+        found = tuple(int(part) for part in choice.split(","))
+    else:
+        codes, layouts = SENSORS[choice]
+        found = _named(names, codes) or layouts.get(count) or layouts.get(0)
+        if not found:
+            known = ", ".join(map(str, sorted(layouts)))
+            what = f'has {count} band(s), and bands="{choice}" knows files of {known}'
+            raise _error(scene.path, what, 'give the numbers of its red, green and blue, such as bands="3,2,1"')
+    if max(found) > count:
+        raise _error(scene.path, f'has {count} band(s), but bands="{choice}" needs {max(found)}', "choose others")
+    return found
+
+
+def _named(names, codes, two_digits=False) -> tuple[int, int, int] | None:
+    """Indexes of the bands described as red, green and blue, or by the sensor's numbers. With `two_digits` only as
+    "B04", Sentinel-2's way: a bare "B4" is red on Landsat 8 and near infrared on Landsat 7."""
+    words = [set(re.split(r"[^a-z0-9]+", name.lower())) for name in names]
+    other = {"edge", "infra", "ir", "nir", "swir"}  # "red edge", "infra-red"
+
+    def find(colour, code):
+        spelt = {f"b{code:02d}"} | (set() if two_digits else {f"b{code}"}) if code else set()
+        hits = [i for i, w in enumerate(words) if w & spelt or (colour in w and not w & other)]
+        return hits[0] + 1 if hits else None
+
+    found = tuple(map(find, ("red", "green", "blue"), codes or (None,) * 3))
+    return found if None not in found else None
+
+
+def _limits(scene, bands, settings: ImageSettings):
+    """Per band the (low, high) that become 0 and 255, or None for 8 bits as they are. Always of the whole scene."""
+    stretch = settings.stretch
+    if stretch == "auto":
+        stretch = "none" if scene.dtype == np.uint8 else "percentile"
+    channels = 3 if ColorInterp.palette in scene.colours else len(bands)
+    if stretch == "reflectance":
+        return (settings.reflectance,) * channels
+    if stretch == "none":
+        whole = (0.0, float(np.iinfo(scene.dtype).max)) if scene.dtype.kind in "iu" else (0.0, 1.0)
+        return None if scene.dtype == np.uint8 else (whole,) * channels
+    info = os.stat(scene.path)
+    return _percentile_limits(os.path.abspath(scene.path), info.st_mtime_ns, info.st_size, bands, settings)
+
+
+@functools.lru_cache(maxsize=256)  # tiles, crops and epochs of one scene measure it once
+def _percentile_limits(path, mtime, size, bands, settings):
+    """`mtime` and `size` are there to tell a rewritten file from the one measured before."""
+    with _open(path) as scene:
+        h, w = scene.height, scene.width
+        scale = min(1.0, SAMPLE_SIDE / max(h, w))
+        out = (max(1, round(h * scale)), max(1, round(w * scale)))
+        levels = [1, *(o for o in scene.overviews if o <= 1 / scale)]  # what GDAL may read instead of full size
+        if h * w / max(levels) ** 2 <= settings.max_pixels:
+            reads = [((0, 0, w, h), out)]
+        else:  # huge and without overviews: an 8 x 8 grid of patches instead of decoding all of it
+            ph, pw = min(h, SAMPLE_SIDE // 8), min(w, SAMPLE_SIDE // 8)
+            rows, cols = (np.linspace(0, n - p, 8).astype(int).tolist() for n, p in ((h, ph), (w, pw)))
+            reads = [((c, r, pw, ph), (ph, pw)) for r in rows for c in cols]
+        samples = []  # (values, mask), each (C, n); nearest, so that the values are the file's own
+        for window, shape in reads:
+            scene.check(window, shape, settings.max_pixels)
+            pair = scene.read(bands, window, shape, settings.nodata, nearest=True)
+            samples.append([part.reshape(len(part), -1) for part in pair])
+    limits = []
+    for values, mask in zip(*(np.concatenate(parts, axis=1) for parts in zip(*samples))):
+        values = values[mask]
+        if values.dtype.kind == "u" and values.itemsize > 1 and values.any():
+            values = values[values > 0]  # 0 is how scenes of counts are filled, tagged or not
+        if values.size == 0:
+            limits.append((0.0, 1.0))
+            continue
+        low, high = np.percentile(values, settings.percentiles)
+        if low == high:  # almost all one value: show what differs
+            low, high = values.min(), values.max()
+        limits.append((float(low), float(high)))
+    return tuple(limits)
+
+
+def _render(data, mask, limits) -> np.ndarray:
+    """(C, H, W) of any type to (H, W, 3) uint8: 255 (x - low) / (high - low), rounded and clipped; masked is 0."""
+    if limits is None and len(data) == 3 and mask.all():
+        return np.ascontiguousarray(data.transpose(1, 2, 0))
+    rgb = np.zeros((*data.shape[1:], 3), np.uint8)
+    for i in range(3):
+        k = i if len(data) == 3 else 0
+        band = data[k]
+        if limits is not None:
+            low, high = limits[k]
+            exact = np.result_type(band.dtype, np.float32)  # 32-bit integers need double precision
+            band = np.where(mask[k], band, 0).astype(exact)
+            if high > low:
+                band = np.rint(np.clip((band - low) * (255 / (high - low)), 0, 255)).astype(np.uint8)
+            else:  # one value only: grey, to stay apart from no data
+                band = np.full(band.shape, 128, np.uint8)
+        rgb[..., i] = np.where(mask[k], band, 0)
+    return rgb
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Footprint
+
+
+def _footprint(crs, transform, window, acquired) -> Footprint:
+    """Raises ValueError where the coordinates are not on the Earth."""
+    c, r, w, h = window
+
+    def at(x, y):
+        return transform.a * x + transform.b * y + transform.c, transform.d * x + transform.e * y + transform.f
+
+    corners = [at(c, r), at(c, r + h), at(c + w, r + h), at(c + w, r)]
+    xs, ys = zip(*corners)
+    bounds = (min(xs), min(ys), max(xs), max(ys))
+    west, south, east, north = transform_bounds(crs, "EPSG:4326", *bounds, densify_pts=21)
+    # The centre and its neighbours one pixel right and one pixel down, then the corners, in lon / lat.
+    centre = [at(c + w / 2 + dx, r + h / 2 + dy) for dx, dy in ((0, 0), (1, 0), (0, 1))]
+    lons, lats = warp_points(crs, "EPSG:4326", *map(list, zip(*centre, *corners)))
+    if not np.isfinite([west, south, east, north, *lons, *lats]).all() or max(map(abs, lats)) > 90 + 1e-6:
+        raise ValueError("coordinates off the Earth")
+    lons[0] -= 360 * round(lons[0] / 360)  # some count longitude from 0 to 360
+    lons = [lon - 360 * round((lon - lons[0]) / 360) for lon in lons]  # run on past 180, no jumps
+    west, east = (lon - 360 * round(lon / 360) for lon in (west, east)) if east - west < 360 else (-180.0, 180.0)
+    if west <= east and not west <= lons[0] <= east:  # no box without the centre: this one went around the Earth
+        west, east = -180.0, 180.0
+    size = [_metres(lons[0], lats[0], lons[i], lats[i]) for i in (1, 2)]
+    if crs.is_projected:
+        # UTM's own scale error (0.04%) shall not turn 10 m into 9.996 m; Web Mercator's (a factor of 2 at 60
+        # degrees north) must not pass for metres.
+        unit = crs.linear_units_factor[1]
+        nominal = (math.hypot(transform.a, transform.d) * unit, math.hypot(transform.b, transform.e) * unit)
+        size = [n if abs(s / n - 1) < 0.01 else s for s, n in zip(size, nominal)]
+    code = crs.to_epsg()
+    return Footprint(
+        crs=f"EPSG:{code}" if code else crs.to_wkt(),
+        bounds=bounds,
+        lonlat_bounds=(west, south, east, north),
+        pixel_size_m=tuple(size),
+        acquired=acquired,
+        polygon=tuple(zip([*lons[3:], lons[3]], [*lats[3:], lats[3]])),
+    )
+
+
+def _metres(lon0, lat0, lon1, lat1) -> float:
+    """Ground distance of two near points on the WGS 84 ellipsoid, from its radii of curvature in the meridian and
+    the prime vertical (Snyder, Map Projections: A Working Manual, USGS Professional Paper 1395, 1987, chapter 4)."""
+    a, e2 = 6378137.0, 0.00669437999014
+    phi = math.radians((lat0 + lat1) / 2)
+    sin2 = 1 - e2 * math.sin(phi) ** 2
+    north = a * (1 - e2) / sin2**1.5 * math.radians(lat1 - lat0)
+    east = a / math.sqrt(sin2) * math.cos(phi) * math.radians(lon1 - lon0)
+    return math.hypot(north, east)
+
+
+# Most telling first; TIFFTAG_DATETIME last, for it may be when the file was written.
+ACQUISITION_TAGS = """
+    ACQUISITIONDATETIME ACQUISITION_DATETIME ACQUISITION_DATE ACQUISITION_TIME ACQUIRED SENSING_TIME
+    DATATAKE_1_DATATAKE_SENSING_START PRODUCT_START_TIME START_TIME DATE_ACQUIRED EXIF_DATETIMEORIGINAL
+    DATETIMEORIGINAL DATETIME DATE TIFFTAG_DATETIME"""
+_DATE = re.compile(r"\s*(\d{4})[-:/]?(\d\d)[-:/]?(\d\d)(?:[ T]?(\d\d:\d\d(?::\d\d)?)(?:\.\d+)?\s*(Z|[+-]\d\d:\d\d)?)?")
+
+
+def _acquisition_time(tags: dict) -> str | None:
+    """ISO 8601 from the first tag of ACQUISITION_TAGS that holds a real date, with its time and zone if given."""
+    upper = {str(key).upper(): str(value) for key, value in tags.items() if value}
+    for tag in ACQUISITION_TAGS.split():
+        match = _DATE.match(upper.get(tag, ""))
+        if not match:
+            continue
+        year, month, day, clock, zone = match.groups()
+        text = f"{year}-{month}-{day}" + (f"T{clock}" if clock else "")
+        with contextlib.suppress(ValueError):  # "0000:00:00 00:00:00" is what some cameras write
+            when = datetime.fromisoformat(text + ("+00:00" if zone == "Z" else zone or ""))
+            return when.isoformat() if clock else text
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def image_size(path) -> tuple[int, int]:
+    """(H, W) from the header, as `read_image` will return it. Raises ImageError."""
+    with _open(path) as scene:
+        return scene.height, scene.width
+
+
+def read_image(path, settings: ImageSettings = ImageSettings(), window=None, max_side: int | None = None) -> Picture:
+    """Read an image, or `window=(col_off, row_off, width, height)` of it, in pixels of the file.
+
+    With `max_side` the longer side of the result is at most that, averaged over the source pixels (through
+    overviews where the file has them). Raises ImageError, naming the file, for anything that is not a whole,
+    readable image within `settings.max_pixels`.
+    """
+    with _open(path) as scene:
+        return _read(scene, settings, window, max_side)
+
+
+def _read(scene, settings, window, max_side) -> Picture:
+    box = (0, 0, scene.width, scene.height)
+    if window is not None:
+        box = tuple(int(n) for n in window)
+        c, r, w, h = box
+        if not (c >= 0 and r >= 0 and w > 0 and h > 0 and c + w <= scene.width and r + h <= scene.height):
+            what = f"window {box} (column, row, width, height) is not inside {scene.width} x {scene.height} pixels"
+            raise _error(scene.path, what, "choose one inside")
+    if max_side is not None and max_side < 1:
+        raise InputError(f"max_side={max_side}; expected a number of pixels above 0")
+    scale = min(1.0, max_side / max(box[2:])) if max_side else 1.0
+    out = (max(1, round(box[3] * scale)), max(1, round(box[2] * scale)))  # (H, W)
+    scene.check(box, out, settings.max_pixels)
+    bands = _choose_bands(scene, settings)
+    limits = _limits(scene, bands, settings)
+    data, mask = scene.read(bands, box, out, settings.nodata)
+    return Picture(
+        rgb=_render(data, mask, limits),
+        footprint=scene.footprint(box),
+        path=os.fsdecode(scene.path),
+        window=None if window is None else box,
+        valid=float(mask.any(axis=0).mean()),
+        bands=bands,
+        limits=limits,
+        acquired=scene.acquired,
+    )
+
+
+def tile_windows(height: int, width: int, tile: int, stride: int) -> Iterator[tuple[int, int, int, int]]:
+    """Windows (col_off, row_off, w, h) of `tile` pixels a side, row by row, that cover the whole: the last of a row
+    or column is shifted inside. A side shorter than `tile` gives one window of that side."""
+    if not 1 <= stride <= tile:
+        raise InputError(f"tile={tile}, stride={stride}; expected 1 <= stride <= tile, or pixels would be left out")
+
+    def offsets(length):
+        last = max(length - tile, 0)
+        return [*range(0, last, stride), last]
+
+    for row in offsets(height):
+        for col in offsets(width):
+            yield col, row, min(tile, width), min(tile, height)
+
+
+def read_tiles(path, settings: ImageSettings, tile: int, stride: int) -> Iterator[Picture]:
+    """The pictures of `tile_windows`, in its order, under one stretch. A TIFF holds one tile in memory at a time
+    (and GDAL's bounded block cache); a photograph is decoded once, within `settings.max_pixels`."""
+    with _open(path) as scene:
+        for window in tile_windows(scene.height, scene.width, tile, stride):
+            yield _read(scene, settings, window, None)

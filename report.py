@@ -1,0 +1,333 @@
+"""What a person looks at: curves, tables, galleries, and the HTML page that holds them.
+
+A page is one file that opens anywhere: styles inside, pictures inside (or beside it, by relative
+path), no script, no font, no address on the network. All text that comes from data is escaped.
+Functions that return `str` of HTML return a fragment for a section of `page`.
+"""
+
+import base64
+import html
+import io
+import math
+import numbers
+import os
+import unicodedata
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+
+def write_atomic(path, data: str | bytes) -> Path:
+    """Write beside `path` and rename: a reader sees the old file or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data.encode("utf-8", "replace") if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+# ---------------------------------------------------------------------------------------------
+# Curves
+
+COLOURS = ["#2563a8", "#c2562d", "#2f7d4f", "#7a4fa3", "#9a7b1c", "#3d8a94"]  # dark enough on white
+CJK_FONTS = [
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "SimHei",
+]
+
+
+def _panel(key: str) -> str:
+    """Which axes a curve shares: losses with losses, scores with scores, other units alone."""
+    if "loss" in key:
+        return "loss"
+    return key if any(word in key for word in ("learning_rate", "grad_norm", "second", "rank", "memory")) else "score"
+
+
+def _smooth(values: np.ndarray, spread: float) -> np.ndarray:
+    """Gaussian mean over some `spread` points to either side: centred, as an exponential mean lags."""
+    offsets = np.arange(-int(3 * spread), int(3 * spread) + 1)
+    kernel = np.exp(-0.5 * (offsets / spread) ** 2)
+    padded = [np.pad(row, int(3 * spread)) for row in (values, np.ones_like(values))]
+    total, weight = (np.convolve(row, kernel, "valid") for row in padded)
+    return total / weight
+
+
+def curves_figure(history: list[dict], keys: dict[str, str], path=None) -> bytes | Path:
+    """Curves of a run as PNG: bytes, or written to `path`, which is returned.
+
+    history: rows of metrics.jsonl, each with "step" and any of the keys; keys: {key: label}. After
+    a resume a step may stand twice: the later row counts. Sparse curves (evaluations) get a marker
+    per point, dense ones (training loss) a smoothed line over the pale raw one. Raises ValueError
+    where no row has any of the keys.
+    """
+    from matplotlib import font_manager, rc_context
+    from matplotlib.figure import Figure  # draws with Agg and keeps no global state, unlike pyplot
+
+    panels: dict[str, list] = {}
+    for key, label in keys.items():
+        rows = [row for row in history if row.get("step") is not None and _is_number(row.get(key))]
+        points = {row["step"]: row[key] for row in rows if math.isfinite(row[key])}
+        if points:
+            panels.setdefault(_panel(key), []).append((label, *np.array(sorted(points.items()), float).T))
+    if not panels:
+        raise ValueError(f"no row of the history has a number for any of {', '.join(keys)}")
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
+    style = {"font.family": fonts, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    grey = {"text.color": "#333", "axes.edgecolor": "#999", "xtick.color": "#555", "ytick.color": "#555"}
+    with rc_context(style | grey):
+        across = len(panels) if len(panels) <= 3 else 2
+        down, width = -(-len(panels) // across), 3.4 if across == 3 else 4.4
+        figure = Figure(figsize=(1 + width * across, 3.2 * down), layout="constrained", facecolor="white")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+        for place, (name, curves) in enumerate(panels.items(), 1):
+            axes = figure.add_subplot(down, across, place)
+            for colour, (label, steps, values) in zip(COLOURS * len(curves), curves):
+                label = label.replace("$", r"\$")  # a dollar sign would start a formula
+                if len(values) <= 40:
+                    axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
+                    continue
+                noisy = "learning_rate" not in name
+                axes.plot(steps, values, color=colour, alpha=0.25 if noisy else 1, linewidth=0.8 if noisy else 1.6)
+                shown = _smooth(values, max(2, len(values) / 50)) if noisy else values
+                axes.plot(steps, shown, color=colour, linewidth=1.8, label=label)
+            axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+            axes.set_xlabel("step", color="#555")
+            axes.set_title(curves[0][0].replace("$", r"\$") if len(curves) == 1 else name, loc="left", fontsize=11)
+            if len(curves) > 1:
+                axes.legend(frameon=False, fontsize=9)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=160)
+    return png.getvalue() if path is None else write_atomic(path, png.getvalue())
+
+
+def figure_html(png: bytes | str | Path, alt: str) -> str:
+    """A plot for a section: PNG bytes are put inline, a path is referred to relative to the page.
+
+    Inline plots share one scale, and on a phone they scroll sideways before their text
+    gets too small to read; a plot by path takes the width of the page."""
+    size = ""
+    if isinstance(png, bytes):
+        width = int.from_bytes(png[16:20], "big")  # pixels, from the PNG header
+        size = f' style="width:{width * 0.65:.0f}px;min-width:{width * 0.4:.0f}px"'
+        png = "data:image/png;base64," + base64.b64encode(png).decode()
+    return f'<div class="scroll"><img class="plot" src="{_source(png)}" alt="{html.escape(alt)}"{size}></div>'
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def _formatter(values: list):
+    """-> a function from a value of this column to text. One number of decimals for the whole
+    column, so that the points line up: four significant digits of its largest value."""
+    parts = [v for value in values for v in (value if isinstance(value, tuple | list) else [value])]
+    sizes = [abs(v) for v in parts if _is_number(v) and math.isfinite(v)]
+    largest = max(sizes, default=0)
+    digits = min(4, max(1, 3 - math.floor(math.log10(max(largest, 0.1)))))
+    form = ".2e" if 0 < largest < 1e-3 else f".{digits}f"
+
+    def text(value) -> str:
+        if value is None:
+            return "–"
+        if isinstance(value, bool | np.bool_):
+            return "yes" if value else "no"
+        if isinstance(value, tuple | list):
+            return "[" + ", ".join(text(v) for v in value) + "]"
+        if not _is_number(value) or isinstance(value, numbers.Integral) or not math.isfinite(value):
+            return str(value)
+        return format(value, ".2e" if 0 < abs(value) < 0.5 * 10**-digits else form)
+
+    return text
+
+
+def _cells(rows: list[dict], columns: dict[str, str]) -> dict[str, tuple[list[str], bool]]:
+    """{key: (text of each row, whether the column reads as numbers)}"""
+    cells = {}
+    for key in columns:
+        values = [row.get(key) for row in rows]
+        text = _formatter(values)
+        numeric = [all(map(_is_number, v if isinstance(v, tuple | list) else [v])) for v in values if v is not None]
+        cells[key] = ([text(value) for value in values], bool(numeric) and all(numeric))
+    return cells
+
+
+def table_html(rows: list[dict], columns: dict[str, str], best: dict[str, str] | None = None) -> str:
+    """columns: {key: heading}, in order. best: {key: "max" or "min"}: the best number of that column
+    is bold, all of them where they tie. A missing value is a dash; (low, high) reads [low, high]."""
+    winners = {}
+    for key, way in (best or {}).items():
+        if way not in ("max", "min"):
+            raise ValueError(f'best[{key!r}]: expected "max" or "min", got {way!r}')
+        values = [row[key] for row in rows if _is_number(row.get(key)) and not math.isnan(row[key])]
+        if values:
+            winners[key] = max(values) if way == "max" else min(values)
+    cells = _cells(rows, columns)
+    kind = {key: ' class="n"' if numeric else "" for key, (_, numeric) in cells.items()}
+    lines = ["".join(f"<th{kind[key]}>{html.escape(str(heading))}</th>" for key, heading in columns.items())]
+    for index, row in enumerate(rows):
+        line = ""
+        for key in columns:
+            text = html.escape(cells[key][0][index])
+            wins = key in winners and _is_number(row.get(key)) and row[key] == winners[key]
+            line += f"<td{kind[key]}>{f'<strong>{text}</strong>' if wins else text}</td>"
+        lines.append(line)
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines[1:])
+    return f'<div class="scroll"><table><thead><tr>{lines[0]}</tr></thead><tbody>\n{body}</tbody></table></div>'
+
+
+def _width(text: str) -> int:
+    """Terminal columns: Chinese characters take two, combining marks none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def table_text(rows: list[dict], columns: dict[str, str]) -> str:
+    """The same table for a terminal. Control characters (a caption may hold any) become spaces."""
+    lines: list[list[str]] = [[] for _ in range(len(rows) + 2)]
+    for key, (texts, numeric) in _cells(rows, columns).items():
+        column = ["".join(c if c.isprintable() else " " for c in text) for text in [str(columns[key]), *texts]]
+        width = max(map(_width, column))
+        column = [" " * (width - _width(t)) + t if numeric else t + " " * (width - _width(t)) for t in column]
+        for line, text in zip(lines, [column[0], "-" * width, *column[1:]]):
+            line.append(text)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+def thumbnail(rgb: np.ndarray, side: int = 224) -> str:
+    """(H, W, 3) uint8 -> data URI of a JPEG whose longer side is at most `side` pixels."""
+    from PIL import Image
+
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
+        raise ValueError(f"thumbnail: expected (H, W, 3) uint8, got {rgb.shape} {rgb.dtype}")
+    picture, jpeg = Image.fromarray(rgb), io.BytesIO()
+    picture.thumbnail((side, side))
+    picture.save(jpeg, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+
+
+def _source(image: str | Path) -> str:
+    """An `src` that keeps the page self-contained: a picture as data URI, or a relative path."""
+    source = image if isinstance(image, str) else image.as_posix()
+    if source.startswith("data:image/"):
+        return html.escape(source)
+    if source.startswith(("/", "\\", "data:")) or ":" in source:
+        raise ValueError(f"image {source[:80]!r}: expected a data URI (see `thumbnail`) or a path relative to the page")
+    return quote(source)
+
+
+def _mark(right: bool | None) -> str:
+    """Right and wrong differ by sign and spoken label too, not by colour alone."""
+    if right is None:
+        return '<span class="mark"></span>'
+    sign, word = ("✓", "right") if right else ("✗", "wrong")
+    return f'<span class="mark {word}" role="img" aria-label="{word}">{sign}</span>'
+
+
+def gallery_html(items: list[dict]) -> str:
+    """Cards with a picture and its ranked texts.
+
+    item: `image` (data URI or path relative to the page), `title`, `good` (True, False or None),
+    `lines`: [(text, score or None, is_correct: True, False or None)]. Bars share one scale over the
+    gallery and start at zero: a negative score's bar grows to the left of it.
+    """
+    scores = [line[1] for item in items for line in item.get("lines", ()) if line[1] is not None]
+    scores = [float(score) for score in scores if math.isfinite(score)]
+    low, high = min([0.0, *scores]), max([0.0, *scores])
+    span = (high - low) or 1.0
+    cards = []
+    for item in items:
+        lines = ""
+        for text, score, correct in item.get("lines", ()):
+            number = bar = ""
+            if score is not None:
+                number = f'<span class="score">{score:.3f}</span>'
+            if score is not None and math.isfinite(score):
+                left, width = (min(score, 0.0) - low) / span, abs(score) / span
+                bar = f'<span class="bar"><i style="margin-left:{left:.1%};width:{width:.1%}"></i></span>'
+            kind = ' class="correct"' if correct else ""
+            lines += f'<li{kind}>{_mark(correct)}<span class="text">{html.escape(str(text))}</span>{number}{bar}</li>\n'
+        badge = ""
+        if item.get("good") is not None:
+            badge = (
+                '<span class="badge right">✓ right</span>'
+                if item["good"]
+                else '<span class="badge wrong">✗ wrong</span>'
+            )
+        title = html.escape(str(item.get("title", "")))
+        cards.append(
+            f'<figure class="card"><img src="{_source(item["image"])}" alt="{title}" loading="lazy">'
+            f'<figcaption><div class="title"><b>{title}</b>{badge}</div>\n<ol>{lines}</ol></figcaption></figure>'
+        )
+    return f'<div class="gallery">{"".join(cards)}</div>'
+
+
+# ---------------------------------------------------------------------------------------------
+# Pages
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2126; --dim: #646b75; --line: #dfe2e6; --paper: #fff; --card: #f7f8f9;
+  --bar: #88a5c4; --right: #1d7044; --wrong: #b03a2e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e6e9; --dim: #9aa2ad; --line: #343a42; --paper: #16191d;
+  --card: #1e2227; --bar: #5f83a8; --right: #63c48d; --wrong: #ef8a7d; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 68rem; padding: 2.5rem 1.25rem 4rem; color: var(--ink); background: var(--paper);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
+  sans-serif; overflow-wrap: break-word; }
+h1 { margin: 0; font-size: 1.75rem; line-height: 1.25; font-weight: 650; }
+h2 { margin: 2.75rem 0 .9rem; font-size: 1.15rem; font-weight: 650; }
+p { max-width: 44rem; } .subtitle { margin: .4rem 0 0; color: var(--dim); }
+code, pre { font: .875em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; } pre { overflow-x: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
+th, td { padding: .4rem 1.4rem .4rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--dim); font-weight: 500; white-space: nowrap; } th:last-child, td:last-child { padding-right: 0; }
+.n { text-align: right; white-space: nowrap; }
+.plot { display: block; max-width: 100%; height: auto; margin: .5rem 0; background: #fff; border-radius: 6px; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18.5rem), 1fr)); gap: 1.25rem; }
+.card { margin: 0; border: 1px solid var(--line); border-radius: 8px; overflow: hidden; background: var(--card); }
+.card img { display: block; width: 100%; aspect-ratio: 4 / 3; object-fit: contain; background: var(--line); }
+figcaption { padding: .7rem .9rem .9rem; font-size: .875rem; line-height: 1.4; }
+.title { display: flex; justify-content: space-between; align-items: baseline; gap: .75rem; margin-bottom: .5rem; }
+.title b { font-weight: 600; min-width: 0; } .badge { white-space: nowrap; font-weight: 600; font-size: .8rem; }
+ol { list-style: none; margin: 0; padding: 0; }
+li { display: grid; grid-template-columns: 1.3em 1fr auto; column-gap: .3em; padding: .28rem 0; color: var(--dim); }
+li.correct { color: var(--ink); font-weight: 550; } .text { min-width: 0; }
+.score { padding-left: .6em; font-variant-numeric: tabular-nums; }
+.bar { grid-column: 2 / -1; height: 3px; margin-top: .25rem; border-radius: 2px; background: var(--line); }
+.bar i { display: block; height: 100%; min-width: 1px; border-radius: 2px; background: var(--bar); }
+.correct .bar i { background: var(--right); } .right { color: var(--right); } .badge.wrong { color: var(--wrong); }
+"""
+
+
+def page(title: str, sections: list[tuple[str, str]], path, subtitle: str = "") -> Path:
+    """Write an HTML page. sections: [(heading, HTML fragment)]: headings are escaped, fragments are
+    taken as they are, from the functions above or with data passed through `html.escape`."""
+    body = "\n".join(f"<section>\n<h2>{html.escape(heading)}</h2>\n{part}\n</section>" for heading, part in sections)
+    under = f'<p class="subtitle">{html.escape(subtitle)}</p>' if subtitle else ""
+    return write_atomic(
+        path,
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<header><h1>{html.escape(title)}</h1>{under}</header>\n{body}\n</body>\n</html>\n",
+    )

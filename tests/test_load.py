@@ -1,0 +1,411 @@
+"""load.py: what counts as whole, both hubs through their real clients on the loopback, copies, the demo bases."""
+
+import errno
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+# Before a client is imported: nothing of these tests belongs in the user's caches, and no proxy is asked.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+
+import load
+from config import InputError
+from tests.hub_server import Hub
+from tests.official_layout import TEXT, write_qwen_vl
+
+HUBS = ["huggingface", "modelscope"]
+SHARD = "model-00002-of-00002.safetensors"
+NAME = "Org/Tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    return write_qwen_vl(tmp_path_factory.mktemp("hub") / "Org" / "Tiny")
+
+
+@pytest.fixture
+def model(tiny, tmp_path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(tiny, tmp_path / "Org" / "Tiny"))
+
+
+@pytest.fixture(autouse=True)
+def homes(tmp_path, monkeypatch):
+    for variable in ("MODELSCOPE_HOME", "MODELSCOPE_CACHE"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    for variable in ("HF_TOKEN", "MODELSCOPE_API_TOKEN", "HF_ENDPOINT", "MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """The clients' own back-off adds up to half a minute; here it is not the point."""
+    import modelscope_hub._download_control as control
+
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+    monkeypatch.setattr(control._DownloadControl, "sleep", lambda self, seconds: None)
+
+
+def fetch(hub, root, source, name=NAME, **more):
+    return load.download(name, root, source, endpoint=hub.url, waits=more.pop("waits", ()), **more)
+
+
+def refused(call, *words) -> str:
+    with pytest.raises(InputError) as error:
+        call()
+    text = str(error.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text, f"{word!r} is not in: {text}"
+    return text
+
+
+def rewrite_header(path: Path, change) -> None:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    new = json.dumps(header).encode()
+    path.write_bytes(len(new).to_bytes(8, "little") + new + data[8 + length :])
+
+
+# --- whole or not ---
+
+
+def test_a_whole_model_passes(tiny):
+    load.verify_model(tiny)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer_config.json", "preprocessor_config.json", SHARD, "model-00001-of-00002.safetensors"],
+)
+def test_a_missing_file_is_named_with_the_command_that_mends_it(model, name):
+    (model / name).unlink()
+    refused(lambda: load.verify_model(model), name, "python load.py Org/Tiny")
+
+
+def test_one_byte_short_or_long_is_seen(model):
+    data = (model / SHARD).read_bytes()
+    (model / SHARD).write_bytes(data[:-1])
+    refused(lambda: load.verify_model(model), SHARD, f"{len(data) - 1:,} bytes", f"promises {len(data):,}")
+    (model / SHARD).write_bytes(data + b"\0")
+    refused(lambda: load.verify_model(model), SHARD, f"{len(data) + 1:,} bytes")
+    for broken in (b"", data[:5], b"\xff" * 100, b"<html>not found</html>" * 9, data[:40]):
+        (model / SHARD).write_bytes(broken)
+        refused(lambda: load.verify_model(model), SHARD)
+
+
+def test_a_tensor_missing_from_its_shard_is_seen(model):
+    rewrite_header(model / SHARD, lambda header: header.update({"renamed": header.pop("model.norm.weight", None)}))
+    if "model.norm.weight" not in json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]:
+        pytest.fail("the layout lost model.norm.weight")
+    refused(lambda: load.verify_model(model), SHARD)
+
+
+def test_a_broken_json_is_named(model):
+    (model / "config.json").write_text('{"model_type": ')
+    refused(lambda: load.verify_model(model), "config.json", "python load.py Org/Tiny")
+
+
+def test_tokenizer_may_be_vocab_and_merges(model):
+    (model / "tokenizer.json").unlink()
+    load.verify_model(model)
+    (model / "merges.txt").unlink()
+    refused(lambda: load.verify_model(model), "merges.txt")
+
+
+def test_check_reports_every_model_and_exits_1(tiny, tmp_path, capsys):
+    root = str(tiny.parent.parent)
+    load.main(["--check", "--root", root, NAME])
+    with pytest.raises(SystemExit) as stop:
+        load.main(["--check", "--root", root, "Org/None", NAME])
+    assert stop.value.code == 1
+    assert "Org/None" in capsys.readouterr().err
+
+
+# --- the choice of files ---
+
+
+def test_safetensors_are_taken_and_their_duplicates_left():
+    names = """config.json vocab.json merges.txt model.safetensors pytorch_model.bin pytorch_model.bin.index.json
+    tf_model.h5 flax_model.msgpack onnx/model.onnx README.md a/config.json"""
+    sizes = dict.fromkeys(names.split(), 1)
+    assert set(load.choose_files(sizes)) == {"config.json", "vocab.json", "merges.txt", "model.safetensors"}
+    del sizes["model.safetensors"]
+    assert {"pytorch_model.bin", "pytorch_model.bin.index.json"} <= set(load.choose_files(sizes))
+
+
+# --- both hubs, through their real clients ---
+
+
+@pytest.mark.parametrize("source", HUBS)
+def test_full_download_and_a_second_run_asks_nothing(tiny, tmp_path, source):
+    (tiny / "pytorch_model.bin").write_bytes(b"a duplicate")
+    try:
+        with Hub({NAME: tiny}) as hub:
+            folder = fetch(hub, tmp_path, source)
+            assert not hub.fetched("pytorch_model.bin")
+            asked = len(hub.log)
+            assert fetch(hub, tmp_path, source) == folder
+            assert len(hub.log) == asked
+    finally:
+        (tiny / "pytorch_model.bin").unlink()
+    for path in tiny.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def big(tiny, tmp_path_factory) -> Path:
+    """The same with a shard of 24 MB: Hugging Face's client writes in pieces of 10 MB."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("big") / "Tiny"))
+    save_file(load_file(folder / SHARD) | {"filler": torch.arange(6_000_000)[::1].float()}, folder / SHARD)
+    return folder
+
+
+@pytest.mark.parametrize("source", HUBS)
+def test_a_broken_download_is_resumed_by_the_next_run(big, tmp_path, source, no_waiting):
+    with Hub({NAME: big}) as hub:
+        hub.cut[SHARD] = [15_000_000] + [0] * 40  # every retry of the first run is cut too
+        refused(lambda: fetch(hub, tmp_path, source), "broke", "run the same command again")
+        refused(lambda: load.verify_model(tmp_path / NAME), SHARD)
+        hub.cut.clear()
+        hub.log.clear()
+        folder = fetch(hub, tmp_path, source)
+        assert not hub.fetched("model-00001-of-00002.safetensors")  # finished files are not fetched again
+        (span,) = hub.fetched(SHARD)
+        start = int(span.removeprefix("bytes=").split("-")[0])
+        assert start >= 10_000_000
+    assert (folder / SHARD).read_bytes() == (big / SHARD).read_bytes()
+
+
+@pytest.mark.parametrize("source", HUBS)
+def test_a_shard_cut_short_on_disk_is_fetched_again(tiny, tmp_path, source):
+    with Hub({NAME: tiny}) as hub:
+        folder = fetch(hub, tmp_path, source)
+        (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-9])
+        hub.log.clear()
+        fetch(hub, tmp_path, source)
+        assert len(hub.fetched(SHARD)) == 1 and not hub.fetched("model-00001-of-00002.safetensors")
+    load.verify_model(folder)
+
+
+@pytest.mark.parametrize("source", HUBS)
+def test_refusals_are_one_line_that_says_what_to_do(tiny, tmp_path, source, no_waiting):
+    token = "HF_TOKEN" if source == "huggingface" else "MODELSCOPE_API_TOKEN"
+    with Hub({NAME: tiny}) as hub:
+        refused(lambda: fetch(hub, tmp_path, source, "Org/None"), "no model Org/None", "spelling")
+        hub.status = {NAME: 401}
+        refused(lambda: fetch(hub, tmp_path, source), "token", token)
+        hub.status = {NAME: 403}
+        refused(lambda: fetch(hub, tmp_path, source), "gated", "--token", token)
+        hub.status = {NAME: 500}
+        refused(lambda: fetch(hub, tmp_path, source), "answers 500")
+        assert not (tmp_path / NAME).exists()
+        hub.status = {SHARD: 403}  # the usual form: the listing is public, the weights are not
+        refused(lambda: fetch(hub, tmp_path, source), "gated", "--token", token)
+    with socket.socket() as nobody:  # a port on which no one listens
+        nobody.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{nobody.getsockname()[1]}"
+    hub.url = f"http://{host}"
+    refused(lambda: fetch(hub, tmp_path / "b", source), "no network", host)
+    shutil.copytree(tiny, tmp_path / "c" / NAME, ignore=shutil.ignore_patterns(SHARD))  # half there, and no network:
+    refused(lambda: fetch(hub, tmp_path / "c", source), "no network", host)  # the client alone would call it done
+
+
+@pytest.mark.parametrize("source", HUBS)
+def test_wrong_bytes_and_missing_shards_on_the_hub(tiny, tmp_path, source, no_waiting):
+    with Hub({NAME: tiny}) as hub:
+        hub.corrupt.add(SHARD)
+        refused(lambda: fetch(hub, tmp_path, source, waits=(0,)), "Org/Tiny", "run the")
+        assert len(hub.fetched(SHARD)) >= 2  # tried again, and not believed
+        assert not (tmp_path / NAME / SHARD).exists()
+        hub.corrupt.clear()
+        hub.hidden.add(SHARD)
+        refused(lambda: fetch(hub, tmp_path, source), SHARD, "try another --source")
+        hub.hidden.clear()
+        load.verify_model(fetch(hub, tmp_path, source))
+
+
+@pytest.mark.parametrize("source", HUBS)
+def test_a_repository_with_only_pytorch_bins(tiny, tmp_path, source):
+    import torch
+    from safetensors.torch import load_file
+
+    old = Path(shutil.copytree(tiny, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors*")))
+    state = {k: v for shard in sorted(tiny.glob("*.safetensors")) for k, v in load_file(shard).items()}
+    tied = state["model.embed_tokens.weight"]
+    torch.save({**state, "lm_head.weight": tied, "x.position_ids": torch.arange(3)}, old / "pytorch_model.bin")
+    with Hub({NAME: old}) as hub:
+        folder = fetch(hub, tmp_path, source)
+    assert not list(folder.glob("*.bin"))
+    got = load_file(folder / "model.safetensors")
+    assert set(got) == {*state, "lm_head.weight"} and all(torch.equal(got[k], v) for k, v in state.items())
+
+
+def test_modelscope_knows_openai_by_another_name(tiny, tmp_path):
+    with Hub({"openai-mirror/tiny": tiny}) as hub:
+        assert fetch(hub, tmp_path, "modelscope", "openai/tiny") == tmp_path / "openai/tiny"
+
+
+def test_disk_full_is_said_before_and_during(tiny, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    with Hub({NAME: tiny}) as hub:
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+            refused(lambda: fetch(hub, tmp_path, "modelscope"), "disk full", "--root")
+            refused(lambda: load.copy_model(NAME, tiny, tmp_path), "disk full", "--root")
+        assert not hub.fetched(SHARD) and not (tmp_path / NAME).exists()
+
+        def full(*args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("modelscope_hub._download._finish_download", full)  # the real client, a full disk
+        refused(lambda: fetch(hub, tmp_path, "modelscope"), "disk full while writing")
+        monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+        refused(lambda: fetch(hub, tmp_path / "b", "huggingface"), "disk full while writing")
+
+
+# --- a folder copied from elsewhere ---
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["Org/Tiny-1.5", "Tiny-1.5", ".", "Org/Tiny-1___5", "models--Org--Tiny-1.5/snapshots/abc"],
+)
+def test_a_copied_folder_is_found_and_verified(tiny, tmp_path, place):
+    shutil.copytree(tiny, tmp_path / "usb" / place, dirs_exist_ok=True)
+    load.main(["--source", str(tmp_path / "usb"), "--root", str(tmp_path), "Org/Tiny-1.5"])
+    load.verify_model(tmp_path / "Org/Tiny-1.5")
+
+
+def test_a_broken_copy_leaves_nothing_and_spares_what_is_there(tiny, model, tmp_path):
+    usb = Path(shutil.copytree(tiny, tmp_path / "usb"))
+    (usb / SHARD).write_bytes(b"short")
+    (model / "config.json").unlink()
+    before = sorted(path.name for path in model.iterdir())
+    refused(lambda: load.copy_model(NAME, usb, tmp_path), SHARD, "copy that folder again")
+    assert sorted(path.name for path in model.iterdir()) == before
+    assert [path.name for path in model.parent.iterdir()] == ["Tiny"]
+    shutil.copy(tiny / SHARD, usb)
+    load.verify_model(load.copy_model(NAME, usb, tmp_path))  # and mends what was broken
+    assert [path.name for path in model.parent.iterdir()] == ["Tiny"]
+    refused(lambda: load.copy_model("Org/Other", tmp_path, tmp_path), "Org/Other", "config.json")
+
+
+# --- the official layout, and the demo bases ---
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_official_layout_loads_without_a_missing_key(tmp_path, family, tie):
+    import transformers
+
+    folder = write_qwen_vl(tmp_path / family, family, tie=tie)
+    keys = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"])
+    fc = "visual.blocks.0.mlp.gate_proj.weight" if family == "qwen2_5_vl" else "visual.blocks.0.mlp.fc1.weight"
+    assert {fc, "visual.merger.ln_q.weight", "model.layers.0.self_attn.q_proj.bias", "model.norm.weight"} <= keys
+    assert ("lm_head.weight" in keys) == (not tie)
+    config = json.loads((folder / "config.json").read_text())
+    assert "text_config" not in config and config["rope_scaling"]["type"] == "mrope"
+    model, info = getattr(transformers, config["architectures"][0]).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == model.config.image_token_id < config["vocab_size"]
+    for text in [*TEXT, "Ünbekannt 🛰️ 未知", "<|im_start|>user\nhi<|im_end|>\n"]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def write_demo_texts(folder: Path) -> Path:
+    folder.mkdir()
+    rows = [
+        {"image": f"{i}.tif", "caption": f"{n} red roofs beside a lake"} for i, n in enumerate(["one", "two", "six"])
+    ]
+    for name in ("captions_en.json", "captions_zh.json"):
+        zh = [{**row, "caption": "湖边有红色的屋顶。"} for row in rows]
+        (folder / name).write_text(json.dumps(rows if "en" in name else zh), encoding="utf-8")
+    questions = [{"id": i, "img_id": 0, "question": "Is there a lake?", "answers_ids": [i]} for i in range(8)]
+    answers = [{"id": i, "question_id": i, "answer": "yes"} for i in range(8)]
+    (folder / "rsvqa_questions.json").write_text(json.dumps({"questions": questions}))
+    (folder / "rsvqa_answers.json").write_text(json.dumps({"answers": answers}))
+    return folder
+
+
+def test_demo_bases(tmp_path, monkeypatch):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel, CLIPTokenizer
+    from transformers import Qwen2_5_VLForConditionalGeneration as QwenVL
+
+    out, data = tmp_path / "models" / "demo", tmp_path / "data"
+    refused(lambda: load.build_demo_bases(data, out), "python demo_data.py")
+    write_demo_texts(data)
+    monkeypatch.setitem(load.DEMO_SIZES, "train", {"steps": 25, "batch": 4, "length": 32, "lr": 3e-3})
+    state = torch.random.get_rng_state()
+    built = load.build_demo_bases(data, out)
+    assert torch.equal(state, torch.random.get_rng_state())  # the caller's random numbers are left alone
+    for before, after in built["loss_nats_per_token"].values():
+        assert after < 0.7 * before
+    assert sorted(path.name for path in out.iterdir()) == ["clip", "demo_bases.json", "qwen2_5_vl", "qwen3"]
+    for name, cls in {"qwen2_5_vl": QwenVL, "qwen3": AutoModelForCausalLM, "clip": CLIPModel}.items():
+        load.verify_model(out / name)
+        _, info = cls.from_pretrained(out / name, output_loading_info=True)
+        assert not any(info.values()), info
+    ask = [{"role": "user", "content": "湖 lake?"}]
+    qwen3 = AutoTokenizer.from_pretrained(out / "qwen3")
+    quick = qwen3.apply_chat_template(ask, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    assert quick == "<|im_start|>user\n湖 lake?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    see = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "lake?"}]}]
+    shown = AutoTokenizer.from_pretrained(out / "qwen2_5_vl").apply_chat_template(see, tokenize=False)
+    assert shown.endswith("<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>lake?<|im_end|>\n")
+    clip = CLIPTokenizer.from_pretrained(out / "clip")
+    assert clip.decode(clip("A  LAKE 湖")["input_ids"], skip_special_tokens=True) == "a lake 湖"
+
+    def bytes_of():
+        return {path: path.read_bytes() for path in out.rglob("*.safetensors")}
+
+    first, began = bytes_of(), time.time()
+    assert not load.build_demo_bases(data, out)["rebuilt"] and time.time() - began < 1
+    (out / "qwen3" / "model.safetensors").unlink()  # a broken base is rebuilt, to the same bytes
+    assert load.build_demo_bases(data, out)["rebuilt"] and bytes_of() == first
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(load, "_write_clip", fail)
+    refused(lambda: load.build_demo_bases(data, out, seed=1), "No space left")
+    assert bytes_of() == first and sorted(p.name for p in out.iterdir())[0] == "clip"
+
+
+# --- the command line ---
+
+
+def run(*arguments):
+    command = [sys.executable, str(Path(load.__file__)), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_help_is_quick_and_mistakes_are_one_line(tmp_path):
+    began = time.time()
+    assert "--source" in run("--help").stdout and time.time() - began < 5
+    code = "import sys, load; print(*[m for m in ('torch', 'transformers', 'modelscope') if m in sys.modules])"
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(load.__file__).parent)
+    assert alone.stdout.strip() == "" and alone.returncode == 0
+    for arguments, words in {
+        ("noslash",): "ORG/NAME",
+        ("--source", str(tmp_path / "nowhere"), NAME): "neither",
+        ("--preset", "demo", "--data", str(tmp_path), "--root", str(tmp_path)): "python demo_data.py",
+    }.items():
+        done = run(*arguments)
+        assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,431 @@
+"""Train the matcher: which text belongs to which satellite image.
+
+    python train_match.py                                   # preset full: Qwen2.5-VL-3B, CUDA
+    python train_match.py --preset demo                     # small models on drawn scenes, two CPU cores
+    python train_match.py --train_file captions.json --image_root images --num_train_epochs 5
+    python train_match.py ... --resume_from_checkpoint output/training_.../checkpoint-200
+    accelerate launch --config_file accelerate/ddp.yaml train_match.py ...
+
+Leaves in output/training_YYYYMMDD_HHMMSS/: best_model/, checkpoint-N/, config.json, metrics.jsonl, results.json,
+report.html, and TensorBoard events.
+"""
+
+import random
+import re
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import metrics
+import report
+from config import MatchConfig, parse, user_errors
+from data import (
+    CHINESE, FeatureStore, MatchCollator, MatchDataset, PixelStore, QwenResize, Scene, describe, drop_unreadable, load_splits,
+)  # fmt: skip
+from imagery import ImageSettings, read_image
+from losses import Relations, backward_through_embeddings, count_terms, match_loss, mine_negatives
+from model import DualEncoder
+from trainer import SceneTrainer, gather_rows, read_history, write_json
+
+IDS = ("scene_ids", "scene_texts", "text_ids", "triplets")
+
+
+# ----------------------------------------------------------------------------------------------------
+# The task
+
+
+class MatchTask:
+    """Loss and metrics of the matcher, for `trainer.SceneTrainer`."""
+
+    def __init__(self, config: MatchConfig, evaluate):
+        self.config, self.evaluate = config, evaluate
+
+    def count(self, batch) -> int:
+        return count_terms(batch, self.config)
+
+    def step(self, trainer, model, batch, terms) -> torch.Tensor:
+        """Forward and backward of one micro-batch: the loss of the batch gathered over all processes, whose gradient
+        each process sends through its own embeddings. Equal to one process with the whole batch."""
+        accelerator = trainer.accelerator
+        world, rank = accelerator.num_processes, accelerator.process_index
+        ids = {name: gather_rows(accelerator, batch[name], -1) for name in IDS}
+        scenes, texts = first_of_each(torch.cat(ids["scene_ids"])), first_of_each(torch.cat(ids["text_ids"]))
+        relations = Relations(
+            torch.cat(ids["scene_ids"])[scenes],
+            torch.cat(ids["scene_texts"])[scenes],
+            torch.cat(ids["text_ids"])[texts],
+            torch.cat(ids["triplets"]),
+        )
+
+        def loss_of(out):
+            whole = {}
+            for name, kept in (("image", scenes), ("text", texts)):
+                parts = gather_rows(accelerator, out[name])
+                parts[rank] = out[name]  # the one slice that gradients flow to from here
+                whole[name] = torch.cat(parts)[kept]
+            for name in ("logit_scale", "logit_bias"):
+                # DDP averages gradients: embeddings are scaled by the number of processes below, these are whole already.
+                whole[name] = out[name] / world + (out[name] * (1 - 1 / world)).detach()
+            return match_loss(whole, relations, self.config) / terms
+
+        return backward_through_embeddings(
+            model,
+            split_batch(batch, self.config.grad_cache_chunk),
+            loss_of,
+            backward=lambda surrogate: accelerator.backward(surrogate * world),
+            no_sync=partial(accelerator.no_sync, model),
+        )
+
+
+def first_of_each(ids: torch.Tensor) -> torch.Tensor:
+    """Positions at which each id stands first, in order: (N,) -> (distinct,)."""
+    unique, inverse = torch.unique(ids, return_inverse=True)
+    first = torch.full((len(unique),), len(ids), device=ids.device)
+    first.scatter_reduce_(0, inverse, torch.arange(len(ids), device=ids.device), "amin")
+    return first.sort().values
+
+
+def split_batch(batch: dict[str, torch.Tensor], chunk: int) -> list[dict[str, torch.Tensor]]:
+    """The model's part of a batch in pieces of at most `chunk` images and a like share of the texts."""
+    images, texts = len(batch["scene_ids"]), len(batch["text_ids"])
+    pieces = min(-(-images // chunk), images, texts) if chunk else 1
+    result = []
+    for k in range(pieces):
+        i0, i1 = images * k // pieces, images * (k + 1) // pieces
+        t0, t1 = texts * k // pieces, texts * (k + 1) // pieces
+        part = {}
+        if "image_features" in batch:
+            part["image_features"] = batch["image_features"][i0:i1]
+        else:
+            patches = batch["image_grid_thw"].prod(-1)
+            p0, p1 = int(patches[:i0].sum()), int(patches[:i1].sum())
+            part |= {"pixel_values": batch["pixel_values"][p0:p1], "image_grid_thw": batch["image_grid_thw"][i0:i1]}
+        if "text_features" in batch:
+            part["text_features"] = batch["text_features"][t0:t1]
+        else:
+            lengths = batch["text_lengths"][t0:t1]
+            part |= {"input_ids": batch["input_ids"][t0:t1, : int(lengths.max())], "text_lengths": lengths}
+        result.append(part)
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------
+# Scores
+
+
+def score_scenes(image: np.ndarray, text: np.ndarray, scenes: list[Scene], texts: list[str], margin: float) -> dict:
+    """Metrics of N scenes with embeddings image (N, D) and text (len(texts), D).
+
+    Triplets are scored twice: with the negative the file gives (`hard_accuracy`) and with a text of another image
+    (`accuracy`); retrieval over all texts and, where both are there, for each language.
+    """
+    row_of = {t: i for i, t in enumerate(texts)}
+    others = np.random.default_rng(0)
+    result: dict[str, float] = {}
+    pairs, hard = [], []
+    own = [set(scene.texts) for scene in scenes]
+    for i, scene in enumerate(scenes):
+        for positive, negative in scene.rows:
+            if negative is not None:
+                hard.append((i, row_of[positive], row_of[negative]))
+            for _ in range(20):  # a text of another image that is not, word for word, true of this one
+                j = int(others.integers(len(scenes)))
+                candidate = scenes[j].texts[int(others.integers(len(scenes[j].texts)))]
+                same_language = bool(CHINESE.search(candidate)) == bool(CHINESE.search(positive))
+                if candidate not in own[i] and same_language:
+                    pairs.append((i, row_of[positive], row_of[candidate]))
+                    break
+    for name, triplets in (("", pairs), ("hard_", hard)):
+        if triplets:
+            i, p, n = np.array(triplets).T
+            found = metrics.triplet_accuracy(
+                (image[i] * text[p]).sum(1), (image[i] * text[n]).sum(1), margin=margin, image=i
+            )
+            for key in ("accuracy", "accuracy_margin", "interval", "count"):
+                result[f"{name}{key}"] = found[key]
+    listed = [(i, t) for i, scene in enumerate(scenes) for t in scene.texts]
+    languages = {"": listed}
+    chinese = [pair for pair in listed if CHINESE.search(pair[1])]
+    if 0 < len(chinese) < len(listed):
+        languages |= {"en_": [pair for pair in listed if not CHINESE.search(pair[1])], "zh_": chinese}
+    for prefix, chosen in languages.items():
+        kept = sorted({i for i, _ in chosen})
+        place = {i: k for k, i in enumerate(kept)}
+        found = metrics.retrieval(
+            image[kept],
+            text[[row_of[t] for _, t in chosen]],
+            np.array([place[i] for i, _ in chosen]),
+            texts=[t for _, t in chosen],
+        )
+        result |= {f"{prefix}{key}": value for key, value in found.items()}
+    return result
+
+
+def evaluate_scenes(
+    model: DualEncoder, scenes: list[Scene], store, features: dict, config: MatchConfig, batch_size: int
+):
+    """`score_scenes` with a model's embeddings; returns (metrics, image (N, D), text (T, D), texts)."""
+    texts = list(dict.fromkeys([t for s in scenes for t in s.texts] + [n for s in scenes for _, n in s.rows if n]))
+    paths = [scene.image for scene in scenes]
+    if features.get("image"):
+        made = torch.from_numpy(features["image"](paths)).to(model.device)
+        with torch.inference_mode():
+            image = model.project_image(made).float().cpu()
+    else:
+        image = model.embed_images(paths, batch_size=batch_size, store=store)
+    if features.get("text"):
+        made = torch.from_numpy(features["text"](texts)).to(model.device)
+        with torch.inference_mode():
+            text = model.project_text(made).float().cpu()
+    else:
+        text = model.embed_texts(texts, batch_size=4 * batch_size)
+    image, text = image.numpy(), text.numpy()
+    return score_scenes(image, text, scenes, texts, config.margin), image, text, texts
+
+
+def histogram_baseline(train: list[Scene], test: list[Scene], settings: ImageSettings, margin: float) -> dict:
+    """The same metrics for a matcher that knows colour alone: a test image is described by the words of the captions of
+    its 5 nearest training images by joint RGB histogram (8 x 8 x 8 bins, histogram intersection, Swain & Ballard 1991);
+    words are weighted by inverse document frequency. What a model adds must lie above this."""
+
+    def histogram(path):
+        rgb = read_image(path, settings, max_side=256).rgb.reshape(-1, 3) >> 5
+        counts = np.bincount(rgb @ np.array([64, 8, 1]), minlength=512).astype(np.float32)
+        return counts / counts.sum()
+
+    def words(text):
+        return re.findall(r"[a-z]+|\d+", text.lower()) + re.findall(r"(?=([\u4e00-\u9fff]{2}))", text)
+
+    texts = list(dict.fromkeys([t for s in test for t in s.texts] + [n for s in test for _, n in s.rows if n]))
+    documents = Counter(w for scene in train for w in {w for t in scene.texts for w in words(t)})
+    vocabulary = {w: i for i, w in enumerate(documents)}
+    weight = np.log((1 + len(train)) / np.array([documents[w] for w in vocabulary]))
+
+    def vector(text_list):
+        table = np.zeros(len(vocabulary), np.float32)
+        for text in text_list:
+            for w in words(text):
+                if w in vocabulary:
+                    table[vocabulary[w]] += weight[vocabulary[w]]
+        return table
+
+    known = np.stack([histogram(scene.image) for scene in train])
+    described = np.stack([vector(scene.texts) for scene in train])
+    image = []
+    for scene in test:
+        near = np.argsort(-np.minimum(known, histogram(scene.image)).sum(1))[:5]
+        image.append(described[near].sum(0))
+    image, text = np.stack(image), np.stack([vector([t]) for t in texts])
+    unit = [table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-9) for table in (image, text)]
+    return score_scenes(*unit, test, texts, margin)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(argv: list[str] | None = None) -> dict:
+    config, args, changed = parse(MatchConfig, argv, description=__doc__.split("\n")[0])
+    run = Path(args.output_dir)
+    main_process = args.process_index == 0
+    say = print if main_process else (lambda *_: None)
+    started = time.perf_counter()
+
+    # ---- data and model
+    splits = load_splits(config, args.seed, run / "rejected.jsonl" if main_process else None)
+    model = DualEncoder.from_base(config, seed=args.seed)
+    settings = ImageSettings.from_dict(model.settings.images)
+    store = PixelStore(QwenResize(model.processor), settings, config.cache_dir)
+    splits = drop_unreadable(splits, store, config.max_rejected, run / "rejected.jsonl" if main_process else None)
+    say(f"data: {describe(splits)}")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    say(f"model: {config.base_model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained "
+        f"(image tower {config.image_tower}, text tower {config.text_tower})")  # fmt: skip
+    if args.resume_from_checkpoint and config.mine_negatives:
+        model.load_trained(args.resume_from_checkpoint)
+
+    # ---- features of frozen towers are constants
+    model.to(args.device)
+    features = {}
+    if config.cache_dir:
+        recipe = f"{model.settings.base_fingerprint} {store.recipe} {config.max_text_tokens}"
+        if config.image_tower == "frozen":
+            compute = partial(model.embed_images, store=store, batch_size=args.eval_batch_size, pool_only=True)
+            features["image"] = partial(_stored, FeatureStore(config.cache_dir, f"image {recipe}"), compute)
+        if config.text_tower == "frozen":
+            compute = partial(model.embed_texts, batch_size=4 * args.eval_batch_size, pool_only=True)
+            features["text"] = partial(_stored, FeatureStore(config.cache_dir, f"text {recipe}"), compute)
+
+    def dataset_of(scenes):
+        made = MatchDataset(scenes, model.tokenize, store, texts_per_scene=config.texts_per_scene, seed=args.seed)
+        if "image" in features:
+            made.image_features = features["image"]([scene.image for scene in scenes])
+        if "text" in features:
+            made.text_features = features["text"](made.texts)
+        return made
+
+    train = dataset_of(splits["train"])
+    if train.cut:
+        say(f"data: {train.cut} texts are longer than --max_text_tokens {config.max_text_tokens} and are cut")
+    score = partial(evaluate_scenes, store=store, features=features, config=config, batch_size=args.eval_batch_size)
+    if config.mine_negatives:
+        filled = give_mined_negatives(model, splits["train"], train, store, features, config, args.eval_batch_size)
+        say(f"data: {filled} of {sum(len(s.rows) for s in splits['train'])} rows got a mined negative")
+        train = dataset_of(splits["train"])
+
+    # ---- training
+    picked = sorted(random.Random(0).sample(range(len(splits["val"])), min(config.max_eval_scenes, len(splits["val"]))))
+    watched = [splits["val"][i] for i in picked]
+    head_rate = config.head_learning_rate or args.learning_rate * (
+        1 if "full" in (config.image_tower, config.text_tower) else 10
+    )
+    trainer = SceneTrainer(
+        model=model,
+        task=MatchTask(config, lambda current: flat(score(current, watched)[0])),
+        args=args,
+        train_dataset=train,
+        collator=MatchCollator(train, model.processor, model.tokenizer.pad_token_id),
+        settings={"task": "match", "settings": changed},
+        rates={"image": config.image_learning_rate, "text": config.text_learning_rate, "head": head_rate},
+        early_stopping=config.early_stopping_patience,
+    )
+    results: dict = {"config": changed, "images": {name: len(scenes) for name, scenes in splits.items()}}
+    tested = "test" if splits["test"] else "val"
+    if main_process:
+        write_json(run / "config.json", trainer.settings)
+    model.eval()
+    results["untrained"] = flat(score(model, splits[tested])[0])
+    outcome = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    best = trainer.save_best()
+
+    # ---- results
+    model.eval()
+    found, image, text, texts = score(model, splits[tested])
+    results["trained"] = flat(found)
+    if main_process:
+        results["histogram"] = flat(histogram_baseline(splits["train"], splits[tested], settings, config.margin))
+        results |= {"split": tested, "steps": outcome.global_step, "best_step": trainer.state.best_global_step,
+                    "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
+        write_json(run / "results.json", results)
+        write_report(run, results, splits[tested], image, text, texts, settings)
+        print(summary(results, run, best))
+    return results
+
+
+def _stored(feature_store: FeatureStore, compute, keys: list[str]) -> np.ndarray:
+    return feature_store.get(keys, lambda chunk: compute(chunk).float().numpy())
+
+
+def give_mined_negatives(model, scenes, dataset, store, features, config, batch_size) -> int:
+    """Replace the rows' negatives by mined ones; returns how many rows got one."""
+    paths = [scene.image for scene in scenes]
+    model.eval()
+    _, image, text, texts = evaluate_scenes(model, scenes, store, features, config, batch_size)
+    place = {t: i for i, t in enumerate(texts)}
+    rows = [(i, place[t]) for i, scene in enumerate(scenes) for t, _ in scene.rows]
+    own = [np.array([place[t] for t in scene.texts]) for scene in scenes]
+    candidates = iter(mine_negatives(image, text, own, rows, margin=config.mine_margin))
+    filled = 0
+    for scene in scenes:
+        new = [(t, int(next(candidates))) for t, _ in scene.rows]
+        filled += sum(n >= 0 for _, n in new)
+        scene.rows = [(t, texts[n] if n >= 0 else old) for (t, n), (_, old) in zip(new, scene.rows)]
+    return filled
+
+
+def flat(found: dict) -> dict:
+    """Metrics with intervals as two-element lists and numbers as plain floats."""
+    return {k: [float(x) for x in v] if isinstance(v, (tuple, list)) else float(v) for k, v in found.items()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# What the user sees at the end
+
+ROWS = (("untrained", "before training"), ("histogram", "colour histogram"), ("trained", "trained"))
+COLUMNS = {
+    "model": "",
+    "accuracy": "triplets: other scene",
+    "hard_accuracy": "triplets: given negative",
+    "t2i_R@1": "text-image R@1",
+    "t2i_R@10": "R@10",
+    "i2t_R@1": "image-text R@1",
+    "i2t_R@10": "R@10 ",
+    "mR": "mR",
+}
+
+
+def table_rows(results: dict) -> list[dict]:
+    rows = [{"model": label} | {k: results[name].get(k) for k in COLUMNS if k != "model"} for name, label in ROWS]
+    return [{"model": "chance", "accuracy": 0.5, "hard_accuracy": 0.5, "mR": results["trained"]["chance_mR"]}, *rows]
+
+
+def summary(results: dict, run: Path, best: Path) -> str:
+    trained = results["trained"]
+    columns = {k: v for k, v in COLUMNS.items() if any(row.get(k) is not None for row in table_rows(results)[1:])}
+    lines = [
+        "",
+        f"{results['split']} split, {results['images'][results['split']]} images, {int(trained['texts'])} texts "
+        f"({int(trained['duplicate_texts'])} of them equal to another image's, counted right for both; strict mR "
+        f"{trained['strict_mR']:.3f})",
+        report.table_text(table_rows(results), columns),
+        f"95% intervals by image: accuracy {_span(trained['interval'])}, mR {_span(trained['mR_interval'])}",
+        f"best step {results['best_step']} of {results['steps']}, {results['seconds']:.0f} s in all",
+        f"model   {best}",
+        f"report  {run / 'report.html'}",
+    ]
+    return "\n".join(lines)
+
+
+def _span(pair) -> str:
+    return f"{pair[0]:.3f} to {pair[1]:.3f}"
+
+
+def write_report(run, results, scenes, image, text, texts, settings) -> None:
+    """`report.html`: the table, curves, and the best and worst retrievals with their pictures."""
+    history = read_history(run)
+    row_of = {t: i for i, t in enumerate(texts)}
+    pool = list(dict.fromkeys(t for scene in scenes for t in scene.texts))
+    scores = image @ text[[row_of[t] for t in pool]].T  # (N, pool)
+    cards = []
+    for i, scene in enumerate(scenes):
+        order = np.argsort(-scores[i], kind="stable")
+        rank = next(k for k, j in enumerate(order) if pool[j] in scene.texts)
+        lines = [(pool[j], float(scores[i, j]), pool[j] in scene.texts) for j in order[:5]]
+        if rank >= 5:
+            lines.append((pool[order[rank]], float(scores[i, order[rank]]), True))
+        cards.append((rank, -lines[0][1], i, lines))
+    cards.sort(key=lambda card: card[:3])
+
+    def gallery(chosen):
+        items = []
+        for rank, _, i, lines in chosen:
+            picture = report.thumbnail(read_image(scenes[i].image, settings, max_side=448).rgb)
+            title = f"{Path(scenes[i].image).name} · first right text at rank {rank + 1} of {len(pool)}"
+            items.append({"image": picture, "title": title, "good": rank == 0, "lines": lines})
+        return report.gallery_html(items)
+
+    columns = {k: v.strip() for k, v in COLUMNS.items()}
+    sections = [
+        ("Scores", report.table_html(table_rows(results), columns, best={k: "max" for k in COLUMNS if k != "model"})
+         + f"<p>{results['split']} split; 95% intervals by image: accuracy {_span(results['trained']['interval'])}, "
+           f"mR {_span(results['trained']['mR_interval'])}. A text equal to another image's caption counts as right for both; "
+           f"strict mR is {results['trained']['strict_mR']:.3f}.</p>"),
+        ("Best retrievals", gallery(cards[:6])),
+        ("Worst retrievals", gallery(cards[-6:][::-1])),
+    ]  # fmt: skip
+    if history:
+        curves = report.curves_figure(
+            history, {"loss": "training loss", "eval_mR": "mR", "eval_accuracy": "triplet accuracy"}
+        )
+        sections.insert(1, ("Curves", report.figure_html(curves, "training curves")))
+    report.page("Matching images and texts", sections, run / "report.html", subtitle=f"{run}")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

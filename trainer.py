@@ -1,0 +1,238 @@
+"""One subclass of `transformers.Trainer` for every task.
+
+A task gives three things: `count(batch)`, the number of loss terms in a batch; `step(trainer, model, batch,
+terms)`, which runs forward and backward and returns the detached loss; `evaluate(model)`, a dict of metrics.
+Everything else - scene batches, learning rate per module, atomic checkpoints, exact resume, the best model,
+logs - is here, and is the same for all.
+"""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
+
+from config import InputError
+from data import SceneSampler
+from report import write_atomic
+
+PARTIAL, DOOMED = ".partial", ".deleted"
+
+
+class SceneTrainer(Trainer):
+    """Trains `model` on scenes; see the module's docstring for what `task` provides.
+
+    `model` provides `save_pretrained(folder, state_dict)`, `load_trained(folder)`, `trained_names()` and
+    `parameter_groups()`. `settings` (JSON-able) is written to `config.json` of the run and of every checkpoint.
+    """
+
+    def __init__(
+        self, *, model, task, args, train_dataset, collator, settings: dict, rates: dict, early_stopping: int = 0
+    ):
+        self.task, self.settings, self.rates = task, settings, rates
+        callbacks = [MetricsFile()]
+        if early_stopping:
+            callbacks.append(EarlyStoppingCallback(early_stopping))
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, data_collator=collator, callbacks=callbacks,
+            eval_dataset=train_dataset,  # the Trainer asks for one; `evaluate` below leaves evaluation to the task
+        )  # fmt: skip
+        self.can_return_loss = True
+        world, per_step = self.args.world_size, self.args.train_batch_size * self.args.world_size
+        if world > 1 and len(train_dataset) < per_step:
+            raise InputError(
+                f"{len(train_dataset)} training scenes do not fill one batch of {per_step} on {world} processes;"
+                " lower --per_device_train_batch_size"
+            )
+
+    # -- data and optimizer
+
+    def _get_train_sampler(self, train_dataset=None):
+        size = len(train_dataset if train_dataset is not None else self.train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SceneSampler(size, self.args.train_batch_size * self.args.world_size, seed)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            named = dict(self.accelerator.unwrap_model(model).named_parameters())
+            decayed = set(self.get_decay_parameter_names(self.accelerator.unwrap_model(model)))
+            groups = []
+            for module, names in self.accelerator.unwrap_model(model).parameter_groups().items():
+                rate = self.rates.get(module) or self.args.learning_rate
+                for decay in (True, False):
+                    chosen = [named[name] for name in names if (name in decayed) == decay]
+                    if chosen:
+                        groups.append(
+                            {"params": chosen, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
+                        )
+            if not groups:
+                raise InputError("nothing to train: every tower is frozen and there is no head")
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    # -- steps
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Loss terms of the whole optimizer step, over its micro-batches and all processes."""
+        terms = torch.tensor(float(sum(self.task.count(batch) for batch in batch_samples)), device=device)
+        if self.args.world_size > 1:
+            terms = self.accelerator.gather(terms[None]).sum()
+        return terms.clamp(min=1)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        return self.task.step(self, model, self._prepare_inputs(inputs), num_items_in_batch).detach()
+
+    def floating_point_ops(self, inputs):
+        return 0  # the Trainer's estimate is for one text model, not for two towers
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        start = time.perf_counter()
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        with self.accelerator.autocast():
+            found = self.task.evaluate(model)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- checkpoints: written beside, then renamed, so that a folder named checkpoint-N is always whole
+
+    def _save(self, output_dir=None, state_dict=None):
+        if not self.args.should_save:
+            return
+        output_dir = Path(output_dir or self.args.output_dir)
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+        write_json(output_dir / "config.json", self.settings)
+
+    def _save_checkpoint(self, model, trial=None):
+        run = Path(self.args.output_dir)
+        final = run / f"checkpoint-{self.state.global_step}"
+        if final.exists():  # step and epoch end together: it is already there, whole
+            return
+        partial = final.with_name(final.name + PARTIAL)
+        if self.args.should_save and partial.exists():
+            shutil.rmtree(partial)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(partial), _internal_call=True)
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == final or best.exists()):
+            self.state.best_model_checkpoint = str(best)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(partial))
+            self._save_scaler(str(partial))
+            self._save_rng_state(str(partial))
+        if self.args.should_save:
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if hasattr(callback, "state") and callable(callback.state):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            self.state.save_to_json(str(partial / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for path in partial.rglob("*"):  # on disk before it gets its name: a rename may outlive its content
+                if path.is_file():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+            os.replace(partial, final)
+            self._drop_old(run)
+        self.accelerator.wait_for_everyone()
+
+    def _drop_old(self, run: Path) -> None:
+        limit = self.args.save_total_limit
+        if not limit:
+            return
+        keep = {self.state.best_model_checkpoint, str(run / f"checkpoint-{self.state.global_step}")}
+        found = [path for path in sort_checkpoints(str(run), use_mtime=False) if Path(path).name[11:].isdigit()]
+        for path in found[: max(0, len(found) - limit)]:
+            if path not in keep and str(Path(path)) not in keep:
+                doomed = f"{path}{DOOMED}"
+                os.replace(path, doomed)  # a kill while deleting leaves no half checkpoint under a whole one's name
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.accelerator.unwrap_model(model or self.model).load_trained(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        self.accelerator.unwrap_model(self.model).load_trained(self.state.best_model_checkpoint)
+
+    def save_best(self) -> Path:
+        """Write the model as it stands (after training: the best one) to `best_model/`, whole or not at all."""
+        final = Path(self.args.output_dir) / "best_model"
+        partial = final.with_name(final.name + PARTIAL)
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(partial), _internal_call=True)
+        if self.args.should_save:
+            if final.exists():
+                shutil.rmtree(str(final) + DOOMED, ignore_errors=True)
+                os.replace(final, str(final) + DOOMED)
+            os.replace(partial, final)
+            shutil.rmtree(str(final) + DOOMED, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        return final
+
+
+class MetricsFile(TrainerCallback):
+    """Every log row as a line of `metrics.jsonl`; a resumed run goes on after the step it resumes from."""
+
+    def on_train_begin(self, args, state, control, **_):
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in [*folder.glob(f"checkpoint-*{PARTIAL}"), *folder.glob(f"*{DOOMED}")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read_history(folder) if row["step"] <= state.global_step] if state.global_step else []
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if state.is_world_process_zero and logs and hasattr(self, "path"):
+            row = {"step": state.global_step, **{key: value for key, value in logs.items() if _is_number(value)}}
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def read_history(run: str | Path) -> list[dict]:
+    """Rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    path = Path(run) / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write JSON whole or not at all."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def gather_rows(accelerator, tensor: torch.Tensor, fill: int = 0) -> list[torch.Tensor]:
+    """Each process's (n_r, ...) tensor, in rank order; n_r and the second axis may differ. No gradient."""
+    if accelerator.num_processes == 1:
+        return [tensor]
+    sizes = accelerator.gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+    for axis in range(min(2, tensor.dim())):
+        tensor = accelerator.pad_across_processes(tensor.detach(), dim=axis, pad_index=fill)
+    parts = accelerator.gather(tensor).split(len(tensor))
+    return [part[:size] for part, size in zip(parts, sizes)]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
