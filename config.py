@@ -12,6 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import sys
 import textwrap
@@ -138,6 +139,10 @@ class MatchConfig(DataConfig):
     projection_dropout: float = 0.0
     """Dropout before the projection, 0 to 1."""
 
+    whiten_init: bool = True
+    """Start each projection as a PCA whitening of its tower's features on up to 512 training scenes (not on resume). Raw
+    features lie within a few degrees of one another, and training from a random projection first has to spread them."""
+
     max_text_tokens: int = 128
     """Longer texts are cut to this many tokens (the end-of-text token is kept) and counted in the summary."""
 
@@ -220,14 +225,21 @@ PRESETS: dict[str, dict[str, dict]] = {
             "val_file": "data/demo/triplets_val.json",
             "test_file": "data/demo/triplets_test.json",
             "image_root": "data/demo/images",
-            "max_pixels": 168 * 168,
-            "image_tower": "full",  # a small random tower has nothing to keep
+            "max_pixels": 112 * 112,
+            "stretch": "percentile",  # drawn haze and light differ from scene to scene
+            "image_tower": "full",  # towers of 2 M parameters: LoRA would save nothing
             "text_tower": "full",
             "projection_dim": 128,
+            "loss": "infonce",
+            "texts_per_scene": 2,
             "per_device_train_batch_size": 32,
             "per_device_eval_batch_size": 64,
-            "learning_rate": 1e-3,
-            "num_train_epochs": 12,
+            "learning_rate": 5e-4,
+            "num_train_epochs": 7,
+            "eval_strategy": "steps",
+            "eval_steps": 60,
+            "save_strategy": "steps",
+            "save_steps": 60,
             "dataloader_num_workers": 0,
             "use_cpu": True,
         },
@@ -246,7 +258,7 @@ def field_help(cls: type) -> dict[str, str]:
         if base.__module__ != cls.__module__:
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-        for node, after in zip(body, body[1:]):
+        for node, after in itertools.pairwise(body):
             if (
                 isinstance(node, ast.AnnAssign)
                 and isinstance(after, ast.Expr)
@@ -305,7 +317,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         checkpoint = resolve_checkpoint(resume)
         recorded = json.loads((checkpoint / "config.json").read_text())["settings"]
         known = {key: value for key, value in recorded.items() if key in base}
-        parser.set_defaults(**known, output_dir=str(checkpoint.parent))
+        # What a run does not record had the library's default, whatever the presets say.
+        parser.set_defaults(**(base | known | {"output_dir": str(checkpoint.parent)}))
     namespace = parser.parse_args(argv)
     if resume:
         namespace.resume_from_checkpoint = str(checkpoint)
@@ -313,6 +326,11 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         from datetime import datetime
 
         namespace.output_dir = f"output/training_{datetime.now():%Y%m%d_%H%M%S}"
+    if not resume and any(Path(namespace.output_dir).glob("checkpoint-*/trainer_state.json")):
+        raise InputError(
+            f"--output_dir {namespace.output_dir}: holds another run's checkpoints; choose a new folder, or go on with"
+            f" --resume_from_checkpoint {namespace.output_dir}"
+        )
     if preset == "full" and "--bf16" not in argv and not resume:
         import torch
 
@@ -344,7 +362,7 @@ def check(config: DataConfig) -> None:
     """Refuse values that no run can use. Raises InputError."""
     bounds = {
         "val_fraction": (0, 0.9), "max_rejected": (0, 1), "lora_dropout": (0, 1), "projection_dropout": (0, 1),
-        "margin": (0, 2), "mine_margin": (0, 2), "lora_rank": (1, 4096), "projection_dim": (1, 65536),
+        "margin": (0, 2), "mine_margin": (0, 2), "max_samples": (1, 10**9), "lora_rank": (1, 4096), "projection_dim": (1, 65536),
         "projection_hidden": (0, 65536), "max_text_tokens": (2, 32768), "texts_per_scene": (0, 10**6),
         "grad_cache_chunk": (0, 10**9), "min_pixels": (1, 10**9), "max_pixels": (28 * 28, 10**9), "temperature": (1e-4, 10),
         "max_eval_scenes": (1, 10**9), "early_stopping_patience": (0, 10**9), "lora_alpha": (1, 10**6),

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ def load_json(path: str | Path):
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 inside a text
             if line.strip():
                 try:
                     rows.append(json.loads(line))
@@ -202,7 +203,7 @@ def _rows_of(form: str, entry) -> tuple[str, list[tuple[str, str | None]], str |
     captions = entry.get("captions")
     if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions):
         raise InputError("field 'captions': expected a list of texts, none of them empty")
-    texts = [text.strip() for text in captions]
+    texts = [_text({"captions": text}, "captions") for text in captions]
     if isinstance(entry.get("zh_answer"), str) and entry["zh_answer"].strip():
         texts.append(entry["zh_answer"].strip())
     return _text(entry, "image"), [(text, None) for text in texts], split
@@ -216,6 +217,8 @@ def _text(entry: dict, name: str) -> str:
         raise InputError(f"field {name!r}: expected a text, found {type(value).__name__} {json.dumps(value)[:60]}")
     if not value.strip():
         raise InputError(f"field {name!r} is empty")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise InputError(f"field {name!r}: half of a surrogate pair, not a character: {value[:60]!a}")
     return value.strip()
 
 
@@ -365,7 +368,7 @@ class PixelStore:
         if entry is not None:
             try:
                 return np.load(entry)
-            except (OSError, ValueError, EOFError):
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile):
                 entry.unlink(missing_ok=True)  # cut short by a full disk: make it anew
         pixels = self.resize(read_image(path, self.settings).rgb)
         if entry is not None:
@@ -382,15 +385,19 @@ class PixelStore:
                 ) from None
         return pixels
 
-    def _entry(self, path: str) -> Path | None:
-        if self.folder is None:
-            return None
+    @staticmethod
+    def identity(path: str) -> str:
+        """A text that changes when the file at `path` does. Raises ImageError."""
         try:
             stat = os.stat(path)
         except OSError as error:
             raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
-        text = f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{self.recipe}"
-        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"
+
+    def _entry(self, path: str) -> Path | None:
+        if self.folder is None:
+            return None
+        digest = hashlib.blake2b(f"{self.identity(path)}|{self.recipe}".encode(), digest_size=16).hexdigest()
         return self.folder / digest[:2] / f"{digest}.npy"
 
     def prepare(self, paths: list[str], desc: str = "images") -> dict[str, str]:
@@ -458,8 +465,11 @@ class FeatureStore:
         """(len(keys), D) float32, row by row from disk where present; `compute(list of keys) -> (n, D)` for the rest."""
         table: dict[str, np.ndarray] = {}
         for shard in sorted(self.folder.glob("*.npz")):
-            with np.load(shard) as stored:
-                table.update(zip(stored["keys"].tolist(), stored["features"]))
+            try:
+                with np.load(shard) as stored:
+                    table.update(zip(stored["keys"].tolist(), stored["features"]))
+            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+                shard.unlink(missing_ok=True)  # cut short by a full disk: make it anew
         missing = [key for key in dict.fromkeys(keys) if key not in table]
         made = [
             compute(missing[i : i + batch]) for i in tqdm(range(0, len(missing), batch), desc=desc, disable=not missing)

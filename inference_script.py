@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json_input", help='file of [{"image_path", "text"}], or - for standard input')
     parser.add_argument("--json_output", help="file for the rows with their scores, or - for standard output")
     parser.add_argument(
-        "--image_root", help="folder that relative image paths start from (default: here, then the file's)"
+        "--image_root", help="folder that relative image paths start from (default: the input file's, then here)"
     )
     parser.add_argument("--base_model", help="folder of the base, if it is not where it was in training")
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1 ...")
@@ -124,6 +124,8 @@ def row_error(row) -> str | None:
             return f"field {name!r}: expected a text, found {type(row[name]).__name__}"
         if not row[name].strip():
             return f"field {name!r} is empty"
+        if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in row[name]):
+            return f"field {name!r} holds what is no character: {row[name][:60]!a}"
     return None
 
 
@@ -134,7 +136,9 @@ def read_rows(source: str):
     if source != "-":
         return load_json(source)
     try:
-        return json.loads(sys.stdin.read())
+        return json.loads(sys.stdin.buffer.read().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise InputError(f"standard input: line {error.lineno}, column {error.colno}: {error.msg}") from None
 
@@ -155,6 +159,8 @@ def main(argv: list[str] | None = None) -> int:
         rows, folder = [{"image_path": args.image_path, "text": text} for text in args.text], None
     if args.json_output and args.json_output != "-" and not Path(args.json_output).resolve().parent.is_dir():
         raise InputError(f"--json_output {args.json_output}: its folder does not exist")
+    if args.json_output and Path(args.json_output).is_dir():
+        raise InputError(f"--json_output {args.json_output}: is a folder, expected a file")
 
     from transformers.utils import logging
 

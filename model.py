@@ -79,10 +79,12 @@ def fingerprint(folder: str | Path) -> str:
     Values are sampled (the first 1 KiB of every tensor), so that a 7 GB base takes a moment, not half a minute.
     """
     digest = hashlib.blake2b(digest_size=8)
+    paths = weight_files(folder)
     digest.update((Path(folder) / "config.json").read_bytes())
-    for path in weight_files(folder):
+    for path in paths:
         with open(path, "rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
+            # No header is longer than its file: the first bytes of a Git LFS pointer would be 10^18.
+            header = file.read(min(int.from_bytes(file.read(8), "little"), path.stat().st_size))
             digest.update(header)
             start = file.tell()
             try:
@@ -114,8 +116,8 @@ def load_tower(folder: str | Path, side: str, config, dtype: torch.dtype = torch
             raise InputError(f"{path}: cannot be read ({error}); load the base again") from None
     part = config.vision_config if side == "image" else config.text_config
     tower, info = TOWERS[config.model_type][side == "text"].from_pretrained(
-        None, config=part, state_dict=tensors, dtype=dtype, output_loading_info=True
-    )
+        None, config=part, state_dict=tensors, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )  # what does not fit is refused below, all of it at once
     _refuse_keys(folder, info["missing_keys"], [*info["unexpected_keys"], *strangers], info["mismatched_keys"])
     return tower
 
@@ -223,8 +225,10 @@ class DualEncoder(nn.Module):
     # -- making, saving, loading
 
     @classmethod
-    def from_base(cls, config, *, seed: int = 0) -> "DualEncoder":
-        """A new dual encoder on the towers of `config.base_model` (`config`: `config.MatchConfig`)."""
+    def from_base(cls, config, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> "DualEncoder":
+        """A new dual encoder on the towers of `config.base_model` (`config`: `config.MatchConfig`).
+
+        `dtype`: of towers that are frozen or carry LoRA; what is trained is float32 in any case."""
         base = read_config(config.base_model)
         processor, tokenizer = load_processor(config.base_model, config.min_pixels, config.max_pixels)
         settings = DualEncoderSettings(
@@ -235,7 +239,6 @@ class DualEncoder(nn.Module):
             images=image_settings(config).to_dict(),
             **{name: getattr(config, name) for name in COPIED_SETTINGS},
         )
-        dtype = torch.bfloat16 if getattr(config, "base_dtype", None) == "bfloat16" else torch.float32
         towers = [
             load_tower(config.base_model, side, base, torch.float32 if mode == "full" else dtype)
             for side, mode in (("image", config.image_tower), ("text", config.text_tower))
@@ -347,7 +350,7 @@ class DualEncoder(nn.Module):
         whitening (Su et al. 2021, "Whitening sentence representations") begins spread.
         """
         for head, features in ((self.image_projection, image_features), (self.text_projection, text_features)):
-            norm, linear = head[0], head[2]
+            norm, linear = head[0], head[2]  # with a hidden layer: its first half
             x = norm(features.to(norm.weight)).double()
             mean = x.mean(0)
             values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / max(1, len(x) - 1))
@@ -439,7 +442,8 @@ class DualEncoder(nn.Module):
     ) -> torch.Tensor:
         """Paths or resized (H, W, 3) uint8 arrays -> unit embeddings (N, projection_dim) float32 on the CPU.
 
-        Files are read a batch at a time, from `store` (a `data.PixelStore`) where one is given. Raises imagery.ImageError for a file that cannot be read.
+        Files are read a batch at a time, from `store` (a `data.PixelStore`) where one is given. Raises
+        imagery.ImageError for a file that cannot be read.
         `pool_only` stops before the projection (features of a frozen tower).
         """
         store = store or PixelStore(QwenResize(self.processor), ImageSettings.from_dict(self.settings.images))

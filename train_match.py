@@ -22,10 +22,19 @@ import torch
 
 import metrics
 import report
-from config import MatchConfig, parse, user_errors
+from config import InputError, MatchConfig, parse, user_errors
 from data import (
-    CHINESE, FeatureStore, MatchCollator, MatchDataset, PixelStore, QwenResize, Scene, describe, drop_unreadable, load_splits,
-)  # fmt: skip
+    CHINESE,
+    FeatureStore,
+    MatchCollator,
+    MatchDataset,
+    PixelStore,
+    QwenResize,
+    Scene,
+    describe,
+    drop_unreadable,
+    load_splits,
+)
 from imagery import ImageSettings, read_image
 from losses import Relations, backward_through_embeddings, count_terms, match_loss, mine_negatives
 from model import DualEncoder
@@ -235,9 +244,12 @@ def main(argv: list[str] | None = None) -> dict:
     say = print if main_process else (lambda *_: None)
     started = time.perf_counter()
 
+    if not args.resume_from_checkpoint and ([*run.glob("checkpoint-*")] or (run / "best_model").exists()):
+        raise InputError(f"{run}: holds a run already; resume it, or give another --output_dir")
+
     # ---- data and model
     splits = load_splits(config, args.seed, run / "rejected.jsonl" if main_process else None)
-    model = DualEncoder.from_base(config, seed=args.seed)
+    model = DualEncoder.from_base(config, seed=args.seed, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     settings = ImageSettings.from_dict(model.settings.images)
     store = PixelStore(QwenResize(model.processor), settings, config.cache_dir)
     splits = drop_unreadable(splits, store, config.max_rejected, run / "rejected.jsonl" if main_process else None)
@@ -256,7 +268,9 @@ def main(argv: list[str] | None = None) -> dict:
         recipe = f"{model.settings.base_fingerprint} {store.recipe} {config.max_text_tokens}"
         if config.image_tower == "frozen":
             compute = partial(model.embed_images, store=store, batch_size=args.eval_batch_size, pool_only=True)
-            features["image"] = partial(_stored, FeatureStore(config.cache_dir, f"image {recipe}"), compute)
+            features["image"] = partial(
+                _stored, FeatureStore(config.cache_dir, f"image {recipe}"), compute, name=store.identity
+            )
         if config.text_tower == "frozen":
             compute = partial(model.embed_texts, batch_size=4 * args.eval_batch_size, pool_only=True)
             features["text"] = partial(_stored, FeatureStore(config.cache_dir, f"text {recipe}"), compute)
@@ -274,9 +288,12 @@ def main(argv: list[str] | None = None) -> dict:
         say(f"data: {train.cut} texts are longer than --max_text_tokens {config.max_text_tokens} and are cut")
     score = partial(evaluate_scenes, store=store, features=features, config=config, batch_size=args.eval_batch_size)
     if config.mine_negatives:
-        filled = give_mined_negatives(model, splits["train"], train, store, features, config, args.eval_batch_size)
+        filled = give_mined_negatives(model, splits["train"], store, features, config, args.eval_batch_size)
         say(f"data: {filled} of {sum(len(s.rows) for s in splits['train'])} rows got a mined negative")
         train = dataset_of(splits["train"])
+
+    if config.whiten_init and not args.resume_from_checkpoint:
+        start_white(model, splits["train"], train, store, features, args.eval_batch_size)
 
     # ---- training
     picked = sorted(random.Random(0).sample(range(len(splits["val"])), min(config.max_eval_scenes, len(splits["val"]))))
@@ -286,7 +303,7 @@ def main(argv: list[str] | None = None) -> dict:
     )
     trainer = SceneTrainer(
         model=model,
-        task=MatchTask(config, lambda current: flat(score(current, watched)[0])),
+        task=MatchTask(config, lambda current: watched_metrics(score(current, watched)[0])),
         args=args,
         train_dataset=train,
         collator=MatchCollator(train, model.processor, model.tokenizer.pad_token_id),
@@ -317,13 +334,16 @@ def main(argv: list[str] | None = None) -> dict:
     return results
 
 
-def _stored(feature_store: FeatureStore, compute, keys: list[str]) -> np.ndarray:
-    return feature_store.get(keys, lambda chunk: compute(chunk).float().numpy())
+def _stored(feature_store: FeatureStore, compute, items: list[str], name=str) -> np.ndarray:
+    """Features of texts or image files; `name(item)` is what an entry is kept under."""
+    item_of = {name(item): item for item in items}
+    return feature_store.get(
+        [name(item) for item in items], lambda chunk: compute([item_of[key] for key in chunk]).float().numpy()
+    )
 
 
-def give_mined_negatives(model, scenes, dataset, store, features, config, batch_size) -> int:
+def give_mined_negatives(model, scenes, store, features, config, batch_size) -> int:
     """Replace the rows' negatives by mined ones; returns how many rows got one."""
-    paths = [scene.image for scene in scenes]
     model.eval()
     _, image, text, texts = evaluate_scenes(model, scenes, store, features, config, batch_size)
     place = {t: i for i, t in enumerate(texts)}
@@ -338,9 +358,37 @@ def give_mined_negatives(model, scenes, dataset, store, features, config, batch_
     return filled
 
 
+def start_white(model, scenes, dataset, store, features, batch_size) -> None:
+    """Whiten the projection heads on a fixed sample of training images and texts; the same on every process."""
+    draw = np.random.default_rng(0)
+    paths = [scenes[i].image for i in sorted(draw.permutation(len(scenes))[:512])]
+    texts = [dataset.texts[i] for i in sorted(draw.permutation(len(dataset.texts))[:2048])]
+    model.eval()
+    image = (
+        features["image"](paths)
+        if "image" in features
+        else model.embed_images(paths, store=store, batch_size=batch_size, pool_only=True)
+    )
+    text = (
+        features["text"](texts)
+        if "text" in features
+        else model.embed_texts(texts, batch_size=4 * batch_size, pool_only=True)
+    )
+    if len(paths) > 1 and len(texts) > 1:
+        model.whiten_heads(torch.as_tensor(image), torch.as_tensor(text))
+
+
 def flat(found: dict) -> dict:
-    """Metrics with intervals as two-element lists and numbers as plain floats."""
-    return {k: [float(x) for x in v] if isinstance(v, (tuple, list)) else float(v) for k, v in found.items()}
+    """Plain floats; an interval as two-element list."""
+    return {k: [float(x) for x in v] if isinstance(v, tuple) else float(v) for k, v in found.items()}
+
+
+WATCHED = ("accuracy", "hard_accuracy", "mR", "en_mR", "zh_mR", "i2t_R@1", "i2t_R@10", "t2i_R@1", "t2i_R@10")
+
+
+def watched_metrics(found: dict) -> dict:
+    """The few numbers an evaluation in mid-training logs; the final results hold them all."""
+    return {k: float(found[k]) for k in WATCHED if k in found}
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class SceneTrainer(Trainer):
         self, *, model, task, args, train_dataset, collator, settings: dict, rates: dict, early_stopping: int = 0
     ):
         self.task, self.settings, self.rates = task, settings, rates
-        callbacks = [MetricsFile()]
+        callbacks = [MetricsFile(), EpochOfSampler(self)]
         if early_stopping:
             callbacks.append(EarlyStoppingCallback(early_stopping))
         super().__init__(
@@ -42,6 +42,7 @@ class SceneTrainer(Trainer):
             eval_dataset=train_dataset,  # the Trainer asks for one; `evaluate` below leaves evaluation to the task
         )  # fmt: skip
         self.can_return_loss = True
+        self.saved_step = None
         world, per_step = self.args.world_size, self.args.train_batch_size * self.args.world_size
         if world > 1 and len(train_dataset) < per_step:
             raise InputError(
@@ -54,7 +55,8 @@ class SceneTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         size = len(train_dataset if train_dataset is not None else self.train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SceneSampler(size, self.args.train_batch_size * self.args.world_size, seed)
+        self.sampler = SceneSampler(size, self.args.train_batch_size * self.args.world_size, seed)
+        return self.sampler
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -116,8 +118,9 @@ class SceneTrainer(Trainer):
     def _save_checkpoint(self, model, trial=None):
         run = Path(self.args.output_dir)
         final = run / f"checkpoint-{self.state.global_step}"
-        if final.exists():  # step and epoch end together: it is already there, whole
+        if self.saved_step == self.state.global_step:  # step and epoch end together: it is already there, whole
             return
+        self.saved_step = self.state.global_step
         partial = final.with_name(final.name + PARTIAL)
         if self.args.should_save and partial.exists():
             shutil.rmtree(partial)
@@ -141,6 +144,9 @@ class SceneTrainer(Trainer):
                 if path.is_file():
                     with open(path, "rb") as file:
                         os.fsync(file.fileno())
+            if final.exists():  # from before this run went back to an earlier checkpoint
+                os.replace(final, f"{final}{DOOMED}")
+                shutil.rmtree(f"{final}{DOOMED}", ignore_errors=True)
             os.replace(partial, final)
             self._drop_old(run)
         self.accelerator.wait_for_everyone()
@@ -151,11 +157,11 @@ class SceneTrainer(Trainer):
             return
         keep = {self.state.best_model_checkpoint, str(run / f"checkpoint-{self.state.global_step}")}
         found = [path for path in sort_checkpoints(str(run), use_mtime=False) if Path(path).name[11:].isdigit()]
-        for path in found[: max(0, len(found) - limit)]:
-            if path not in keep and str(Path(path)) not in keep:
-                doomed = f"{path}{DOOMED}"
-                os.replace(path, doomed)  # a kill while deleting leaves no half checkpoint under a whole one's name
-                shutil.rmtree(doomed, ignore_errors=True)
+        old = [path for path in found if path not in keep and str(Path(path)) not in keep]
+        for path in old[: max(0, len(found) - limit)]:
+            doomed = f"{path}{DOOMED}"
+            os.replace(path, doomed)  # a kill while deleting leaves no half checkpoint under a whole one's name
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:
@@ -183,6 +189,17 @@ class SceneTrainer(Trainer):
             shutil.rmtree(str(final) + DOOMED, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         return final
+
+
+class EpochOfSampler(TrainerCallback):
+    """Tells the sampler its epoch. accelerate does so itself, but not through the two wrappers a run on several
+    processes has after it resumes inside an epoch: it would draw the first epoch's order, silently."""
+
+    def __init__(self, trainer: SceneTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **_):
+        self.trainer.sampler.set_epoch(int(state.epoch))
 
 
 class MetricsFile(TrainerCallback):

@@ -14,13 +14,13 @@ TEXT = [
 def write_qwen_vl(folder, family="qwen2_5_vl", shards=2, seed=0, vocab=None, **sizes) -> Path:
     """Write a tiny Qwen2.5-VL ("qwen2_5_vl") or Qwen2-VL ("qwen2_vl") to `folder` and return it.
 
-    vocab: `(vocabulary, merges)` of `load.train_bpe`, to share one; sizes: text_hidden, text_layers, text_heads,
+    vocab: `(vocabulary, merges)` of `demo_bases.train_bpe`, to share one; sizes: text_hidden, text_layers, text_heads,
     text_kv_heads, text_intermediate, depth, hidden, num_heads, intermediate, fullatt, max_pixels, tie (word
     embeddings tied, as in the 2B and 3B models; False adds `lm_head.weight`, as in the 7B)."""
     import torch
     import transformers
 
-    import load
+    import demo_bases
 
     default = {"text_hidden": 64, "text_layers": 2, "text_heads": 4, "text_kv_heads": 2, "text_intermediate": 96}
     default |= {"depth": 2, "hidden": 32, "num_heads": 2, "intermediate": 64, "fullatt": [1], "max_pixels": 168 * 168}
@@ -30,15 +30,15 @@ def write_qwen_vl(folder, family="qwen2_5_vl", shards=2, seed=0, vocab=None, **s
     n = default | sizes
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = load.write_qwen_tokenizer(folder, *(vocab or load.train_bpe(TEXT * 2, 320)), family)
+    tokenizer = demo_bases.write_qwen_tokenizer(folder, *(vocab or demo_bases.train_bpe(TEXT * 2, 320)), family)
     text = {"hidden_size": n["text_hidden"], "intermediate_size": n["text_intermediate"]}
     text |= {"num_hidden_layers": n["text_layers"], "heads": n["text_heads"], "kv_heads": n["text_kv_heads"]}
     vision = {"depth": n["depth"], "hidden_size": n["hidden"], "num_heads": n["num_heads"]}
     vision |= {"intermediate_size": n["intermediate"], "fullatt": n["fullatt"]}
-    config = load.qwen_config(tokenizer, family, text, vision) | {"tie_word_embeddings": n["tie"]}
-    load.write_qwen_settings(folder, config, n["max_pixels"])
+    config = demo_bases.qwen_config(tokenizer, family, text, vision) | {"tie_word_embeddings": n["tie"]}
+    demo_bases.write_qwen_settings(folder, config, n["max_pixels"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, config["architectures"][0])(transformers.AutoConfig.from_pretrained(folder))
-    load.write_weights(model, folder, shards)
+    demo_bases.write_weights(model, folder, shards)
     return folder

@@ -16,6 +16,7 @@ import pytest
 # Before a client is imported: nothing of these tests belongs in the user's caches, and no proxy is asked.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 
+import demo_bases
 import load
 from config import InputError
 from tests.hub_server import Hub
@@ -351,11 +352,12 @@ def test_demo_bases(tmp_path, monkeypatch):
     out, data = tmp_path / "models" / "demo", tmp_path / "data"
     refused(lambda: load.build_demo_bases(data, out), "python demo_data.py")
     write_demo_texts(data)
-    monkeypatch.setitem(load.DEMO_SIZES, "train", {"steps": 25, "batch": 4, "length": 32, "lr": 3e-3})
+    monkeypatch.setitem(demo_bases.DEMO_SIZES, "train", {"steps": 25, "batch": 4, "length": 32, "lr": 3e-3})
     state = torch.random.get_rng_state()
     built = load.build_demo_bases(data, out)
     assert torch.equal(state, torch.random.get_rng_state())  # the caller's random numbers are left alone
-    for before, after in built["loss_nats_per_token"].values():
+    for found in built["measured"].values():
+        before, after = found["nats_per_token"]
         assert after < 0.7 * before
     assert sorted(path.name for path in out.iterdir()) == ["clip", "demo_bases.json", "qwen2_5_vl", "qwen3"]
     for name, cls in {"qwen2_5_vl": QwenVL, "qwen3": AutoModelForCausalLM, "clip": CLIPModel}.items():

@@ -1,0 +1,33 @@
+# Two commands: `make demo` and `make test`. Each makes .venv and installs what it needs first.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+MODEL := output/demo/best_model
+
+# Threads that spin while they wait make small models several times slower on a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test lint clean
+
+$(VENV)/.ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/.ready
+	$(PY) demo_data.py
+	$(PY) load.py --preset demo
+	rm -rf output/demo
+	$(PY) train_match.py --preset demo --output_dir output/demo
+	$(PY) inference_script.py --checkpoint $(MODEL) --image_path data/demo/images/scene_00639.tif --text "an airport with aircraft" "a port with ships" "一座机场，有四架飞机" "一片森林"
+	$(PY) inference_script.py --checkpoint $(MODEL) --json_input data/demo/pairs_test.json --json_output output/demo/pairs_scores.json
+
+test: $(VENV)/.ready lint
+	$(PY) -m pytest
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,183 @@
+"""config.py: every setting documented and on the command line, who wins over whom, what is refused, which checkpoint."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from config import (
+    PRESETS,
+    TRAINING_DEFAULTS,
+    InputError,
+    MatchConfig,
+    field_help,
+    parse,
+    resolve_checkpoint,
+    user_errors,
+)
+
+FIELDS = [field.name for field in dataclasses.fields(MatchConfig)]
+
+
+def read(*words, out="somewhere/new"):
+    return parse(MatchConfig, [f"--output_dir={out}", "--use_cpu=true", *map(str, words)])
+
+
+def refused(call, *words) -> None:
+    with pytest.raises(InputError) as error:
+        call()
+    for word in words:
+        assert str(word) in str(error.value), f"{word!r} is not in: {error.value}"
+
+
+def help_text(capsys, flag="--help") -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse(MatchConfig, [flag])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_every_field_is_documented_and_a_flag(capsys):
+    documented = field_help(MatchConfig)
+    assert set(documented) == set(FIELDS)
+    shown = " ".join(help_text(capsys).split())
+    for name in FIELDS:
+        assert len(documented[name]) > 15, name
+        assert f"--{name} " in shown, name
+        # argparse breaks lines at spaces and hyphens: compare without either
+        assert documented[name].replace(" ", "").replace("-", "") in shown.replace(" ", "").replace("-", ""), name
+    assert "--warmup_steps" not in shown and "--help_all" in shown
+    assert "--warmup_steps" in help_text(capsys, "--help_all")
+
+
+def test_command_line_wins_over_preset_and_preset_over_default():
+    config, args, changed = read()
+    assert config.preset == "full" and config.projection_dim == MatchConfig.projection_dim == 512
+    assert args.learning_rate == PRESETS["MatchConfig"]["full"]["learning_rate"] and args.eval_strategy == "epoch"
+    config, args, changed = read("--preset", "demo")
+    demo = PRESETS["MatchConfig"]["demo"]
+    assert config.preset == "demo" and config.projection_dim == demo["projection_dim"] != 512
+    assert args.learning_rate == demo["learning_rate"] and config.train_file == demo["train_file"]
+    config, args, changed = read("--preset=demo", "--projection_dim=64", "--learning_rate", "3e-4")
+    assert config.projection_dim == 64 and args.learning_rate == 3e-4
+    assert changed["projection_dim"] == 64 and changed["preset"] == "demo" and "margin" not in changed
+
+
+def test_own_data_does_not_meet_the_presets_data(tmp_path):
+    config, _, _ = read("--preset", "demo", "--train_file", "mine.json")
+    assert (config.train_file, config.val_file, config.test_file, config.image_root) == ("mine.json", None, None, None)
+    assert config.base_model == PRESETS["MatchConfig"]["demo"]["base_model"]
+
+
+def test_no_flags_and_booleans():
+    assert read()[0].allow_leak is False
+    assert read("--allow_leak")[0].allow_leak is True
+    assert read("--allow_leak", "false")[0].allow_leak is False
+    assert read()[1].load_best_model_at_end is True
+    assert read("--load_best_model_at_end", "false")[1].load_best_model_at_end is False
+    assert read()[1].remove_unused_columns is False
+    assert read()[1].disable_tqdm is False
+    assert read()[1].average_tokens_across_devices is True
+    assert read("--no_average_tokens_across_devices")[1].average_tokens_across_devices is False
+
+
+def test_dashes_and_equal_signs():
+    assert read("--projection-dim=64", "--preset=demo")[0].projection_dim == 64
+    assert read("--percentiles", "1", "99")[0].percentiles == [1.0, 99.0]
+    assert read("--cache_dir", "none")[0].cache_dir is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--val_fraction=1.5", "--max_rejected=2", "--lora_rank=0", "--projection_dim=0", "--texts_per_scene=-1", "--margin=-1",
+     "--temperature=0", "--max_text_tokens=1", "--lora_dropout=1.5", "--max_pixels=10", "--max_samples=-3",
+     "--max_samples=0", "--grad_cache_chunk=-1", "--max_eval_scenes=0", "--early_stopping_patience=-1"],
+)  # fmt: skip
+def test_values_out_of_bounds(words):
+    flag, value = words.split("=")
+    refused(lambda: read(words), flag, value)
+
+
+def test_refused_combinations(tmp_path):
+    refused(lambda: read("--min_pixels=5000", "--max_pixels=2000"), "--min_pixels", "--max_pixels")
+    refused(lambda: read("--eval_strategy=no"), "do not go together")  # the best model needs evaluations
+
+
+@pytest.mark.parametrize("words", ["--preset=big", "--loss=hinge", "--lora_rank=many", "--no_such_flag=1"])
+def test_unknown_values_end_with_code_2(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        read(words)
+    assert stop.value.code == 2 and words.split("=")[0] in capsys.readouterr().err
+
+
+def test_user_errors_are_one_line(capsys):
+    for error, code in ((InputError("a.json: no such file"), 2), (KeyboardInterrupt(), 130), (BrokenPipeError(), 141)):
+        with pytest.raises(SystemExit) as stop, user_errors():
+            raise error
+        assert stop.value.code == code
+    assert capsys.readouterr().err.splitlines()[0] == "error: a.json: no such file"
+    with pytest.raises(ValueError, match="a bug"), user_errors():
+        raise ValueError("a bug")  # is shown with its traceback
+
+
+# ----------------------------------------------------------------------------------------------------
+# Resume
+
+
+def checkpoint(run: Path, step: int, settings: dict) -> Path:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (folder / "config.json").write_text(json.dumps({"task": "match", "settings": settings}))
+    return folder
+
+
+@pytest.mark.parametrize("preset", ["full", "demo"])
+def test_a_resumed_run_has_the_settings_it_had(tmp_path, preset, capsys):
+    """Also those that were set back to the library's default against a preset, which no record mentions."""
+    words = ["--preset", preset, "--margin=0.3", "--warmup_steps=0", "--num_train_epochs=3", "--logging_steps=500",
+             "--dataloader_num_workers=0", "--report_to=none"]  # fmt: skip
+    config, args, changed = read(*words, out=tmp_path / "run")
+    assert ("warmup_steps" not in changed and "gradient_checkpointing" not in changed) or preset == "full"
+    folder = checkpoint(tmp_path / "run", 7, changed)
+    again, args_again, changed_again = parse(MatchConfig, ["--resume_from_checkpoint", str(tmp_path / "run")])
+    assert again == config
+    assert args_again.resume_from_checkpoint == str(folder) and args_again.output_dir == str(tmp_path / "run")
+    one, two = args.to_dict(), args_again.to_dict()
+    different = {key for key in one if one[key] != two[key]}
+    assert different <= {"resume_from_checkpoint", "logging_dir"}, different
+    changed_again.pop("resume_from_checkpoint")
+    assert changed_again == changed
+    assert "resumed with a change" not in capsys.readouterr().out
+
+
+def test_command_line_wins_over_the_resumed_run(tmp_path, capsys):
+    _, _, changed = read("--margin=0.3", "--preset=demo", out=tmp_path / "run")
+    checkpoint(tmp_path / "run", 7, changed)
+    config, args, _ = parse(
+        MatchConfig, [f"--resume-from-checkpoint={tmp_path / 'run'}", "--margin=0.5", f"--output_dir={tmp_path / 'b'}"]
+    )
+    assert config.margin == 0.5 and config.preset == "demo" and args.output_dir == str(tmp_path / "b")
+    assert "resumed with a change: margin 0.3 -> 0.5" in capsys.readouterr().out
+
+
+def test_resolve_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    refused(lambda: resolve_checkpoint(run), run, "does not exist")
+    run.mkdir()
+    refused(lambda: resolve_checkpoint(run), run, "no whole checkpoint")
+    first, last = checkpoint(run, 9, {}), checkpoint(run, 100, {})
+    half = checkpoint(run, 200, {})
+    half.rename(run / "checkpoint-200.partial")
+    checkpoint(run, 300, {}).rename(run / "checkpoint-300.deleted")
+    (run / "checkpoint-400").mkdir()  # without a state
+    assert resolve_checkpoint(run) == last  # 100 is after 9, by number
+    assert resolve_checkpoint(str(first)) == first
+
+
+def test_new_run_into_a_used_folder(tmp_path):
+    checkpoint(tmp_path, 4, {})
+    refused(lambda: read(out=tmp_path), tmp_path, "--resume_from_checkpoint")
+    _, args, _ = parse(MatchConfig, ["--use_cpu=true"])
+    assert Path(args.output_dir).parent.name == "output" and TRAINING_DEFAULTS["output_dir"] is None

@@ -1,0 +1,481 @@
+"""data.py: what is refused and how it is said, splits, resized pixels and features on disk, scenes to tensors."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from config import DataConfig, InputError
+from data import (
+    FeatureStore,
+    MatchCollator,
+    MatchDataset,
+    PixelStore,
+    QwenResize,
+    Scene,
+    SceneSampler,
+    drop_unreadable,
+    find_leaks,
+    load_json,
+    load_splits,
+    read_scenes,
+)  # fmt: skip
+from imagery import ImageSettings
+from tests.official_layout import write_qwen_vl
+
+UCM = Path(__file__).parents[2] / "shared" / "data" / "ucm_captions"
+
+
+def save(path: Path, value) -> Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def refused(call, *words) -> str:
+    with pytest.raises(InputError) as error:
+        call()
+    for word in words:
+        assert str(word) in str(error.value), f"{word!r} is not in: {error.value}"
+    return str(error.value)
+
+
+def picture(path: Path, seed: int = 0, size=(40, 30)) -> Path:
+    rng = np.random.default_rng(seed)
+    Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Ten images a0.png .. a9.png, all different."""
+    for i in range(10):
+        picture(tmp_path / f"a{i}.png", i)
+    return tmp_path
+
+
+def captions(count=10, start=0, **more) -> list[dict]:
+    return [{"image": f"a{i}.png", "caption": f"text {i}", **more} for i in range(start, start + count)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_missing_file_and_folder(tmp_path):
+    refused(lambda: read_scenes(tmp_path / "none.json"), tmp_path / "none.json", "no such file")
+    refused(lambda: read_scenes(tmp_path), "is a folder")
+
+
+def test_broken_json_has_line_and_column(tmp_path):
+    broken = save(tmp_path / "b.json", '[\n  {"image": "a.png",\n   "caption": oops}\n]')
+    refused(lambda: read_scenes(broken), broken, "line 3, column 15")
+    lines = save(tmp_path / "b.jsonl", '{"image": "a.png", "caption": "x"}\n\n{"image": }\n')
+    refused(lambda: read_scenes(lines), lines, "line 3, column 11")
+
+
+def test_not_utf8_and_byte_order_mark(tmp_path):
+    (tmp_path / "latin.json").write_bytes('[{"image": "é"}]'.encode("latin-1"))
+    refused(lambda: load_json(tmp_path / "latin.json"), "UTF-8", "byte 12")
+    (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf[1]")
+    assert load_json(tmp_path / "bom.json") == [1]
+
+
+def test_jsonl_lines_end_at_newlines_only(tmp_path):
+    """A line separator (U+2028) may stand unescaped inside a JSON text; str.splitlines would cut there."""
+    rows = [{"image": "a", "caption": "one\u2028two\x85three"}, {"image": "b", "caption": "x"}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(text.encode())
+    assert load_json(path) == rows
+
+
+@pytest.mark.parametrize("content", [{"rows": []}, [1, 2], "text", [{"picture": "a", "caption": "b"}], []])
+def test_unknown_form(tmp_path, content):
+    path = save(tmp_path / "f.json", json.dumps(content))
+    text = refused(lambda: read_scenes(path), path)
+    assert "expected a list of" in text or "is empty" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"image": "a0.png", "caption": 5}, ["row 9", "'caption'", "expected a text", "int"]),
+        ({"image": "a0.png", "caption": "  "}, ["row 9", "'caption'", "is empty"]),
+        ({"image": "a0.png"}, ["row 9", "'caption'", "is missing", "image"]),
+        ({"image": None, "caption": "x"}, ["row 9", "'image'", "expected a text"]),
+        ({"image": "gone.png", "caption": "x"}, ["row 9", "gone.png", "no such image", "--image_root"]),
+        ({"image": "words.png", "caption": "x"}, ["row 9", "words.png"]),
+        ({"image": "a0.png", "caption": "\ud800"}, ["row 9", "'caption'", "surrogate"]),
+        (["a0.png", "x"], ["row 9", "expected an object", "list"]),
+    ],
+)
+def test_bad_row_names_file_index_field(folder, row, words):
+    (folder / "words.png").write_text("this is no image")
+    path = folder / "c.json"
+    path.write_text(json.dumps([*captions(9), row, *captions(1)]))
+    refused(lambda: read_scenes(path), path, "1 of 11 rows", *words)
+    read = read_scenes(path, max_rejected=0.1)  # few enough: the run goes on
+    assert len(read.scenes) == 9 and [bad.row for bad in read.rejected] == [9] and read.rows == 11
+
+
+def test_duplicates_are_dropped_and_counted(folder):
+    path = save(folder / "c.json", [*captions(3), *captions(2), {"image": "a0.png", "caption": " text 0 "}])
+    read = read_scenes(path)
+    assert read.duplicates == 3 and [s.rows for s in read.scenes] == [[(f"text {i}", None)] for i in range(3)]
+
+
+def test_negative_equal_to_a_positive(folder):
+    rows = [
+        {"image_name": "a0.png", "positive": "a farm", "negative": "a lake"},
+        {"image_name": "a0.png", "positive": "fields", "negative": "a farm"},  # true of the same image
+        {"image_name": "a1.png", "positive": "a lake", "negative": "a farm"},
+    ]
+    path = save(folder / "t.json", rows)
+    refused(lambda: read_scenes(path), "row 1", "'negative'", "a farm", "also a positive")
+    read = read_scenes(path, max_rejected=0.5)
+    assert [bad.row for bad in read.rejected] == [1]
+    assert read.scenes[0].rows == [("a farm", "a lake")] and read.scenes[0].texts == ["a farm", "fields"]
+
+
+def test_triplet_form(folder):
+    rows = [{"image_name": "a0.png", "positive": "p", "negative": "n"}, {"image_name": "a0.png", "positive": "q"}]
+    (scene,) = read_scenes(save(folder / "t.json", rows)).scenes
+    assert scene.rows == [("p", "n"), ("q", None)] and scene.texts == ["p", "q"]
+    assert scene.image == str(folder / "a0.png")
+
+
+def test_caption_form_gathers_rows_by_image(folder):
+    rows = [{"image": "a0.png", "caption": t} for t in ("x", "y")] + captions(2, 1)
+    scenes = read_scenes(save(folder / "c.json", rows)).scenes
+    assert [scene.texts for scene in scenes] == [["x", "y"], ["text 1"], ["text 2"]]
+
+
+def test_karpathy_form_with_restval_and_filepath(folder):
+    (folder / "images" / "part").mkdir(parents=True)
+    picture(folder / "images" / "part" / "b.png", 50)
+    entries = [
+        {"filename": "a0.png", "split": "train", "sentences": [{"raw": "one"}, {"raw": "two"}]},
+        {"filename": "a1.png", "split": "restval", "sentences": [{"raw": "three"}]},
+        {"filename": "b.png", "filepath": "part", "split": "val", "sentences": [{"raw": "four"}]},
+        {"filename": "a2.png", "split": "test", "sentences": [{"raw": "five"}]},
+    ]
+    path = save(folder / "k.json", {"images": entries, "dataset": "x"})
+    splits = load_splits(DataConfig(train_file=str(path)))
+    assert {name: [s.texts for s in scenes] for name, scenes in splits.items()} == {
+        "train": [["one", "two"], ["three"]],
+        "val": [["four"]],
+        "test": [["five"]],
+    }
+    entries[0]["sentences"] = []
+    refused(lambda: read_scenes(save(path, {"images": entries})), "row 0", "'sentences'")
+
+
+def test_scene_form_with_chinese_answer(folder):
+    rows = [{"image": "a0.png", "captions": ["x", "y", "x"], "zh_answer": "农田"}]
+    read = read_scenes(save(folder / "s.jsonl", "\n".join(json.dumps(row) for row in rows)))
+    assert read.scenes[0].texts == ["x", "y", "农田"] and read.duplicates == 1
+    refused(lambda: read_scenes(save(folder / "s.json", [{"image": "a0.png", "captions": ["x", ""]}])), "'captions'")
+
+
+def test_language_filter(folder):
+    path = save(folder / "s.json", [{"image": "a0.png", "captions": ["a farm"], "zh_answer": "一片农田"}])
+    assert read_scenes(path, language="en").scenes[0].texts == ["a farm"]
+    assert read_scenes(path, language="zh").scenes[0].texts == ["一片农田"]
+    assert read_scenes(path, language="all").scenes[0].texts == ["a farm", "一片农田"]
+    refused(lambda: read_scenes(save(path, captions(2)), language="zh"), "no usable row", "--language zh")
+
+
+def test_image_root(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    path = save(elsewhere / "c.json", captions(3))
+    refused(lambda: read_scenes(path), "--image_root")
+    assert len(read_scenes(path, image_root=str(folder)).scenes) == 3
+
+
+# ----------------------------------------------------------------------------------------------------
+# Splits
+
+
+def test_held_out_images_share_no_image(folder):
+    rows = [{"image": f"a{i}.png", "caption": f"text {i} {k}"} for k in range(3) for i in range(10)]
+    config = DataConfig(train_file=str(save(folder / "c.json", rows)), val_fraction=0.3)
+    splits = load_splits(config, seed=1)
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [7, 3, 0]
+    assert not {s.image for s in splits["train"]} & {s.image for s in splits["val"]}
+    assert all(len(s.rows) == 3 for name in splits for s in splits[name])
+    assert splits == load_splits(config, seed=1) and splits != load_splits(config, seed=2)
+
+
+def test_own_splits_and_named_files(folder):
+    rows = captions(4, split="train") + captions(2, 4, split="val") + captions(2, 6, split="test")
+    path = save(folder / "c.json", rows)
+    splits = load_splits(DataConfig(train_file=str(path)))
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [4, 2, 2]
+    other = save(folder / "v.json", captions(2, 8))
+    splits = load_splits(DataConfig(train_file=str(path), val_file=str(other)))
+    assert [Path(s.image).name for s in splits["val"]] == ["a8.png", "a9.png"]
+    bad = save(folder / "w.json", captions(2, split="holdout"))
+    refused(lambda: load_splits(DataConfig(train_file=str(bad))), "'holdout'", "train, val or test")
+    mixed = save(folder / "m.json", [*captions(1, split="train"), *captions(1, split="val")])
+    refused(lambda: load_splits(DataConfig(train_file=str(mixed))), "row 1", "'val'", "'train'")
+    refused(lambda: load_splits(DataConfig()), "--train_file")
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("train", "val"), ("val", "test")])
+def test_same_image_under_another_name_is_refused(folder, splits, capsys):
+    shutil.copy(folder / "a0.png", folder / "other name.png")
+    (folder / "a1.png").write_bytes((folder / "a2.png").read_bytes()[:-1] + b"x")  # as long as a2, not the same
+    first, second = splits
+    rest = next(name for name in ("train", "val", "test") if name not in splits)
+    rows = [
+        {"image": "a0.png", "caption": "x", "split": first},
+        {"image": "other name.png", "caption": "y", "split": second},
+        {"image": "a3.png", "caption": "z", "split": rest},
+        {"image": "a4.png", "caption": "z", "split": "train"},
+    ]
+    path = save(folder / "c.json", rows)
+    refused(lambda: load_splits(DataConfig(train_file=str(path))), "a0.png", "other name.png", second, "--allow_leak")
+    kept = load_splits(DataConfig(train_file=str(path), allow_leak=True))
+    assert sum(map(len, kept.values())) == 4 and "warning: 1 images" in capsys.readouterr().out
+    assert not find_leaks({"train": [Scene(str(folder / "a1.png"))], "val": [Scene(str(folder / "a2.png"))]})
+
+
+def test_few_bad_rows_are_listed_and_the_run_goes_on(folder, capsys):
+    path = save(folder / "c.json", [*captions(10), *captions(9), {"image": "gone.png", "caption": "x"}])
+    report = folder / "run" / "rejected.jsonl"
+    refused(lambda: load_splits(DataConfig(train_file=str(path)), report=report), "1 of 20 rows", "--max_rejected 0.01")
+    load_splits(DataConfig(train_file=str(path), max_rejected=0.05), report=report)
+    (listed,) = [json.loads(line) for line in report.read_text().splitlines()]
+    assert listed["file"] == str(path) and listed["row"] == 19 and "gone.png" in listed["reason"]
+    out = capsys.readouterr().out
+    assert "1 bad rows left out" in out and "9 duplicate rows dropped" in out
+
+
+def test_truncated_image_is_found_before_training(folder):
+    whole = (folder / "a3.png").read_bytes()
+    (folder / "a3.png").write_bytes(whole[: len(whole) // 2])  # its header still reads
+    splits = load_splits(DataConfig(train_file=str(save(folder / "c.json", captions(10))), val_fraction=0.2))
+    store = PixelStore(lambda_resize(), ImageSettings(), str(folder / "cache"))
+    refused(lambda: drop_unreadable(splits, store, 0.01), "1 of 10 images", "a3.png", "--max_rejected")
+    report = folder / "rejected.jsonl"
+    kept = drop_unreadable(splits, store, 0.1, report)
+    assert sum(map(len, kept.values())) == 9
+    assert not any(s.image.endswith("a3.png") for scenes in kept.values() for s in scenes)
+    assert "a3.png" in json.loads(report.read_text())["file"]
+    only = {"train": splits["train"], "val": [Scene(str(folder / "a3.png"))], "test": []}
+    refused(lambda: drop_unreadable(only, store, 1.0), "no image of the val split")
+
+
+def test_max_samples(folder):
+    path = save(folder / "c.json", captions(10))
+    splits = load_splits(DataConfig(train_file=str(path), val_fraction=0.5, max_samples=2))
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [2, 2, 0]
+
+
+@pytest.mark.skipif(not UCM.is_dir(), reason="the real UCM captions are not at ../shared/data/ucm_captions")
+def test_real_ucm_captions(monkeypatch):
+    splits = load_splits(DataConfig(train_file=str(UCM / "ucm_captions.jsonl")))
+    assert {name: len(scenes) for name, scenes in splits.items()} == {"train": 1680, "val": 210, "test": 210}
+    scenes = [scene for part in splits.values() for scene in part]
+    assert len({scene.image for scene in scenes}) == 2100
+    english = load_splits(DataConfig(train_file=str(UCM / "ucm_captions.jsonl"), language="en"))
+    texts = [text for part in english.values() for scene in part for text in scene.texts]
+    assert texts and not any(data.CHINESE.search(text) for text in texts) and len(texts) > 2100
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pixels
+
+
+class lambda_resize:
+    """The smallest resize there is, for tests of the store alone."""
+
+    key = "half"
+
+    def __call__(self, rgb):
+        return rgb[::2, ::2]
+
+
+@pytest.fixture(scope="module")
+def processors(base, tmp_path_factory):
+    from model import load_processor
+
+    other = write_qwen_vl(tmp_path_factory.mktemp("qwen2") / "tiny", family="qwen2_vl", shards=1)
+    return [load_processor(folder, 28 * 28 * 4, 168 * 168)[0] for folder in (base, other)]
+
+
+@pytest.mark.parametrize("size", [(70, 60), (256, 256), (28, 300), (1000, 40), (13, 17), (399, 401)])
+def test_same_pixels_as_the_official_processor(processors, tmp_path, size):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    path = picture(tmp_path / "a.png", 3, size)
+    for processor in processors:
+        assert type(processor) is Qwen2VLImageProcessorPil
+        ours = data.pixel_batch([PixelStore(QwenResize(processor), ImageSettings())[str(path)]], processor)
+        official = processor(images=[Image.open(path).convert("RGB")], do_resize=True, return_tensors="pt")
+        assert torch.equal(ours["image_grid_thw"], official["image_grid_thw"])
+        assert torch.equal(ours["pixel_values"], official["pixel_values"])
+
+
+def test_pixel_cache_hit_change_and_corruption(tmp_path, monkeypatch):
+    path = str(picture(tmp_path / "a.png", 1))
+    store = PixelStore(lambda_resize(), ImageSettings(), str(tmp_path / "cache"))
+    reads = []
+    read = data.read_image
+    monkeypatch.setattr(data, "read_image", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
+    first = store[path]
+    assert np.array_equal(store[path], first) and len(reads) == 1  # a hit
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+    (entry,) = (tmp_path / "cache").rglob("*.npy")
+    whole = entry.read_bytes()
+    for broken in (whole[:-7], whole[:20], b"", b"PK\3\4 no zip", b"\0" * len(whole)):
+        entry.write_bytes(broken)
+        assert np.array_equal(store[path], first)
+        assert entry.read_bytes() == whole  # made anew
+    assert len(reads) == 6
+
+    picture(tmp_path / "a.png", 2)  # other content under the same name
+    os.utime(path, ns=(1, 1))
+    assert not np.array_equal(store[path], first) and len(reads) == 7
+    other = PixelStore(lambda_resize(), ImageSettings(stretch="percentile"), str(tmp_path / "cache"))
+    other[path]
+    assert len(reads) == 8  # another stretch is another entry
+    PixelStore(lambda_resize(), ImageSettings())[path]
+    assert len(reads) == 9  # no folder: nothing kept
+
+
+def test_prepare_reads_each_image_once_and_reports(folder, monkeypatch):
+    (folder / "a1.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    store = PixelStore(lambda_resize(), ImageSettings(), str(folder / "cache"))
+    paths = [str(folder / f"a{i % 4}.png") for i in range(8)] + [str(folder / "gone.png")]
+    with pytest.raises(InputError, match=r"gone\.png"):
+        store.prepare(paths)
+    bad = store.prepare(paths[:-1])
+    assert list(bad) == [str(folder / "a1.png")] and "a1.png" in bad[str(folder / "a1.png")]
+    monkeypatch.setattr(data, "read_image", None)  # all is kept: nothing is read again
+    assert store.prepare([path for path in paths[:-1] if path not in bad]) == {}
+
+
+def test_feature_store(tmp_path):
+    asked = []
+
+    def compute(keys):
+        asked.append(list(keys))
+        return np.array([[len(key), ord(key[0])] for key in keys], dtype=np.float32)
+
+    store = FeatureStore(str(tmp_path), "recipe 1")
+    made = store.get(["aa", "b", "aa", "农田"], compute, batch=2)
+    assert made.tolist() == [[2, 97], [1, 98], [2, 97], [2, ord("农")]] and asked == [["aa", "b"], ["农田"]]
+    again = FeatureStore(str(tmp_path), "recipe 1").get(["b", "ccc", "aa"], compute)
+    assert again.tolist() == [[1, 98], [3, 99], [2, 97]] and asked[2:] == [["ccc"]]
+    FeatureStore(str(tmp_path), "recipe 2").get(["aa"], compute)
+    assert asked[3:] == [["aa"]]
+    assert not list(tmp_path.rglob("*.tmp"))
+    for shard in store.folder.glob("*.npz"):
+        shard.write_bytes(shard.read_bytes()[:50])  # cut short
+    assert FeatureStore(str(tmp_path), "recipe 1").get(["b", "aa"], compute).tolist() == [[1, 98], [2, 97]]
+    assert asked[4:] == [["b", "aa"]]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Scenes -> batches
+
+
+@pytest.mark.parametrize(("size", "batch"), [(13, 4), (12, 4), (5, 8), (8, 8), (1, 1), (100, 7)])
+def test_sampler(size, batch):
+    sampler = SceneSampler(size, batch, seed=3)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        drawn = list(sampler)
+        assert len(drawn) == len(sampler) and {e for e, _ in drawn} == {epoch}
+        order = [i for _, i in drawn]
+        assert sorted(order[:size]) == list(range(size))  # a permutation, then filled up from its own start
+        assert order[size:] == order[: len(order) - size]
+        if size >= batch:
+            assert len(order) % batch == 0 and len(order) - size < batch
+        for k in range(0, len(order), batch):
+            assert len(set(order[k : k + batch])) == len(order[k : k + batch])
+        assert drawn == list(sampler)  # no hidden state
+        orders.append(order)
+    if size > 4:
+        assert orders[0] != orders[1] != orders[2]
+        assert [i for _, i in SceneSampler(size, batch, seed=4)] != orders[0]
+
+
+@pytest.fixture(scope="module")
+def small(processors, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    scenes = []
+    for i in range(4):
+        path = picture(folder / f"{i}.png", i, (56 + 28 * i, 56))
+        rows = [(f"text {k} of {i}", "shared" if k % 2 else None) for k in range(5)]
+        scenes.append(Scene(str(path), [text for text, _ in rows], rows))
+    scenes[3].rows.append(("text 0 of 0", None))  # also true of image 3
+    scenes[3].texts.append("text 0 of 0")
+
+    def tokenize(texts):
+        return [np.arange(1, 2 + len(text) % 5) for text in texts], 0
+
+    def make(**options):
+        dataset = MatchDataset(scenes, tokenize, PixelStore(QwenResize(processors[0]), ImageSettings()), **options)
+        return dataset, MatchCollator(dataset, processors[0], pad_id=0)
+
+    return make
+
+
+def test_texts_per_scene_depend_on_seed_epoch_and_scene_alone(small):
+    dataset, _ = small(texts_per_scene=2, seed=1)
+    picks = {epoch: [dataset[epoch, i]["rows"] for i in range(4)] for epoch in range(6)}
+    assert all(len(rows) == 2 for rows in picks[0]) and len({str(rows) for rows in picks.values()}) > 1
+    again, _ = small(texts_per_scene=2, seed=1)
+    assert [again[3, i]["rows"] for i in (3, 1, 2, 0)] == [picks[3][i] for i in (3, 1, 2, 0)]
+    other, _ = small(texts_per_scene=2, seed=2)
+    assert any(other[epoch, i]["rows"] != picks[epoch][i] for epoch in picks for i in range(4))
+    everything, _ = small(texts_per_scene=0)
+    assert [len(everything[0, i]["rows"]) for i in range(4)] == [5, 5, 5, 6]
+
+
+def test_collator_shapes_and_ids(small):
+    dataset, collate = small()
+    batch = collate([dataset[0, i] for i in (3, 0, 2)])
+    assert batch["scene_ids"].tolist() == [3, 0, 2]
+    texts = [dataset.texts[i] for i in batch["text_ids"]]
+    assert len(texts) == len(set(texts)) == 5 * 3 + 1 and "shared" in texts
+    assert batch["scene_texts"].shape == (3, 6) and batch["scene_texts"][1].tolist()[-1] == -1
+    assert batch["triplets"].shape == (16, 3)
+    for scene, text, negative in batch["triplets"].tolist():
+        assert text in batch["scene_texts"][batch["scene_ids"].tolist().index(scene)].tolist()
+        assert negative == -1 or dataset.texts[negative] == "shared"
+    assert batch["image_grid_thw"].shape == (3, 3)
+    assert len(batch["pixel_values"]) == int(batch["image_grid_thw"].prod(1).sum())
+    assert batch["image_grid_thw"][0].tolist() == [1, 4, 10]  # image 3 is 140 x 56: 14 pixels a patch
+    lengths = batch["text_lengths"].tolist()
+    assert batch["input_ids"].shape == (16, max(lengths))
+    for row, length, text in zip(batch["input_ids"].tolist(), lengths, texts):
+        assert row == [*range(1, 2 + len(text) % 5), *[0] * (max(lengths) - length)]
+
+
+def test_image_drawn_twice_is_encoded_once(small):
+    dataset, collate = small(texts_per_scene=2)
+    batch = collate([dataset[0, 1], dataset[0, 2], dataset[5, 1]])
+    assert batch["scene_ids"].tolist() == [1, 2] and batch["image_grid_thw"].shape == (2, 3)
+    assert len(batch["triplets"]) == 6 and batch["triplets"][:, 0].tolist() == [1, 1, 2, 2, 1, 1]
+
+
+def test_collator_with_features_of_frozen_towers(small):
+    dataset, collate = small()
+    dataset.image_features = np.arange(8, dtype=np.float32).reshape(4, 2)
+    dataset.text_features = np.arange(len(dataset.texts), dtype=np.float32)[:, None]
+    dataset.store = None  # no pixel is read
+    batch = collate([dataset[0, 2], dataset[0, 0]])
+    assert batch["image_features"].tolist() == [[4, 5], [0, 1]]
+    assert batch["text_features"][:, 0].tolist() == batch["text_ids"].tolist()
+    assert not {"pixel_values", "input_ids"} & set(batch)

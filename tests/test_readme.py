@@ -1,0 +1,91 @@
+"""The README's commands run as they stand: each block is executed against a tiny base and data set."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+READMES = ["README.md", "README_zh.md"]
+
+
+def commands(name: str) -> list[list[str]]:
+    """Every `python ...`, `make ...` and `accelerate ...` line of the bash blocks, comments and pipes cut off."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while "|" in words:
+                words = words[words.index("|") + 1 :]
+            if ">" in words:
+                words = words[: words.index(">")]
+            if words and words[0] in ("python", "make", "accelerate"):
+                found.append(words)
+    return found
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_command_names_a_script_and_flags_that_exist(name):
+    import importlib
+
+    from transformers import TrainingArguments
+
+    from config import MatchConfig
+
+    training = set(MatchConfig.__dataclass_fields__) | set(TrainingArguments.__dataclass_fields__)
+    training |= {f"no_{field}" for field in training} | {"help", "help_all"}
+    seen = commands(name)
+    assert len(seen) > 8
+    for words in seen:
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words
+            continue
+        if words[:2] == ["python", "-m"]:
+            continue
+        script = next(word for word in words if word.endswith(".py"))
+        assert (ROOT / script).is_file(), words
+        if "--config_file" in words:
+            assert (ROOT / words[words.index("--config_file") + 1]).is_file(), words
+        flags = {word.lstrip("-") for word in words[words.index(script) :] if word.startswith("--")}
+        if script == "train_match.py":
+            assert flags <= training, (words, flags - training)
+        elif script == "inference_script.py":
+            parser = importlib.import_module("inference_script").build_parser()
+            known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+            assert flags <= known, (words, flags - known)
+        else:
+            text = (ROOT / script).read_text(encoding="utf-8")
+            assert all(f'"--{flag}"' in text for flag in flags), words
+
+
+def test_both_readmes_show_the_same_commands():
+    strip = lambda name: [[word for word in words if word.isascii()] for words in commands(name)]  # noqa: E731
+    assert strip("README.md") == strip("README_zh.md")
+
+
+def test_the_readme_path_from_captions_to_scores(base, drawn, tmp_path, monkeypatch, capsys):
+    """`train_match.py --train_file captions.json ...`, then both ways of scoring, as the README words them."""
+    import json
+
+    import inference_script
+    import train_match
+
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "output" / "training_x"
+    train_match.main(
+        ["--train_file", str(drawn.captions), "--image_root", str(drawn.images),
+         "--base_model", str(base), "--output_dir", str(run), "--cache_dir", str(tmp_path / "cache"),
+         "--per_device_train_batch_size", "4", "--max_steps", "2", "--use_cpu", "true", "--report_to", "none",
+         "--dataloader_num_workers", "0", "--projection_dim", "16", "--disable_tqdm", "true"]
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "mR" in printed and str(run / "best_model") in printed
+    image = sorted(drawn.images.iterdir())[0]
+    pair = ["--checkpoint", str(run / "best_model"), "--image_path", str(image), "--text", "a harbour", "一片农田"]
+    assert inference_script.main(pair) == 0
+    assert re.search(r"^[+-]\d\.\d{4}  (a harbour|一片农田)$", capsys.readouterr().out, re.M)
+    (tmp_path / "input.json").write_text(json.dumps([{"image_path": str(image), "text": "two ships"}]))
+    files = ["--json_input", "input.json", "--json_output", "output_scores.json"]
+    assert inference_script.main(["--checkpoint", str(run / "best_model"), *files]) == 0
+    assert -1 <= json.loads((tmp_path / "output_scores.json").read_text())[0]["score"] <= 1

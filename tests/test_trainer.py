@@ -1,0 +1,456 @@
+"""trainer.py and train_match.py: whole runs on the tiny base; resume, kills, two processes, the best model."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_match
+import trainer as trainer_module
+from config import InputError, resolve_checkpoint
+from model import DualEncoder
+from trainer import SceneTrainer, read_history
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def flags(base, drawn):
+    """Flags of a tiny run; a later flag of the same name wins."""
+    small = "--max_pixels 3136 --min_pixels 784 --projection_dim 16 --lora_rank 4 --lora_alpha 8 --learning_rate 1e-2"
+    run = "--per_device_train_batch_size 4 --per_device_eval_batch_size 8 --num_train_epochs 2 --logging_steps 1"
+    quiet = "--use_cpu true --report_to none --disable_tqdm true --gradient_checkpointing false --cache_dir none"
+    known = [f"--base_model={base}", *drawn.flags(), "--dataloader_num_workers=0"]
+    return [*known, *small.split(), *run.split(), *quiet.split()]
+
+
+@pytest.fixture
+def train(flags, monkeypatch):
+    """`train(folder, "--flag value ...")`: a run without report and baseline, which are not the point here."""
+    monkeypatch.setattr(train_match, "write_report", lambda *a: None)
+    monkeypatch.setattr(train_match, "histogram_baseline", lambda *a: {})
+    return lambda folder, words="": train_match.main([*flags, f"--output_dir={folder}", *words.split()])
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def distance(one: dict, other: dict) -> float:
+    assert set(one) == set(other)
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def assert_identical(one, other, where="") -> None:
+    """Tensors, containers and numbers are equal bit by bit."""
+    if torch.is_tensor(one):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert set(one) == set(other), where
+        for key in one:
+            assert_identical(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other)):
+            assert_identical(a, b, f"{where}[{i}]")
+    else:
+        assert one == other, where
+
+
+def assert_same_run(one: Path, other: Path, last: int) -> None:
+    for name in ("best_model", f"checkpoint-{last}"):
+        assert_identical(weights(one / name), weights(other / name), name)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        states = [torch.load(run / f"checkpoint-{last}" / name, weights_only=True) for run in (one, other)]
+        assert_identical(*states, name)
+    rows = [
+        [{k: v for k, v in row.items() if not k.endswith(("runtime", "per_second"))} for row in read_history(run)]
+        for run in (one, other)
+    ]
+    assert [row for row in rows[0] if "train_loss" not in row] == [row for row in rows[1] if "train_loss" not in row]
+
+
+# ----------------------------------------------------------------------------------------------------
+# One run, end to end
+
+
+def test_run_end_to_end(flags, tmp_path, capsys):
+    run = tmp_path / "run"
+    results = train_match.main([*flags, f"--output_dir={run}", f"--cache_dir={tmp_path / 'cache'}"])
+    assert results["steps"] == 8 and results["split"] == "test"  # 13 scenes in batches of 4, filled up; 2 epochs
+    assert results["images"] == {"train": 13, "val": 6, "test": 6}
+    for name in ("untrained", "trained", "histogram"):
+        assert 0 <= results[name]["mR"] <= 1 and 0 <= results[name]["accuracy"] <= 1
+    assert json.loads((run / "results.json").read_text())["trained"] == results["trained"]
+    assert "<html" in (run / "report.html").read_text() and not (run / "rejected.jsonl").exists()
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["task"] == "match" and settings["settings"]["projection_dim"] == 16
+    rows = read_history(run)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
+    assert [row["step"] for row in rows if "eval_mR" in row] == [4, 8]
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    expected = {"model.safetensors", "dual_encoder.json", "config.json", "base_config", "tokenizer.json"}
+    expected |= {"preprocessor_config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    for path in run.glob("checkpoint-*"):
+        assert expected <= {p.name for p in path.iterdir()}
+        assert json.loads((path / "config.json").read_text()) == settings
+    best = {p.name for p in (run / "best_model").iterdir()}
+    assert "model.safetensors" in best and "optimizer.pt" not in best
+    assert not [p for p in run.iterdir() if p.name.endswith((".partial", ".deleted"))]
+    model = DualEncoder.from_pretrained(run / "best_model")
+    assert set(weights(run / "best_model")) == set(model.trained_names())
+    out = capsys.readouterr().out
+    assert str(run / "best_model") in out and "data: train 13 images" in out
+    assert list((tmp_path / "cache" / "pixels").rglob("*.npy"))
+
+
+def test_training_lowers_the_loss(train, tmp_path):
+    train(tmp_path / "run", "--num_train_epochs 8 --image_tower full --text_tower full --loss infonce")
+    losses = [row["loss"] for row in read_history(tmp_path / "run") if "loss" in row]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+
+def test_rates_reach_the_optimizer(train, tmp_path, monkeypatch):
+    made = []
+    create = SceneTrainer.create_optimizer
+    monkeypatch.setattr(SceneTrainer, "create_optimizer", lambda self, *a: made.append(self) or create(self, *a))
+
+    def rates(words):
+        train(tmp_path / str(len(made)), f"--max_steps 1 --save_strategy no --load_best_model_at_end false {words}")
+        trainer = made[-1]
+        names = {id(p): n.split(".")[0] for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
+        found = {}
+        for group in trainer.optimizer.param_groups:
+            for parameter in group["params"]:
+                found.setdefault(names[id(parameter)], set()).add((group["initial_lr"], group["weight_decay"]))
+        return found
+
+    given = "--image_learning_rate 1e-4 --text_learning_rate 2e-4 --head_learning_rate 3e-4 --weight_decay 0.1"
+    found = rates(f"{given} --loss infonce --image_tower full")
+    assert found == {
+        "image_tower": {(1e-4, 0.1), (1e-4, 0.0)},  # norms and biases are not decayed
+        "text_tower": {(2e-4, 0.1)},  # LoRA matrices
+        "image_projection": {(3e-4, 0.1), (3e-4, 0.0)},
+        "text_projection": {(3e-4, 0.1), (3e-4, 0.0)},
+        "logit_scale": found["logit_scale"],
+    }
+    assert {rate for rate, _ in found["logit_scale"]} == {3e-4}
+    found = rates("--learning_rate 1e-3")  # LoRA: heads learn ten times as fast
+    assert {rate for rate, _ in found["text_tower"]} == {1e-3}
+    assert {round(rate, 9) for rate, _ in found["text_projection"]} == {1e-2}
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Give the validation split a chosen mR at each evaluation."""
+
+    def script(values):
+        values = iter(values)
+        score = train_match.score_scenes
+
+        def scored(image, text, scenes, *rest):
+            found = score(image, text, scenes, *rest)
+            return found | {"mR": next(values)} if "val_" in Path(scenes[0].image).name else found
+
+        monkeypatch.setattr(train_match, "score_scenes", scored)
+
+    return script
+
+
+def test_early_stopping_and_the_best_model(train, tmp_path, scripted):
+    scripted([0.1, 0.5, 0.3, 0.2, 0.9, 0.9])
+    results = train(tmp_path / "run", "--num_train_epochs 6 --early_stopping_patience 2")
+    assert results["steps"] == 16 and results["best_step"] == 8
+    run = tmp_path / "run"
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-16", "checkpoint-8"]
+    assert_identical(weights(run / "best_model"), weights(run / "checkpoint-8"))
+    assert distance(weights(run / "best_model"), weights(run / "checkpoint-16")) > 1e-4
+
+
+def test_best_model_is_that_of_the_best_metric(train, tmp_path, scripted):
+    scripted([0.1, 0.2, 0.4, 0.3])
+    results = train(tmp_path / "run", "--num_train_epochs 4 --save_total_limit 1")
+    assert results["best_step"] == 12 and results["steps"] == 16
+    assert_identical(weights(tmp_path / "run" / "best_model"), weights(tmp_path / "run" / "checkpoint-12"))
+
+
+def test_frozen_towers_with_cached_features_give_the_same_curve(train, tmp_path):
+    frozen = "--image_tower frozen --text_tower frozen --num_train_epochs 3"
+    train(tmp_path / "plain", frozen)
+    train(tmp_path / "kept", f"{frozen} --cache_dir {tmp_path / 'cache'}")
+    assert list((tmp_path / "cache" / "features").rglob("*.npz"))
+    train(tmp_path / "again", f"{frozen} --cache_dir {tmp_path / 'cache'}")
+    curves = [[row["loss"] for row in read_history(tmp_path / n) if "loss" in row] for n in ("plain", "kept", "again")]
+    assert len(curves[0]) == 12 and curves[0][0] != curves[0][-1]
+    assert curves[1] == pytest.approx(curves[0], abs=2e-4) and curves[2] == curves[1]  # logged to four digits
+    assert distance(weights(tmp_path / "plain/best_model"), weights(tmp_path / "kept/best_model")) < 1e-4
+
+
+def test_features_are_made_anew_when_an_image_changes(train, tmp_path, drawn):
+    import shutil
+
+    from tests.conftest import draw
+
+    images = Path(shutil.copytree(drawn.images, tmp_path / "images"))
+    words = f"--image_tower frozen --max_steps 1 --image_root {images} --cache_dir "
+    first = train(tmp_path / "1", f"{words}{tmp_path / 'kept'}")["untrained"]
+    for i, path in enumerate(sorted(images.glob("test_*"))):
+        draw(path, 5000 + i, (112, 90), (10 * i, 200, 20))  # other content under the same names
+    fresh = train(tmp_path / "2", f"{words}{tmp_path / 'new'}")["untrained"]
+    assert train(tmp_path / "3", f"{words}{tmp_path / 'kept'}")["untrained"] == fresh != first
+
+
+def test_two_micro_batches_equal_one_batch(train, tmp_path):
+    words = "--max_samples 12 --in_batch_negatives none --lora_dropout 0 --optim sgd --max_grad_norm 0 --margin 1 "
+    words += "--learning_rate 0.3 "
+    train(tmp_path / "one", words)
+    train(tmp_path / "two", words + "--per_device_train_batch_size 2 --gradient_accumulation_steps 2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert distance(weights(one / "checkpoint-6"), weights(two / "checkpoint-6")) < 1e-5
+    assert distance(weights(one / "checkpoint-3"), weights(one / "checkpoint-6")) > 1e-3
+    curves = [[row["loss"] for row in read_history(run) if "loss" in row] for run in (one, two)]
+    assert curves[0] == pytest.approx(curves[1], abs=2e-4)
+
+
+def test_mined_negatives(train, tmp_path, capsys):
+    train(tmp_path / "run", "--mine_negatives --mine_margin 0 --max_steps 1")
+    assert "of 52 rows got a mined negative" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------
+# Resume
+
+
+HARD = (  # what a resumed run could get wrong: dropout, drawn texts, micro-batches, a checkpoint inside an epoch
+    "--lora_dropout 0.2 --projection_dropout 0.1 --texts_per_scene 2 --per_device_train_batch_size 2 "
+    "--gradient_accumulation_steps 2 --num_train_epochs 3 --eval_strategy steps --save_strategy steps --eval_steps 3 "
+    "--save_steps 3 --warmup_steps 0"
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags, tmp_path_factory):
+    """7 micro-batches, so 4 steps, an epoch; 12 in all; checkpoints at 3, 6, 9, 12."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_match, "write_report", lambda *a: None)
+        patch.setattr(train_match, "histogram_baseline", lambda *a: {})
+        results = train_match.main([*flags, f"--output_dir={run}", *HARD.split()])
+    assert results["steps"] == 12
+    kept = sorted(run.glob("checkpoint-*"))
+    assert len(kept) == 2 and distance(weights(kept[0]), weights(kept[1])) > 1e-3
+    return run
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(monkeypatch, step):
+    save = SceneTrainer._save_checkpoint
+
+    def saving(self, *args):
+        save(self, *args)
+        if self.state.global_step == step:
+            raise Stop
+
+    monkeypatch.setattr(SceneTrainer, "_save_checkpoint", saving)
+    return lambda: monkeypatch.setattr(SceneTrainer, "_save_checkpoint", save)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_resumed_run_is_bit_identical(train, uninterrupted, tmp_path, monkeypatch, step):
+    undo = stop_after(monkeypatch, step)
+    with pytest.raises(Stop):
+        train(tmp_path / "run", HARD)
+    undo()
+    assert not (tmp_path / "run" / "best_model").exists()
+    torch.rand(7)  # whatever happened in between
+    random.random()
+    results = train_match.main(["--resume_from_checkpoint", str(tmp_path / "run")])  # settings come from the run
+    assert results["steps"] == 12
+    assert_same_run(uninterrupted, tmp_path / "run", 12)
+
+
+def test_resume_from_an_earlier_checkpoint_replaces_later_ones(train, tmp_path):
+    """Other settings give other weights: a folder of that number from before must not stand for them."""
+    train(tmp_path / "run", "--num_train_epochs 2")
+    before = weights(tmp_path / "run" / "checkpoint-8")
+    words = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-4"), "--margin", "1.5"]
+    train_match.main(words)
+    assert distance(before, weights(tmp_path / "run" / "checkpoint-8")) > 1e-4
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(train, tmp_path):
+    train(tmp_path / "run", "--num_train_epochs 1")
+    with pytest.raises(InputError, match="resume_from_checkpoint"):
+        train(tmp_path / "run", "--num_train_epochs 1 --learning_rate 1e-4")
+
+
+def test_what_a_killed_process_leaves_is_cleared(train, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    for name in ("checkpoint-3.partial", "checkpoint-1.deleted", "best_model.partial"):
+        (run / name).mkdir(parents=True)
+        (run / name / "half").write_text("x")
+    train(run, HARD)
+    assert not [p.name for p in run.iterdir() if p.name.endswith((".partial", ".deleted"))]
+    assert_same_run(uninterrupted, run, 12)
+
+
+def test_metrics_of_a_resumed_run_continue(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
+    assert [row["step"] for row in read_history(tmp_path)] == [1, 2]
+    assert read_history(tmp_path / "none") == []
+
+
+CHILD = """
+import os, shutil, signal, sys, time
+sys.path.insert(0, {root!r})
+import model, trainer, train_match
+where, count = {where!r}, {count}
+def die_at(place):
+    global count
+    if where == place:
+        count -= 1
+        if count == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+save_file, rmtree, save = model.save_file, shutil.rmtree, trainer.SceneTrainer._save_optimizer_and_scheduler
+def half_a_file(tensors, path, *rest):
+    save_file(tensors, path, *rest)
+    data = open(path, "rb").read()
+    with open(path, "wb") as file:
+        file.write(data[: len(data) // 2])
+        file.flush()
+        die_at("weights")
+        file.write(data[len(data) // 2 :])
+def half_a_tree(path, *rest, **options):
+    if str(path).endswith(".deleted"):
+        os.remove(os.path.join(path, "model.safetensors"))
+        die_at("delete")
+    rmtree(path, *rest, **options)
+def slow(self, folder):
+    print("saving", flush=True)
+    time.sleep({sleep})
+    save(self, folder)
+    die_at("optimizer")
+model.save_file, shutil.rmtree, trainer.SceneTrainer._save_optimizer_and_scheduler = half_a_file, half_a_tree, slow
+train_match.write_report = lambda *a: None
+train_match.histogram_baseline = lambda *a: {{}}
+train_match.main({argv!r})
+"""
+
+
+def child(tmp_path, argv, where="", count=1, sleep=0.0, kill_after=None) -> int:
+    """Run training in a process of its own that is killed inside a checkpoint write; its exit status."""
+    script = tmp_path / "child.py"
+    script.write_text(CHILD.format(root=str(ROOT), where=where, count=count, sleep=sleep, argv=argv))
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        if kill_after is not None:
+            for line in process.stdout:
+                if line.strip() == "saving":
+                    time.sleep(kill_after)
+                    process.kill()
+                    break
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode
+
+
+def assert_whole(run: Path) -> list[str]:
+    found = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for path in found:
+        model = DualEncoder.from_pretrained(path)
+        assert set(weights(path)) == set(model.trained_names())
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.load(path / name, weights_only=False)
+        json.loads((path / "trainer_state.json").read_text())
+    return sorted(path.name for path in found)
+
+
+def test_sigkill_inside_a_checkpoint_write(flags, uninterrupted, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert child(tmp_path, [*flags, f"--output_dir={run}", *HARD.split()], where="weights", count=2) == -9
+    assert assert_whole(run) == ["checkpoint-3"] and (run / "checkpoint-6.partial").exists()
+    resume = ["--resume_from_checkpoint", str(run)]
+    assert child(tmp_path, resume, sleep=0.4, kill_after=random.uniform(0, 0.8)) == -9
+    assert "checkpoint-3" in assert_whole(run)
+    # Steps 6, 9 and 12 are saved; with two kept, 3 goes when 9 is there. Killed in the middle of that.
+    assert child(tmp_path, resume, where="delete", count=1) == -9
+    whole = assert_whole(run)
+    assert "checkpoint-9" in whole or "checkpoint-12" in whole
+    monkeypatch.setattr(train_match, "write_report", lambda *a: None)
+    monkeypatch.setattr(train_match, "histogram_baseline", lambda *a: {})
+    train_match.main(["--resume_from_checkpoint", str(resolve_checkpoint(run))])
+    assert_same_run(uninterrupted, run, 12)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Two processes
+
+
+WORKER = """
+import json, sys
+sys.path.insert(0, {root!r})
+import train_match
+train_match.write_report = lambda *a: None
+train_match.histogram_baseline = lambda *a: {{}}
+for argv in {runs!r}:
+    train_match.main(argv)
+"""
+
+PARALLEL = {
+    "semi_hard": "--in_batch_negatives semi_hard --margin 0.5",
+    "infonce": "--loss infonce",
+    "sigmoid": "--loss sigmoid --image_tower full --text_tower full",
+    "semi_hard_cached": "--in_batch_negatives semi_hard --margin 0.5 --grad_cache_chunk 1",
+    "infonce_cached": "--loss infonce --grad_cache_chunk 1 --text_tower frozen",
+}
+EXACT = "--lora_dropout 0 --optim sgd --max_grad_norm 0 --learning_rate 0.02 --texts_per_scene 2 --save_strategy steps "
+EXACT += "--save_steps 3 --eval_strategy steps --eval_steps 3 --save_total_limit 10 --num_train_epochs 2 "
+
+
+def launch(tmp_path, runs) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(root=str(ROOT), runs=runs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    made = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+
+
+def test_two_processes_equal_one_with_twice_the_batch(train, flags, tmp_path):
+    """Also after a resume inside the second epoch: 13 scenes in global batches of 4 are 4 steps an epoch, 8 in all."""
+    runs = []
+    for name, words in PARALLEL.items():
+        out = [f"--output_dir={tmp_path / 'two' / name}", "--per_device_train_batch_size=2"]
+        runs.append([*flags, *EXACT.split(), *words.split(), *out, "--ddp_backend=gloo"])
+    runs.append(["--resume_from_checkpoint", str(tmp_path / "two" / "infonce" / "checkpoint-6"),
+                 f"--output_dir={tmp_path / 'two' / 'resumed'}"])  # fmt: skip
+    launch(tmp_path, runs)
+    for name, words in PARALLEL.items():
+        train(tmp_path / "one" / name, EXACT + words)
+        one, two = tmp_path / "one" / name, tmp_path / "two" / name
+        for step in (3, 8):
+            assert distance(weights(one / f"checkpoint-{step}"), weights(two / f"checkpoint-{step}")) < 1e-5, name
+        assert distance(weights(one / "checkpoint-3"), weights(one / "checkpoint-8")) > 1e-3, name
+        curves = [[row["loss"] for row in read_history(run) if "loss" in row] for run in (one, two)]
+        assert curves[0] == pytest.approx(curves[1], abs=2e-4) and len(curves[0]) == 8
+    assert_identical(*(weights(tmp_path / "two" / name / "checkpoint-8") for name in ("infonce", "resumed")))
+
+
+def test_gathered_rows_without_processes():
+    class Alone:
+        num_processes = 1
+
+    tensor = torch.ones(2, 3, requires_grad=True)
+    assert trainer_module.gather_rows(Alone, tensor)[0] is tensor
