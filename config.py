@@ -168,7 +168,11 @@ class MatchConfig(DataConfig):
     (GradCache, Gao et al. 2021): batch 2048 in the memory of one chunk, one more forward pass. 0: off."""
 
     mine_negatives: bool = False
-    """Before training, give every row the most similar text of another image (by the base or resumed model)."""
+    """Before training, give every row the most similar text of another image. A resumed run keeps its negatives."""
+
+    mine_model: str | None = None
+    """Checkpoint of a trained matcher that mines, by image-text score. Default: the base's text tower, by similarity to
+    the image's own texts, since images and texts of a base do not share a space yet."""
 
     mine_margin: float = 0.05
     """A mined negative must score at least this much (cosine) below the positive, else it is taken for a true text of
@@ -186,6 +190,9 @@ class MatchConfig(DataConfig):
 
     early_stopping_patience: int = 0
     """Stop after this many evaluations without a better metric_for_best_model. 0: off."""
+
+    eval_only: str | None = None
+    """Score this checkpoint on the test split (else the validation split) and stop; nothing is trained."""
 
     max_eval_scenes: int = 2000
     """Scenes scored at each evaluation during training (a fixed sample); the final test uses all."""
@@ -326,10 +333,10 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         from datetime import datetime
 
         namespace.output_dir = f"output/training_{datetime.now():%Y%m%d_%H%M%S}"
-    if not resume and any(Path(namespace.output_dir).glob("checkpoint-*/trainer_state.json")):
+    run = Path(namespace.output_dir)
+    if not resume and (whole_checkpoints(run) or (run / "best_model").exists()):
         raise InputError(
-            f"--output_dir {namespace.output_dir}: holds another run's checkpoints; choose a new folder, or go on with"
-            f" --resume_from_checkpoint {namespace.output_dir}"
+            f"{run}: holds a run already; go on with it by --resume_from_checkpoint {run}, or give another --output_dir"
         )
     if preset == "full" and "--bf16" not in argv and not resume:
         import torch
@@ -377,16 +384,18 @@ def check(config: DataConfig) -> None:
         config.cache_dir = None
 
 
+def whole_checkpoints(run: Path) -> dict[int, Path]:
+    """{step: folder} of a run's checkpoints, without what a killed process left half written."""
+    states = [state for state in run.glob("checkpoint-*/trainer_state.json") if state.parent.name[11:].isdigit()]
+    return {json.loads(state.read_text())["global_step"]: state.parent for state in states}
+
+
 def resolve_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder as given, or the newest whole checkpoint of a run folder. Raises InputError."""
     path = Path(path)
     if (path / "trainer_state.json").is_file():
         return path
-    found = {}
-    for state in path.glob("checkpoint-*/trainer_state.json"):
-        if state.parent.name.removeprefix("checkpoint-").isdigit():
-            found[json.loads(state.read_text())["global_step"]] = state.parent
-    if found:
+    if found := whole_checkpoints(path):
         return found[max(found)]
     why = "does not exist" if not path.exists() else "holds no whole checkpoint (checkpoint-N/trainer_state.json)"
     raise InputError(f"{path}: cannot resume, the folder {why}; start without --resume_from_checkpoint")

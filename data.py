@@ -42,6 +42,8 @@ class Scene:
     rows: list[tuple[str, str | None]] = field(default_factory=list)
     """(text, text that is false of the image or None): what a training step draws from."""
     split: str | None = None
+    label: str | None = None
+    """Class of the scene, where the file names one: evaluation then takes negatives from other classes."""
 
 
 @dataclass
@@ -126,7 +128,7 @@ def read_scenes(path: str | Path, *, image_root: str | None = None, language: st
         except InputError as error:
             result.rejected.append(Rejected(str(path), number, str(error)))
             continue
-        scene = scenes.setdefault(found[name], Scene(found[name], split=split))
+        scene = scenes.setdefault(found[name], Scene(found[name], split=split, label=_label(entry)))
         if scene.split != split:
             raise InputError(f"{path}: row {number}: image {name!r} is in split {split!r} and in {scene.split!r}")
         for text, negative in rows:
@@ -207,6 +209,11 @@ def _rows_of(form: str, entry) -> tuple[str, list[tuple[str, str | None]], str |
     if isinstance(entry.get("zh_answer"), str) and entry["zh_answer"].strip():
         texts.append(entry["zh_answer"].strip())
     return _text(entry, "image"), [(text, None) for text in texts], split
+
+
+def _label(entry: dict) -> str | None:
+    label = entry.get("class")
+    return label if isinstance(label, str) else None
 
 
 def _text(entry: dict, name: str) -> str:

@@ -22,7 +22,7 @@ import torch
 
 import metrics
 import report
-from config import InputError, MatchConfig, parse, user_errors
+from config import MatchConfig, parse, user_errors
 from data import (
     CHINESE,
     FeatureStore,
@@ -33,6 +33,7 @@ from data import (
     Scene,
     describe,
     drop_unreadable,
+    load_json,
     load_splits,
 )
 from imagery import ImageSettings, read_image
@@ -129,8 +130,9 @@ def split_batch(batch: dict[str, torch.Tensor], chunk: int) -> list[dict[str, to
 def score_scenes(image: np.ndarray, text: np.ndarray, scenes: list[Scene], texts: list[str], margin: float) -> dict:
     """Metrics of N scenes with embeddings image (N, D) and text (len(texts), D).
 
-    Triplets are scored twice: with the negative the file gives (`hard_accuracy`) and with a text of another image
-    (`accuracy`); retrieval over all texts and, where both are there, for each language.
+    Triplets are scored twice: with the negative the file gives (`hard_accuracy`) and with a text of another image, of
+    another class where the file names classes (`accuracy`); retrieval over all texts, and for each language where both
+    are there.
     """
     row_of = {t: i for i, t in enumerate(texts)}
     others = np.random.default_rng(0)
@@ -145,7 +147,8 @@ def score_scenes(image: np.ndarray, text: np.ndarray, scenes: list[Scene], texts
                 j = int(others.integers(len(scenes)))
                 candidate = scenes[j].texts[int(others.integers(len(scenes[j].texts)))]
                 same_language = bool(CHINESE.search(candidate)) == bool(CHINESE.search(positive))
-                if candidate not in own[i] and same_language:
+                same_class = scene.label is not None and scenes[j].label == scene.label
+                if candidate not in own[i] and same_language and not same_class:
                     pairs.append((i, row_of[positive], row_of[candidate]))
                     break
     for name, triplets in (("", pairs), ("hard_", hard)):
@@ -244,8 +247,8 @@ def main(argv: list[str] | None = None) -> dict:
     say = print if main_process else (lambda *_: None)
     started = time.perf_counter()
 
-    if not args.resume_from_checkpoint and ([*run.glob("checkpoint-*")] or (run / "best_model").exists()):
-        raise InputError(f"{run}: holds a run already; resume it, or give another --output_dir")
+    if config.eval_only:
+        return evaluate_only(config, args)
 
     # ---- data and model
     splits = load_splits(config, args.seed, run / "rejected.jsonl" if main_process else None)
@@ -258,9 +261,6 @@ def main(argv: list[str] | None = None) -> dict:
     total = sum(p.numel() for p in model.parameters())
     say(f"model: {config.base_model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained "
         f"(image tower {config.image_tower}, text tower {config.text_tower})")  # fmt: skip
-    if args.resume_from_checkpoint and config.mine_negatives:
-        model.load_trained(args.resume_from_checkpoint)
-
     # ---- features of frozen towers are constants
     model.to(args.device)
     features = {}
@@ -287,13 +287,21 @@ def main(argv: list[str] | None = None) -> dict:
     if train.cut:
         say(f"data: {train.cut} texts are longer than --max_text_tokens {config.max_text_tokens} and are cut")
     score = partial(evaluate_scenes, store=store, features=features, config=config, batch_size=args.eval_batch_size)
-    if config.mine_negatives:
-        filled = give_mined_negatives(model, splits["train"], store, features, config, args.eval_batch_size)
-        say(f"data: {filled} of {sum(len(s.rows) for s in splits['train'])} rows got a mined negative")
-        train = dataset_of(splits["train"])
-
     if config.whiten_init and not args.resume_from_checkpoint:
         start_white(model, splits["train"], train, store, features, args.eval_batch_size)
+    if config.mine_negatives:
+        kept = run / "mined_negatives.json"
+        if args.resume_from_checkpoint and kept.is_file():
+            negatives = load_json(kept)
+        else:
+            negatives = mined_negatives(model, splits["train"], config, args)
+            if main_process:
+                write_json(kept, negatives)
+        for scene, found in zip(splits["train"], negatives):
+            scene.rows = [(text, new or old) for (text, old), new in zip(scene.rows, found)]
+        filled = sum(new is not None for found in negatives for new in found)
+        say(f"data: {filled} of {sum(map(len, negatives))} rows got a mined negative")
+        train = dataset_of(splits["train"])
 
     # ---- training
     picked = sorted(random.Random(0).sample(range(len(splits["val"])), min(config.max_eval_scenes, len(splits["val"]))))
@@ -315,8 +323,14 @@ def main(argv: list[str] | None = None) -> dict:
     tested = "test" if splits["test"] else "val"
     if main_process:
         write_json(run / "config.json", trainer.settings)
-    model.eval()
-    results["untrained"] = flat(score(model, splits[tested])[0])
+    untrained = run / "untrained.json"  # of the first start: a resumed run must not measure it on whatever it loads
+    if args.resume_from_checkpoint and untrained.is_file():
+        results["untrained"] = load_json(untrained)
+    else:
+        model.eval()
+        results["untrained"] = flat(score(model, splits[tested])[0])
+        if main_process:
+            write_json(untrained, results["untrained"])
     outcome = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     best = trainer.save_best()
 
@@ -330,7 +344,8 @@ def main(argv: list[str] | None = None) -> dict:
                     "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
         write_json(run / "results.json", results)
         write_report(run, results, splits[tested], image, text, texts, settings)
-        print(summary(results, run, best))
+        print(summary(results, best))
+        print(f"report  {run / 'report.html'}")
     return results
 
 
@@ -342,20 +357,45 @@ def _stored(feature_store: FeatureStore, compute, items: list[str], name=str) ->
     )
 
 
-def give_mined_negatives(model, scenes, store, features, config, batch_size) -> int:
-    """Replace the rows' negatives by mined ones; returns how many rows got one."""
-    model.eval()
-    _, image, text, texts = evaluate_scenes(model, scenes, store, features, config, batch_size)
-    place = {t: i for i, t in enumerate(texts)}
+def mined_negatives(model, scenes, config, args) -> list[list[str | None]]:
+    """For each scene and each of its rows, the text to tell apart from the row's own (None: none qualifies)."""
+    if config.mine_model:
+        miner = DualEncoder.from_pretrained(config.mine_model, device=str(args.device)).eval()
+        own_store = PixelStore(
+            QwenResize(miner.processor), ImageSettings.from_dict(miner.settings.images), config.cache_dir
+        )
+        _, image, text, texts = evaluate_scenes(miner, scenes, own_store, {}, config, args.eval_batch_size)
+        place = {t: i for i, t in enumerate(texts)}
+    else:
+        texts = list(dict.fromkeys(t for scene in scenes for t in scene.texts))
+        place = {t: i for i, t in enumerate(texts)}
+        model.eval()
+        text = model.embed_texts(texts, batch_size=4 * args.eval_batch_size).numpy()
+        image = np.stack([text[[place[t] for t in scene.texts]].mean(0) for scene in scenes])
+        image /= np.maximum(np.linalg.norm(image, axis=1, keepdims=True), 1e-9)
     rows = [(i, place[t]) for i, scene in enumerate(scenes) for t, _ in scene.rows]
     own = [np.array([place[t] for t in scene.texts]) for scene in scenes]
-    candidates = iter(mine_negatives(image, text, own, rows, margin=config.mine_margin))
-    filled = 0
-    for scene in scenes:
-        new = [(t, int(next(candidates))) for t, _ in scene.rows]
-        filled += sum(n >= 0 for _, n in new)
-        scene.rows = [(t, texts[n] if n >= 0 else old) for (t, n), (_, old) in zip(new, scene.rows)]
-    return filled
+    picked = iter(mine_negatives(image, text, own, rows, margin=config.mine_margin))
+    return [[texts[n] if (n := int(next(picked))) >= 0 else None for _ in scene.rows] for scene in scenes]
+
+
+def evaluate_only(config: MatchConfig, args) -> dict:
+    """`--eval_only`: the table of a checkpoint on the test split (else the validation split), printed and returned."""
+    model = DualEncoder.from_pretrained(config.eval_only, device=str(args.device))
+    settings = ImageSettings.from_dict(model.settings.images)
+    store = PixelStore(QwenResize(model.processor), settings, config.cache_dir)
+    splits = drop_unreadable(load_splits(config, args.seed), store, config.max_rejected)
+    print(f"data: {describe(splits)}")
+    tested = "test" if splits["test"] else "val"
+    found = evaluate_scenes(model, splits[tested], store, {}, config, args.eval_batch_size)[0]
+    results = {
+        "images": {name: len(scenes) for name, scenes in splits.items()},
+        "split": tested,
+        "trained": flat(found),
+    }
+    results["histogram"] = flat(histogram_baseline(splits["train"], splits[tested], settings, config.margin))
+    print(summary(results, config.eval_only))
+    return results
 
 
 def start_white(model, scenes, dataset, store, features, batch_size) -> None:
@@ -408,11 +448,15 @@ COLUMNS = {
 
 
 def table_rows(results: dict) -> list[dict]:
-    rows = [{"model": label} | {k: results[name].get(k) for k in COLUMNS if k != "model"} for name, label in ROWS]
+    rows = [
+        {"model": label} | {k: results[name].get(k) for k in COLUMNS if k != "model"}
+        for name, label in ROWS
+        if name in results
+    ]
     return [{"model": "chance", "accuracy": 0.5, "hard_accuracy": 0.5, "mR": results["trained"]["chance_mR"]}, *rows]
 
 
-def summary(results: dict, run: Path, best: Path) -> str:
+def summary(results: dict, best) -> str:
     trained = results["trained"]
     columns = {k: v for k, v in COLUMNS.items() if any(row.get(k) is not None for row in table_rows(results)[1:])}
     lines = [
@@ -422,11 +466,13 @@ def summary(results: dict, run: Path, best: Path) -> str:
         f"{trained['strict_mR']:.3f})",
         report.table_text(table_rows(results), columns),
         f"95% intervals by image: accuracy {_span(trained['interval'])}, mR {_span(trained['mR_interval'])}",
-        f"best step {results['best_step']} of {results['steps']}, {results['seconds']:.0f} s in all",
-        f"model   {best}",
-        f"report  {run / 'report.html'}",
     ]
-    return "\n".join(lines)
+    by_language = [f"{k[:2]} {trained[k]:.3f}" for k in ("en_mR", "zh_mR") if k in trained]
+    if by_language:
+        lines.append(f"mR by language of the text: {', '.join(by_language)}")
+    if "steps" in results:
+        lines.append(f"best step {results['best_step']} of {results['steps']}, {results['seconds']:.0f} s in all")
+    return "\n".join([*lines, f"model   {best}"])
 
 
 def _span(pair) -> str:

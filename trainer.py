@@ -43,6 +43,11 @@ class SceneTrainer(Trainer):
         )  # fmt: skip
         self.can_return_loss = True
         self.saved_step = None
+        if self.args.n_gpu > 1:  # one process would split scene batches with DataParallel, which cannot know how
+            raise InputError(
+                f"{self.args.n_gpu} GPUs are visible to one process: start it with `accelerate launch --config_file"
+                " accelerate/ddp.yaml`, or choose one GPU with CUDA_VISIBLE_DEVICES=0"
+            )
         world, per_step = self.args.world_size, self.args.train_batch_size * self.args.world_size
         if world > 1 and len(train_dataset) < per_step:
             raise InputError(

@@ -47,14 +47,13 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Qwen2_5_VLConfig, TrainerCallback, TrainingArguments
 
-import load
 from config import InputError, MatchConfig, user_errors
 from data import MatchCollator, MatchDataset, PixelStore, QwenResize, Scene, SceneSampler, image_settings, read_scenes
 from data import token_batch as pad_tokens
 from imagery import ImageSettings, read_image
-from model import COPIED_SETTINGS, TOWERS, DualEncoder, DualEncoderSettings, load_processor, read_config
+from model import COPIED_SETTINGS, TOWERS, DualEncoder, DualEncoderSettings, load_processor
 from train_match import MatchTask
 from trainer import SceneTrainer
 
@@ -65,15 +64,18 @@ PARTS = ("reading", "processor", "forward, images", "forward, texts", "backward"
 # Random weights in these shapes; the tokenizer is that of --base. 3b: the config.json of Qwen2.5-VL-3B-Instruct.
 SHAPES = {
     "3b": {
-        "text": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "heads": 16, "kv_heads": 2},
-        "vision": {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420,
-                   "fullatt": [7, 15, 23, 31]},
-        "vocab": 151936, "max_pixels": 448 * 448,
+        "text": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+                 "num_key_value_heads": 2, "vocab_size": 151936},
+        "vision": {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 2048,
+                   "fullatt_block_indexes": [7, 15, 23, 31]},
+        "mrope_section": [16, 24, 24], "max_pixels": 448 * 448,
     },
     "tiny": {
-        "text": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "heads": 4, "kv_heads": 2},
-        "vision": {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "fullatt": [1]},
-        "vocab": 4096, "max_pixels": 56 * 56,
+        "text": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "vocab_size": 4096},
+        "vision": {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64,
+                   "fullatt_block_indexes": [1]},
+        "mrope_section": [2, 3, 3], "max_pixels": 56 * 56,
     },
 }  # fmt: skip
 
@@ -154,10 +156,8 @@ def build_model(options) -> tuple[DualEncoder, MatchConfig]:
 
 def random_model(config: MatchConfig, shape: dict, device: torch.device) -> DualEncoder:
     processor, tokenizer = load_processor(config.base_model, config.min_pixels, config.max_pixels)
-    made = load.qwen_config(tokenizer, "qwen2_5_vl", shape["text"], shape["vision"]) | {"vocab_size": shape["vocab"]}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(made))
-        base = read_config(folder)
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": shape["mrope_section"]}
+    base = Qwen2_5_VLConfig(text_config=shape["text"] | {"rope_parameters": rope}, vision_config=shape["vision"])
     settings = DualEncoderSettings(
         base_model="random",
         base_fingerprint="",
@@ -413,7 +413,7 @@ class Bench:
 def make_peer(model: DualEncoder, settings: ImageSettings, device: str):
     """A SentenceTransformer whose one module wraps the towers and heads of `model`, as its documentation describes a
     custom input module: a column holds images (`{"image": path}`) or texts, `preprocess` batches one column."""
-    from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
+    from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modality import infer_modality
     from sentence_transformers.base.modules import InputModule
 
@@ -457,8 +457,7 @@ def make_peer(model: DualEncoder, settings: ImageSettings, device: str):
         def save(self, output_path, *args, **kwargs):
             raise NotImplementedError("a benchmark saves nothing")
 
-    card = SentenceTransformerModelCardData(generate_widget_examples=False)  # of no use here
-    return SentenceTransformer(modules=[Towers(model)], device=device, model_card_data=card)
+    return SentenceTransformer(modules=[Towers(model)], device=device)
 
 
 def peer_loss(peer, config: MatchConfig, options):

@@ -3,8 +3,8 @@
     python benchmarks/kill_and_resume.py                     # ten SIGKILLs; needs `make demo` (data and models)
     python benchmarks/kill_and_resume.py --kills 3 --seed 1 -- --image_tower lora --text_tower lora
 
-Words after `--` go to train_match.py. Prints one line per kill (where the run was, what it had to resume from) and exits
-with 1 if any tensor of best_model/ or of the last checkpoint, its optimizer included, differs.
+Words after `--` go to train_match.py. Prints one line per kill (where the run was, what it had to resume from) and
+exits with 1 if any tensor of best_model/ or of the last checkpoint, its optimizer included, differs.
 """
 
 import argparse
@@ -24,43 +24,12 @@ sys.path.insert(0, str(ROOT))
 from config import InputError, resolve_checkpoint  # noqa: E402
 from trainer import read_history  # noqa: E402
 
-# Small, and with all that a resumed run could get wrong: dropout, drawn texts, micro-batches, checkpoints inside an epoch.
-SMALL = [
-    "--preset",
-    "demo",
-    "--image_tower",
-    "lora",
-    "--text_tower",
-    "lora",
-    "--lora_dropout",
-    "0.1",
-    "--projection_dropout",
-    "0.1",
-    "--texts_per_scene",
-    "2",
-    "--max_samples",
-    "60",
-    "--per_device_train_batch_size",
-    "4",
-    "--gradient_accumulation_steps",
-    "2",
-    "--num_train_epochs",
-    "6",
-    "--eval_strategy",
-    "steps",
-    "--save_strategy",
-    "steps",
-    "--eval_steps",
-    "5",
-    "--save_steps",
-    "5",
-    "--logging_steps",
-    "1",
-    "--report_to",
-    "none",
-    "--disable_tqdm",
-    "true",
-]
+# Small, with all that a resumed run could get wrong: dropout, drawn texts, micro-batches, checkpoints inside an epoch.
+SMALL = """
+    --preset demo --image_tower lora --text_tower lora --lora_dropout 0.1 --projection_dropout 0.1 --texts_per_scene 2
+    --max_samples 60 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --num_train_epochs 6
+    --eval_strategy steps --save_strategy steps --eval_steps 5 --save_steps 5 --logging_steps 1 --report_to none
+    --disable_tqdm true""".split()  # noqa: SIM905
 
 
 def start(flags: list[str]) -> subprocess.Popen:
@@ -68,13 +37,23 @@ def start(flags: list[str]) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def finish(flags: list[str]) -> float:
-    began = time.perf_counter()
+def await_training(process: subprocess.Popen, run: Path) -> None:
+    """Return when the process begins to train, or ends: metrics.jsonl is written anew. A kill before that is none."""
+    history = run / "metrics.jsonl"
+    stale = history.stat().st_mtime_ns if history.exists() else 0
+    while process.poll() is None and (not history.exists() or history.stat().st_mtime_ns == stale):
+        time.sleep(0.02)
+
+
+def finish(flags: list[str], run: Path) -> float:
+    """Run to the end; the seconds from the first training step to the last log row."""
     process = start(flags)
+    await_training(process, run)
+    began = time.time()
     _, errors = process.communicate()
     if process.returncode:
         raise SystemExit(f"train_match.py failed ({process.returncode}):\n{errors[-3000:]}")
-    return time.perf_counter() - began
+    return (run / "metrics.jsonl").stat().st_mtime - began
 
 
 def whole_checkpoints(run: Path) -> list[int]:
@@ -114,9 +93,9 @@ def main() -> int:
     whole, killed = folder / "uninterrupted", folder / "killed"
     flags = [*SMALL, *argv[cut + 1 :]]
 
-    seconds = finish([*flags, f"--output_dir={whole}"])
+    seconds = finish([*flags, f"--output_dir={whole}"], whole)
     last = max(whole_checkpoints(whole))
-    print(f"uninterrupted: {last} steps in {seconds:.0f} s, checkpoints {whole_checkpoints(whole)}\n")
+    print(f"uninterrupted: {last} steps in {seconds:.1f} s, checkpoints {whole_checkpoints(whole)}\n")
     print(f"{'kill':>4}  {'after s':>7}  {'at step':>7}  {'while':<24}  resumes from")
     kills, reached = 0, 0
     while kills < args.kills:
@@ -126,14 +105,9 @@ def main() -> int:
             words = [*flags, f"--output_dir={killed}"]
         began = time.perf_counter()
         process = start(words)
-        history = killed / "metrics.jsonl"
-        stale = history.stat().st_mtime_ns if history.exists() else 0
-        while process.poll() is None and (not history.exists() or history.stat().st_mtime_ns == stale):
-            time.sleep(0.02)  # imports and data: a kill there is a kill before anything happened
-        if kills < args.kills - 1:  # a few steps at most, so that the run lasts for all kills; the last one wanders
-            time.sleep(moments.uniform(0, seconds / (args.kills + 2)))
-        else:
-            time.sleep(moments.uniform(0, seconds / 3))
+        await_training(process, killed)
+        # On average the run's length in all; what is lost since the last checkpoint comes on top, so the run lasts.
+        time.sleep(moments.uniform(0, 2 * seconds / (args.kills + 1)))
         if process.poll() is not None:
             print(f"      the run ended before kill {kills + 1}")
             break
@@ -148,9 +122,10 @@ def main() -> int:
         resumes = resolve_checkpoint(killed).name if steps else "the start"
         print(f"{kills:>4}  {time.perf_counter() - began:>7.1f}  {reached:>7}  {what:<24}  {resumes}", flush=True)
     try:
-        finish(["--resume_from_checkpoint", str(resolve_checkpoint(killed))])
+        words = ["--resume_from_checkpoint", str(resolve_checkpoint(killed))]
     except InputError:
-        finish([*flags, f"--output_dir={killed}"])
+        words = [*flags, f"--output_dir={killed}"]
+    finish(words, killed)
 
     found, tensors = [], 0
     for name in ("best_model", f"checkpoint-{last}"):

@@ -1,4 +1,4 @@
-"""config.py: every setting documented and on the command line, who wins over whom, what is refused, which checkpoint."""
+"""config.py: every setting documented and on the command line, who wins over whom, what is refused, what is resumed."""
 
 import dataclasses
 import json
@@ -90,8 +90,8 @@ def test_dashes_and_equal_signs():
 
 @pytest.mark.parametrize(
     "words",
-    ["--val_fraction=1.5", "--max_rejected=2", "--lora_rank=0", "--projection_dim=0", "--texts_per_scene=-1", "--margin=-1",
-     "--temperature=0", "--max_text_tokens=1", "--lora_dropout=1.5", "--max_pixels=10", "--max_samples=-3",
+    ["--val_fraction=1.5", "--max_rejected=2", "--lora_rank=0", "--projection_dim=0", "--texts_per_scene=-1",
+     "--margin=-1", "--temperature=0", "--max_text_tokens=1", "--lora_dropout=1.5", "--max_pixels=10", "--max_samples=-3",
      "--max_samples=0", "--grad_cache_chunk=-1", "--max_eval_scenes=0", "--early_stopping_patience=-1"],
 )  # fmt: skip
 def test_values_out_of_bounds(words):

@@ -175,8 +175,8 @@ def test_bad_rows_do_not_stop_the_others(call, images, tmp_path):
     assert code == 1 and len(made) == len(rows) and "2 of 11 rows scored" in err and "and 4 more rows" in err
     assert [i for i, row in enumerate(made) if "score" in row] == [0, 10]
     assert all(("score" in row) != ("error" in row) for row in made) and made[0]["score"] == made[10]["score"]
-    for i, word in [(1, "gone.png"), (2, "broken.png"), (3, "'image_path' is missing"), (4, "int"), (5, "'text' is empty"),
-                    (6, "list"), (7, tmp_path.name), (8, "'text'"), (9, "row 9")]:  # fmt: skip
+    for i, word in [(1, "gone.png"), (2, "broken.png"), (3, "'image_path' is missing"), (4, "int"),
+                    (5, "'text' is empty"), (6, "list"), (7, tmp_path.name), (8, "'text'"), (9, "row 9")]:  # fmt: skip
         assert made[i]["error"].startswith(f"row {i}: ") and word in made[i]["error"], made[i]
     code, out, err = call("--image_path", tmp_path / "gone.png", "--text", "x")
     assert code == 2 and out == "" and "gone.png" in err

@@ -1,4 +1,4 @@
-"""losses.py: every loss against loops in plain Python, gradient caching against plain autograd, mining by brute force."""
+"""losses.py: every loss against loops in plain Python, gradient caching against autograd, mining by brute force."""
 
 import math
 from types import SimpleNamespace
@@ -220,7 +220,7 @@ def test_match_loss_names_bound_and_terms():
 
 @pytest.fixture(scope="module")
 def batch(encoder):
-    """8 images of three sizes and 20 texts (one of them of two images, 4 extra negatives), as the collator makes them."""
+    """8 images of three sizes and 20 texts (one of them of two images, 4 extra negatives), as a collator makes it."""
     from data import pixel_batch, token_batch
 
     model = encoder()

@@ -1,4 +1,4 @@
-"""model.py: official weights reach both towers, embeddings do not depend on company, checkpoints are strict and small."""
+"""model.py: official weights reach both towers, embeddings do not depend on company, checkpoints are strict."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def official(request, tmp_path_factory):
     name = "qwen2_5_vl" if family == "2.5" else "qwen2_vl"
     folder = write_qwen_vl(tmp_path_factory.mktemp("official") / "tiny", name, tie=tie == "tied", shards=3, seed=4)
     whole = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
-    keys = {key for path in model_module.weight_files(folder) for key in safe_open(path, "pt").keys()}
+    keys = {key for path in model_module.weight_files(folder) for key in load_file(path)}
     assert "visual.blocks.0.attn.qkv.weight" in keys and "model.layers.0.self_attn.q_proj.weight" in keys
     assert ("lm_head.weight" in keys) == (tie == "untied") and len(model_module.weight_files(folder)) > 1
     return folder, whole
@@ -254,9 +254,10 @@ def test_whitened_heads_have_near_identity_covariance(encoder):
     model = encoder(projection_dim=8)
     torch.manual_seed(0)
     mixing = torch.randn(64, 64)
-    features = [3 + torch.randn(500, head[0].normalized_shape[0]) @ mixing[: head[0].normalized_shape[0]] * 0.3
-                for head in (model.image_projection, model.text_projection)]  # fmt: skip
-    features = [f[:, : head[0].normalized_shape[0]] for f, head in zip(features, (model.image_projection, model.text_projection))]  # fmt: skip
+    heads = (model.image_projection, model.text_projection)
+    features = []
+    for width in (head[0].normalized_shape[0] for head in heads):
+        features.append(3 + 0.3 * torch.randn(500, width) @ mixing[:width, :width])
     model.whiten_heads(*features)
     for head, x in zip((model.image_projection.eval(), model.text_projection.eval()), features):
         with torch.no_grad():
@@ -329,9 +330,7 @@ def test_checkpointing_leaves_a_frozen_tower_alone(encoder):
 
 def test_bfloat16_base_keeps_lora_in_float32(settings, base):
     config = read_config(base)
-    kept = settings()
-    kept.base_dtype = "bfloat16"
-    model = DualEncoder.from_base(kept)
+    model = DualEncoder.from_base(settings(), dtype=torch.bfloat16)
     types = {("lora" if "lora_" in n else "base", p.dtype) for n, p in model.named_parameters() if "tower" in n}
     assert types == {("lora", torch.float32), ("base", torch.bfloat16)}
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "projection" in n or "logit" in n)
