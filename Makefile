@@ -4,9 +4,6 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 MODEL := output/demo/best_model
 
-# Threads that spin while they wait make small models several times slower on a busy machine.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: demo test lint clean
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt

@@ -224,6 +224,42 @@ def test_mined_negatives(train, tmp_path, capsys):
     assert "of 52 rows got a mined negative" in capsys.readouterr().out
 
 
+def test_a_resumed_run_keeps_its_mined_negatives(train, tmp_path):
+    words = (
+        "--mine_negatives --mine_margin 0 --save_strategy steps --eval_strategy steps --save_steps 3 --eval_steps 3 "
+    )
+    words += "--save_total_limit 9 "
+    train(tmp_path / "run", words)
+    last = max(int(path.name[11:]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    whole = weights(tmp_path / "run" / f"checkpoint-{last}")
+    measured = json.loads((tmp_path / "run" / "untrained.json").read_text())
+    again = train(tmp_path / "run", f"--resume_from_checkpoint {tmp_path / 'run' / 'checkpoint-3'}")
+    assert_identical(weights(tmp_path / "run" / f"checkpoint-{last}"), whole)
+    assert again["untrained"] == measured
+    # With other negatives the run would have gone elsewhere: the file is what decides.
+    mined = tmp_path / "run" / "mined_negatives.json"
+    mined.write_text(json.dumps([[None] * len(row) for row in json.loads(mined.read_text())]))
+    train(tmp_path / "run", f"--resume_from_checkpoint {tmp_path / 'run' / 'checkpoint-3'}")
+    assert distance(weights(tmp_path / "run" / f"checkpoint-{last}"), whole) > 0
+
+
+def test_a_trained_matcher_can_mine(train, tmp_path, capsys):
+    train(tmp_path / "one", "--max_steps 2")
+    train(
+        tmp_path / "two",
+        f"--max_steps 1 --mine_negatives --mine_margin 0 --mine_model {tmp_path / 'one' / 'best_model'}",
+    )
+    assert "rows got a mined negative" in capsys.readouterr().out
+    assert any(new for found in json.loads((tmp_path / "two" / "mined_negatives.json").read_text()) for new in found)
+
+
+def test_eval_only_scores_a_checkpoint_as_its_run_did(train, tmp_path):
+    trained = train(tmp_path / "run", "--max_steps 3")["trained"]
+    again = train(tmp_path / "other", f"--eval_only {tmp_path / 'run' / 'best_model'}")["trained"]
+    assert again == pytest.approx(trained)
+    assert not (tmp_path / "other").exists()
+
+
 # ----------------------------------------------------------------------------------------------------
 # Resume
 
