@@ -66,6 +66,7 @@ DEMO_SIZES = {  # changing anything here rebuilds the demo bases: it is part of 
     "text": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "heads": 4, "kv_heads": 2},
     "vision": {"depth": 4, "hidden_size": 128, "num_heads": 4, "intermediate_size": 384, "fullatt": [1, 3]},
     "train": {"steps": 80, "batch": 16, "length": 64, "lr": 3e-3},
+    "qwen3_steps": 30,  # its training proper comes with the captioner
     "vision_train": {"steps": 300, "batch": 32, "side": 112, "lr": 1e-3, "muon_lr": 0.02},
 }
 
@@ -463,7 +464,8 @@ def _write_qwen(folder: Path, family: str, vocab: dict, merges: list, texts: dic
     model = (Qwen3ForCausalLM if family == "qwen3" else Qwen2_5_VLForConditionalGeneration)(config)
     body = model.model if family == "qwen3" else model.model.language_model
     documents = _documents(texts, "<think>\n\n</think>\n\n" if family == "qwen3" else "", seed)
-    before, after = train_language(model, body, tokenizer, documents, seed, **DEMO_SIZES["train"])
+    budget = DEMO_SIZES["train"] | ({"steps": DEMO_SIZES["qwen3_steps"]} if family == "qwen3" else {})
+    before, after = train_language(model, body, tokenizer, documents, seed, **budget)
     measured = {"nats_per_token": [round(before, 3), round(after, 3)]}
     if family != "qwen3":
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
