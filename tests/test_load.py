@@ -377,15 +377,15 @@ def test_demo_bases(tmp_path, monkeypatch):
     def bytes_of():
         return {path: path.read_bytes() for path in out.rglob("*.safetensors")}
 
-    first, began = bytes_of(), time.time()
-    assert not load.build_demo_bases(data, out)["rebuilt"] and time.time() - began < 1
+    first = bytes_of()
+    assert not load.build_demo_bases(data, out)["rebuilt"]
     (out / "qwen3" / "model.safetensors").unlink()  # a broken base is rebuilt, to the same bytes
     assert load.build_demo_bases(data, out)["rebuilt"] and bytes_of() == first
 
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(load, "_write_clip", fail)
+    monkeypatch.setattr(demo_bases, "_write_clip", fail)
     refused(lambda: load.build_demo_bases(data, out, seed=1), "No space left")
     assert bytes_of() == first and sorted(p.name for p in out.iterdir())[0] == "clip"
 
