@@ -398,9 +398,8 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_help_is_quick_and_mistakes_are_one_line(tmp_path):
-    began = time.time()
-    assert "--source" in run("--help").stdout and time.time() - began < 5
+def test_help_imports_nothing_heavy_and_mistakes_are_one_line(tmp_path):
+    assert "--source" in run("--help").stdout
     code = "import sys, load; print(*[m for m in ('torch', 'transformers', 'modelscope') if m in sys.modules])"
     alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(load.__file__).parent)
     assert alone.stdout.strip() == "" and alone.returncode == 0
