@@ -8,10 +8,12 @@ vision tower on what lies where in them; held-out scenes and their texts are not
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from config import InputError
@@ -382,12 +384,13 @@ def train_vision(visual, processor, data_dir: Path, seed: int, *, steps, batch, 
         return grid
 
     settings = ImageSettings(stretch="percentile")
-    pictures = [
-        np.asarray(
-            Image.fromarray(read_image(data_dir / "images" / row["image"], settings).rgb).resize((side, side), 3)
-        )
-        for row in rows
-    ]
+
+    def picture(row):
+        rgb = read_image(data_dir / "images" / row["image"], settings).rgb
+        return np.asarray(Image.fromarray(rgb).resize((side, side), Image.Resampling.BICUBIC))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the GIL
+        pictures = list(pool.map(picture, rows))
     grids, cover = [labels(row) for row in rows], [covers.index(row["cover"]) for row in rows]
     train = [i for i, row in enumerate(rows) if row["split"] == "train"]
     held = [i for i, row in enumerate(rows) if row["split"] == "val"]

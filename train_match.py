@@ -10,10 +10,12 @@ Leaves in output/training_YYYYMMDD_HHMMSS/: best_model/, checkpoint-N/, config.j
 report.html, and TensorBoard events.
 """
 
+import os
 import random
 import re
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -225,11 +227,13 @@ def histogram_baseline(train: list[Scene], test: list[Scene], settings: ImageSet
                     table[vocabulary[w]] += weight[vocabulary[w]]
         return table
 
-    known = np.stack([histogram(scene.image) for scene in train])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the GIL
+        known = np.stack(list(pool.map(histogram, [scene.image for scene in train])))
+        asked = list(pool.map(histogram, [scene.image for scene in test]))
     described = np.stack([vector(scene.texts) for scene in train])
     image = []
-    for scene in test:
-        near = np.argsort(-np.minimum(known, histogram(scene.image)).sum(1))[:5]
+    for colours in asked:
+        near = np.argsort(-np.minimum(known, colours).sum(1))[:5]
         image.append(described[near].sum(0))
     image, text = np.stack(image), np.stack([vector([t]) for t in texts])
     unit = [table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-9) for table in (image, text)]
