@@ -265,6 +265,7 @@ def main(argv: list[str] | None = None) -> dict:
     total = sum(p.numel() for p in model.parameters())
     say(f"model: {config.base_model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained "
         f"(image tower {config.image_tower}, text tower {config.text_tower})")  # fmt: skip
+
     # ---- features of frozen towers are constants
     model.to(args.device)
     features = {}

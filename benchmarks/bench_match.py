@@ -144,17 +144,17 @@ def build_model(options) -> tuple[DualEncoder, MatchConfig]:
         grad_cache_chunk=max(1, options.mini_batch // options.texts) if options.loss == "cached" else 0,
         **limits,
     )
-    config.base_dtype = options.dtype if options.towers == "lora" else "float32"
+    dtype = getattr(torch, options.dtype if options.towers == "lora" else "float32")
     if options.shape is None:
-        model = DualEncoder.from_base(config, seed=SEED)
+        model = DualEncoder.from_base(config, seed=SEED, dtype=dtype)
     else:
-        model = random_model(config, SHAPES[options.shape], torch.device(options.device))
+        model = random_model(config, SHAPES[options.shape], torch.device(options.device), dtype)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.to(options.device), config
 
 
-def random_model(config: MatchConfig, shape: dict, device: torch.device) -> DualEncoder:
+def random_model(config: MatchConfig, shape: dict, device: torch.device, dtype: torch.dtype) -> DualEncoder:
     processor, tokenizer = load_processor(config.base_model, config.min_pixels, config.max_pixels)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": shape["mrope_section"]}
     base = Qwen2_5_VLConfig(text_config=shape["text"] | {"rope_parameters": rope}, vision_config=shape["vision"])
@@ -168,7 +168,6 @@ def random_model(config: MatchConfig, shape: dict, device: torch.device) -> Dual
     )
     torch.manual_seed(SEED)
     with device:  # billions of random numbers are drawn where they are used
-        dtype = getattr(torch, config.base_dtype)
         parts = (base.vision_config, base.text_config)
         towers = [tower._from_config(part, dtype=dtype) for tower, part in zip(TOWERS["qwen2_5_vl"], parts)]
         return DualEncoder(settings, *towers, tokenizer, processor, base)
