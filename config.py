@@ -198,6 +198,91 @@ class MatchConfig(DataConfig):
     """Scenes scored at each evaluation during training (a fixed sample); the final test uses all."""
 
 
+@dataclass
+class VQAConfig(DataConfig):
+    """train_vqa.py: LoRA fine-tuning of Qwen2-VL or Qwen2.5-VL on questions about images."""
+
+    base_model: str = "Qwen/Qwen2-VL-2B-Instruct"
+    """Folder of the Qwen2-VL or Qwen2.5-VL base (`python load.py` brings it)."""
+
+    lora: str | None = None
+    """Adapter folder (best_model/, checkpoint-N/, or one another tool saved): with --eval_only the one to score, else the
+    one training starts from."""
+
+    eval_only: bool = False
+    """Score --lora on the test split (else the validation split), before and after, and stop; nothing is trained."""
+
+    lora_rank: int = 64
+    """Rank of the LoRA matrices (Hu et al. 2021)."""
+
+    lora_alpha: int = 128
+    """LoRA scale: updates are multiplied by alpha / rank (by alpha / sqrt(rank) with --use_rslora)."""
+
+    lora_dropout: float = 0.05
+    """Dropout on the LoRA input, 0 to 1."""
+
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Linear layers of the language model that get LoRA."""
+
+    use_dora: bool = False
+    """DoRA (Liu et al. 2024): magnitude and direction apart. Better at low rank, slower."""
+
+    use_rslora: bool = False
+    """rsLoRA (Kalajdzievski 2023): scale by alpha / sqrt(rank), for high ranks."""
+
+    quantize: Literal["none", "4", "8"] = "none"
+    """Load the base in 4 bits (QLoRA, Dettmers et al. 2023) or 8 bits. CUDA and bitsandbytes only."""
+
+    vision_tower: Literal["frozen", "lora", "full"] = "frozen"
+    """What is trained in the vision encoder. Frozen: every image is encoded once and its tokens are kept in the cache."""
+
+    merger: Literal["frozen", "full"] = "frozen"
+    """Whether the layer between vision encoder and language model is trained. `--vision_tower full` includes it."""
+
+    prompt: str = "Answer with one word, one number or a short phrase.\n{question}"
+    """What the model is asked, before and after training alike. What stands before {question} is encoded once an image."""
+
+    max_question_tokens: int = 128
+    """Longer questions are left out and listed in rejected.jsonl."""
+
+    max_answer_tokens: int = 16
+    """Longer answers are left out of training and listed; generation stops after as many."""
+
+    packing: bool = True
+    """One sequence per image: the image once, each question as its own branch. `--no_packing` runs every question as a row
+    of its own with its own image: the same loss and gradient, many times slower (for comparison)."""
+
+    texts_per_scene: int = 0
+    """Questions of each image drawn per epoch (0: all)."""
+
+    pack_tokens: int = 16384
+    """Tokens of one forward pass. A batch that needs more runs in several, with the gradient of the whole; so does a scene."""
+
+    eval_pack_tokens: int = 16384
+    """Tokens of one forward pass in evaluation, where nothing is kept for a backward pass."""
+
+    decode: Literal["generate", "candidates"] = "generate"
+    """How answers are made: greedy generation, or the most probable of the training split's answers of that type."""
+
+    blind_baseline: bool = True
+    """Train the same model again with the images removed: what it scores, questions give away by themselves. About as long
+    again as training where an image has few questions; `--no_blind_baseline` leaves it out."""
+
+    vision_learning_rate: float | None = None
+    """Learning rate of the vision encoder. Default: --learning_rate."""
+
+    merger_learning_rate: float | None = None
+    """Learning rate of the merger. Default: --learning_rate."""
+
+    early_stopping_patience: int = 0
+    """Stop after this many evaluations without a better metric_for_best_model. 0: off."""
+
+    max_eval_questions: int = 2000
+    """Validation questions answered at each evaluation during training (whole images, a fixed sample)."""
+
+
 # TrainingArguments whose default we change, with the reason.
 TRAINING_DEFAULTS = {
     "output_dir": None,  # output/training_YYYYMMDD_HHMMSS, or the run that is resumed
@@ -247,6 +332,38 @@ PRESETS: dict[str, dict[str, dict]] = {
             "eval_steps": 120,
             "save_strategy": "steps",
             "save_steps": 120,
+            "dataloader_num_workers": 0,
+            "use_cpu": True,
+        },
+    },
+    "VQAConfig": {
+        "full": {
+            "train_file": "data_vl_train.json",
+            "test_file": "data_vl_test.json",
+            "per_device_train_batch_size": 4,  # scenes: some 400 questions of RSVQA LR
+            "per_device_eval_batch_size": 16,
+            "learning_rate": 1e-4,
+            "num_train_epochs": 5,
+            "gradient_checkpointing": True,
+            "dataloader_num_workers": 4,
+            "metric_for_best_model": "accuracy",
+        },
+        "demo": {
+            "base_model": "models/demo/qwen2_5_vl",
+            "train_file": "data/demo/data_vl_train.json",
+            "test_file": "data/demo/data_vl_test.json",
+            "max_pixels": 112 * 112,
+            "stretch": "percentile",  # drawn haze and light differ from scene to scene
+            "lora_rank": 32,
+            "lora_alpha": 64,
+            "lora_dropout": 0.0,
+            "prompt": "{question}",  # the small base knows no instructions
+            "per_device_train_batch_size": 16,
+            "per_device_eval_batch_size": 64,
+            "learning_rate": 2e-3,
+            "num_train_epochs": 10,
+            "save_strategy": "epoch",
+            "metric_for_best_model": "accuracy",
             "dataloader_num_workers": 0,
             "use_cpu": True,
         },
@@ -372,7 +489,9 @@ def check(config: DataConfig) -> None:
         "margin": (0, 2), "mine_margin": (0, 2), "max_samples": (1, 10**9), "lora_rank": (1, 4096), "projection_dim": (1, 65536),
         "projection_hidden": (0, 65536), "max_text_tokens": (2, 32768), "texts_per_scene": (0, 10**6),
         "grad_cache_chunk": (0, 10**9), "min_pixels": (1, 10**9), "max_pixels": (28 * 28, 10**9), "temperature": (1e-4, 10),
-        "max_eval_scenes": (1, 10**9), "early_stopping_patience": (0, 10**9), "lora_alpha": (1, 10**6),
+        "max_eval_scenes": (1, 10**9), "max_eval_questions": (1, 10**9), "pack_tokens": (64, 10**9),
+        "eval_pack_tokens": (64, 10**9), "max_question_tokens": (1, 32768), "max_answer_tokens": (1, 4096),
+        "early_stopping_patience": (0, 10**9), "lora_alpha": (1, 10**6),
     }  # fmt: skip
     for name, (low, high) in bounds.items():
         value = getattr(config, name, None)

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
@@ -149,6 +151,13 @@ def read_scenes(path: str | Path, *, image_root: str | None = None, language: st
         scene.rows = [row for row in scene.rows if row not in set(wrong)]
         if scene.rows:
             result.scenes.append(scene)
+    _refuse_rejected(path, result, max_rejected)
+    if not result.scenes:
+        raise InputError(f"{path}: no usable row" + (f" with --language {language}" if language != "all" else ""))
+    return result
+
+
+def _refuse_rejected(path: Path, result: SceneFile, max_rejected: float) -> None:
     if len(result.rejected) > max_rejected * result.rows:
         shown = "".join(f"\n  row {bad.row}: {bad.reason}" for bad in result.rejected[:5])
         more = len(result.rejected) - 5
@@ -156,9 +165,6 @@ def read_scenes(path: str | Path, *, image_root: str | None = None, language: st
             f"{path}: {len(result.rejected)} of {result.rows} rows cannot be used"
             f" (allowed: --max_rejected {max_rejected:g}):{shown}" + (f"\n  and {more} more" if more > 0 else "")
         )
-    if not result.scenes:
-        raise InputError(f"{path}: no usable row" + (f" with --language {language}" if language != "all" else ""))
-    return result
 
 
 def _form_of(path: Path, content) -> tuple[str, list]:
@@ -237,11 +243,111 @@ def _find_image(name: str, roots: list[Path]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
+# Questions about images
+
+VISION = re.compile(r"<\|vision_start\|>(.*?)<\|vision_end\|>", re.DOTALL)
+
+
+@dataclass
+class Question:
+    """A question about an image and its answer."""
+
+    text: str
+    answer: str
+    kind: str | None = None
+    """Type of the question: RSVQA's presence, comp, count, rural_urban, area; another data set's own, or None."""
+    id: str | None = None
+
+
+@dataclass
+class QuestionScene:
+    """One image and all questions about it."""
+
+    image: str
+    questions: list[Question] = field(default_factory=list)
+    split: str | None = None
+
+
+def read_conversations(
+    path: str | Path, *, image_root: str | None = None, language: str = "all", max_rejected: float = 0.01
+) -> SceneFile:
+    """Read questions and answers and gather them by image.
+
+    Forms: conversations `[{"id", "conversations": [{"from": "user", "value": "Q <|vision_start|>image<|vision_end|>"},
+    {"from": "assistant", "value": "A"}], "type", "split"}]` (csv2json.py writes them) and chat `[{"img", "prompt",
+    "label"}]`. Returns a `SceneFile` of `QuestionScene`s. Raises InputError as `read_scenes` does.
+    """
+    path = Path(path)
+    content = load_json(path)
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{path}: expected a list of conversations with at least one in it")
+    roots = [Path(image_root)] if image_root else [path.parent, path.parent / "images"]
+    result, scenes = SceneFile([], [], rows=len(content)), {}
+    found: dict[str, str | InputError] = {}
+    seen = set()
+    for number, entry in enumerate(content):
+        try:
+            name, question = _question_of(entry)
+            if name not in found:
+                try:
+                    found[name] = _find_image(name, roots)
+                    image_size(found[name])
+                except ImageError as error:
+                    found[name] = InputError(str(error))
+            if isinstance(found[name], InputError):
+                raise found[name]
+        except InputError as error:
+            result.rejected.append(Rejected(str(path), number, str(error)))
+            continue
+        split = entry.get("split")
+        scene = scenes.setdefault(found[name], QuestionScene(found[name], split=split))
+        if scene.split != split:
+            raise InputError(f"{path}: row {number}: image {name!r} is in split {split!r} and in {scene.split!r}")
+        if language != "all" and (language == "zh") != bool(CHINESE.search(question.text)):
+            continue
+        key = (scene.image, question.text, question.answer)
+        result.duplicates += key in seen
+        if key not in seen:
+            seen.add(key)
+            scene.questions.append(question)
+    result.scenes = [scene for scene in scenes.values() if scene.questions]
+    _refuse_rejected(path, result, max_rejected)
+    if not result.scenes:
+        raise InputError(f"{path}: no usable row" + (f" with --language {language}" if language != "all" else ""))
+    return result
+
+
+def _question_of(entry) -> tuple[str, Question]:
+    """One row as (image name, question). Raises InputError naming the field."""
+    if not isinstance(entry, dict):
+        raise InputError(f"expected an object, found {type(entry).__name__}")
+    kind, number = entry.get("type"), entry.get("id")
+    number = None if number is None else str(number)
+    if "conversations" not in entry and "img" in entry:
+        return _text(entry, "img"), Question(_text(entry, "prompt"), _text(entry, "label"), kind, number)
+    turns = entry.get("conversations")
+    if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, dict) for turn in turns):
+        have = f"found {len(turns)}" if isinstance(turns, list) else f"found {type(turns).__name__}"
+        raise InputError(f"field 'conversations': expected two turns, the user's and the assistant's, {have}")
+    asked, said = (_text(turn, "value") for turn in turns)
+    if [turn.get("from") for turn in turns] not in (["user", "assistant"], ["human", "gpt"]):
+        raise InputError("field 'from': expected 'user' and then 'assistant'")
+    images = VISION.findall(asked)
+    text = " ".join(VISION.sub(" ", asked).split(" ")).strip()
+    if len(images) != 1 or not images[0].strip() or not text:
+        raise InputError(
+            f"field 'value': expected a question and one <|vision_start|>image path<|vision_end|>, found {asked[:80]!r}"
+        )
+    return images[0].strip(), Question(re.sub(" {2,}", " ", text), said, kind, number)
+
+
+# ----------------------------------------------------------------------------------------------------
 # Splits, always by image
 
 
-def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None) -> dict[str, list[Scene]]:
-    """`{"train", "val", "test"}` scenes of a configuration; "test" may be empty.
+def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None, read=read_scenes) -> dict[str, list]:
+    """`{"train", "val", "test"}` scenes of a configuration; "test" may be empty. `read`: `read_scenes` (texts) or
+    `read_conversations` (questions).
 
     A file's own `split` fields are used where no file is named for that split; else `val_fraction` of the training
     images is held out. Bad rows are appended to `report` (rejected.jsonl). Raises InputError, also when an image (the
@@ -254,11 +360,10 @@ def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None) -
         "language": config.language,
         "max_rejected": config.max_rejected,
     }
-    rejected, duplicates = [], 0
-    splits: dict[str, list[Scene]] = {"train": [], "val": [], "test": []}
-    read = read_scenes(config.train_file, **options)
-    rejected, duplicates = read.rejected, read.duplicates
-    for scene in read.scenes:
+    splits: dict[str, list] = {"train": [], "val": [], "test": []}
+    found = read(config.train_file, **options)
+    rejected, duplicates = found.rejected, found.duplicates
+    for scene in found.scenes:
         if scene.split not in (None, "train", "val", "test"):
             raise InputError(
                 f"{config.train_file}: split {scene.split!r} of {scene.image}: expected train, val or test"
@@ -266,10 +371,10 @@ def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None) -
         splits[scene.split or "train"].append(scene)
     for name in ("val", "test"):
         if file := getattr(config, f"{name}_file"):
-            read = read_scenes(file, **options)
-            rejected, duplicates = rejected + read.rejected, duplicates + read.duplicates
-            own = [scene for scene in read.scenes if scene.split == name]
-            splits[name] = own or read.scenes
+            found = read(file, **options)
+            rejected, duplicates = rejected + found.rejected, duplicates + found.duplicates
+            own = [scene for scene in found.scenes if scene.split == name]
+            splits[name] = own or found.scenes
     if not splits["train"]:
         raise InputError(f"{config.train_file}: no row of split 'train'")
     if not splits["val"]:
@@ -493,6 +598,50 @@ class FeatureStore:
         return np.stack([table[key] for key in keys])
 
 
+class TokenStore:
+    """Image tokens (N, D) of a frozen vision tower, one file per image, in one folder per `recipe` (the tower's
+    fingerprint and the pixel recipe). N may differ from image to image."""
+
+    def __init__(self, cache_dir: str, recipe: str):
+        self.folder = Path(cache_dir) / "tokens" / hashlib.blake2b(recipe.encode(), digest_size=16).hexdigest()
+
+    def _entry(self, path: str) -> Path:
+        digest = hashlib.blake2b(PixelStore.identity(path).encode(), digest_size=16).hexdigest()
+        return self.folder / digest[:2] / f"{digest}.safetensors"
+
+    def __getitem__(self, path: str) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """(N, D) tokens and the image's grid (t, h, w) in patches; KeyError when they were not prepared."""
+        try:
+            stored = load_file(self._entry(path))
+        except FileNotFoundError:
+            raise KeyError(path) from None
+        return stored["tokens"], tuple(stored["grid"].tolist())
+
+    def prepare(self, paths: list[str], encode, batch: int = 32) -> None:
+        """Make what is missing: `encode(list of paths)` -> [(tokens (N, D), grid)]. Files cut short are made anew."""
+        missing = [path for path in dict.fromkeys(paths) if not _whole_safetensors(self._entry(path))]
+        for start in tqdm(range(0, len(missing), batch), desc="encoding images", disable=not missing, leave=False):
+            chunk = missing[start : start + batch]
+            for path, (tokens, grid) in zip(chunk, encode(chunk)):
+                entry = self._entry(path)
+                entry.parent.mkdir(parents=True, exist_ok=True)
+                temporary = entry.with_suffix(f".{os.getpid()}.tmp")
+                try:
+                    save_file({"tokens": tokens.contiguous().cpu(), "grid": torch.tensor(grid)}, temporary)
+                    os.replace(temporary, entry)
+                except (OSError, SafetensorError) as error:
+                    temporary.unlink(missing_ok=True)
+                    raise InputError(f"{entry.parent}: cannot keep image tokens: {error}; see --cache_dir") from None
+
+
+def _whole_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:  # checks the header against the file's length
+            return "tokens" in file.keys()  # noqa: SIM118 - a safe_open handle is no mapping
+    except (OSError, SafetensorError):
+        return False
+
+
 # ----------------------------------------------------------------------------------------------------
 # Scenes -> batches
 
@@ -590,6 +739,246 @@ class MatchCollator:
         else:
             batch["text_features"] = torch.from_numpy(data.text_features[text_ids])
         return batch
+
+
+# ----------------------------------------------------------------------------------------------------
+# Packing: one image and its texts as one sequence
+
+
+class ChatPrompt:
+    """Token ids of a conversation about an image, in the two parts that packing needs.
+
+    The *prefix* is all that questions about one image share (system text, image tokens, the prompt template up to the
+    question); a *branch* is one question and, in training, its answer with the token that ends it.
+    """
+
+    def __init__(self, tokenizer, template: str, image_token: int, merge: int):
+        if template.count("{question}") != 1:
+            raise InputError(f"--prompt {template!r}: expected {{question}} in it, once")
+        if not tokenizer.chat_template:
+            raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
+        before, after = template.split("{question}")
+        self.tokenizer, self.image_token, self.merge = tokenizer, image_token, merge
+        mark = "\u2063"  # stands for the question while the chat template is rendered
+        self.heads = {}
+        for image in (True, False):
+            content = [{"type": "image"}] * image + [{"type": "text", "text": f"{before}{mark}{after}"}]
+            whole = tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            head, self.after = whole.split(mark)
+            ids = tokenizer(head, add_special_tokens=False)["input_ids"]
+            self.heads[image] = ids
+            if ids.count(image_token) != image:
+                raise InputError(f"{tokenizer.name_or_path}: the chat template puts no image into a message")
+        self.end = tokenizer.eos_token_id
+
+    def prefix(self, grid: tuple[int, int, int] | None) -> tuple[np.ndarray, np.ndarray]:
+        """Prefix of an image with `grid` (t, h, w) patches (None: no image): ids (P,) and rotary positions (3, P).
+
+        Text counts up in all three rows; an image's tokens have the place of their cell as height and width, and text
+        goes on after the largest of them (M-RoPE, Wang et al. 2024, arXiv:2409.12191, section 2.1).
+        """
+        if grid is None:
+            ids = np.array(self.heads[False], dtype=np.int64)
+            return ids, np.tile(np.arange(len(ids)), (3, 1))
+        t, h, w = grid[0], grid[1] // self.merge, grid[2] // self.merge
+        place = self.heads[True].index(self.image_token)
+        head, tail = self.heads[True][:place], self.heads[True][place + 1 :]
+        ids = np.array([*head, *[self.image_token] * (t * h * w), *tail], dtype=np.int64)
+        cells = np.indices((t, h, w)).reshape(3, -1) + place
+        rest = np.tile(np.arange(len(tail)), (3, 1)) + place + max(t, h, w)
+        return ids, np.concatenate([np.tile(np.arange(place), (3, 1)), cells, rest], axis=1)
+
+    def branches(self, questions: list[str], answers: list[str] | None = None) -> list[tuple[np.ndarray, int]]:
+        """For each question its ids and how many at their end are to be predicted (0 without an answer)."""
+        if not questions:
+            return []
+        asked = self.tokenizer([question + self.after for question in questions], add_special_tokens=False)["input_ids"]
+        if answers is None:
+            return [(np.array(ids), 0) for ids in asked]
+        said = self.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+        return [(np.array([*q, *a, self.end]), len(a) + 1) for q, a in zip(asked, said)]
+
+
+def split_work(prefixes: list[int], branches: list[list[int]], budget: int) -> list[list[tuple[int, list[int]]]]:
+    """Cut scenes into pieces of at most `budget` tokens: [[(scene, its branches in this piece)]].
+
+    prefixes: length of each scene's prefix; branches: lengths of its branches. Scenes stay together where they fit; the
+    prefix of one that is cut is in each of its pieces. A piece has at least one branch, however long."""
+    pieces, used = [[]], 0
+    for scene, (prefix, lengths) in enumerate(zip(prefixes, branches)):
+        if pieces[-1] and used + prefix + sum(lengths) > budget:
+            pieces.append([])
+            used = 0
+        chosen: list[int] = []
+        used += prefix
+        for branch, length in enumerate(lengths):
+            if chosen and used + length > budget:
+                pieces[-1].append((scene, chosen))
+                pieces.append([])
+                chosen, used = [], prefix
+            chosen.append(branch)
+            used += length
+        pieces[-1].append((scene, chosen))
+    return pieces
+
+
+def pack(scenes: list[dict]) -> dict[str, torch.Tensor]:
+    """Scenes -> one row of L tokens: each scene's prefix, then its branches; every token stands there once.
+
+    A scene: {"prefix": (ids (P,), positions (3, P)), "branches": [(ids (T,), number of targets)], and of its image
+    "tokens" (N, D) or "pixel_values" + "grid", or neither}. Returns
+
+    - input_ids (1, L); position_ids (3, 1, L): a branch goes on where its prefix ends;
+    - prefix_rows (S, P), prefix_lengths (S,); branch_rows (S, Q, T), branch_lengths (S, Q): where a scene's tokens stand
+      in the row, filled with 0 on the right;
+    - order (L,): where each token of the row stands in [prefix_rows, branch_rows] laid flat;
+    - label_rows (M,), labels (M,): the row positions that predict something, and what;
+    - image_rows (N,) with image_tokens (N, D), or with pixel_values and image_grid_thw (S, 3).
+    """
+    most = max((len(scene["branches"]) for scene in scenes), default=0)
+    longest = max((len(ids) for scene in scenes for ids, _ in scene["branches"]), default=0)
+    first = max(len(scene["prefix"][0]) for scene in scenes)
+    prefix_rows = np.zeros((len(scenes), first), dtype=np.int64)
+    branch_rows = np.zeros((len(scenes), most, longest), dtype=np.int64)
+    prefix_lengths = np.array([len(scene["prefix"][0]) for scene in scenes])
+    branch_lengths = np.zeros((len(scenes), most), dtype=np.int64)
+    ids, positions, order, label_rows, labels = [], [], [], [], []
+    at = 0
+    for s, scene in enumerate(scenes):
+        own, places = scene["prefix"]
+        prefix_rows[s, : len(own)] = np.arange(at, at + len(own))
+        ids.append(own), positions.append(places), order.append(s * first + np.arange(len(own)))
+        at += len(own)
+        start = int(places.max()) + 1
+        for b, (branch, targets) in enumerate(scene["branches"]):
+            n = len(branch)
+            branch_rows[s, b, :n] = np.arange(at, at + n)
+            branch_lengths[s, b] = n
+            ids.append(branch), positions.append(np.tile(start + np.arange(n), (3, 1)))
+            order.append(len(scenes) * first + (s * most + b) * longest + np.arange(n))
+            if targets:
+                label_rows.append(np.arange(at + n - targets - 1, at + n - 1))
+                labels.append(branch[n - targets :])
+            at += n
+    none = np.zeros(0, dtype=np.int64)
+    made = {
+        "input_ids": np.concatenate(ids)[None],
+        "position_ids": np.concatenate(positions, axis=1)[:, None],
+        "prefix_rows": prefix_rows, "prefix_lengths": prefix_lengths,
+        "branch_rows": branch_rows, "branch_lengths": branch_lengths,
+        "order": np.concatenate(order),
+        "label_rows": np.concatenate([none, *label_rows]), "labels": np.concatenate([none, *labels]),
+    }  # fmt: skip
+    result = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in made.items()}
+    return result | _image_part(scenes, made["input_ids"][0])
+
+
+def pad_questions(scenes: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
+    """Scenes (as for `pack`) -> a padded row of each question with its own copy of the image: the plain form.
+
+    input_ids, attention_mask, labels (B, L), filled on the right, -100 where nothing is predicted; pixel_values and
+    image_grid_thw (B, 3)."""
+    rows, targets, copies = [], [], []
+    for scene in scenes:
+        for branch, count in scene["branches"]:
+            rows.append(np.concatenate([scene["prefix"][0], branch]))
+            targets.append(np.where(np.arange(len(rows[-1])) < len(rows[-1]) - count, -100, rows[-1]))
+            copies.append(scene)
+    lengths = torch.tensor([len(row) for row in rows])
+    input_ids = pad_rows(rows, pad_id)
+    result = {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(input_ids.shape[1])[None] < lengths[:, None]).long(),
+        "labels": pad_rows(targets, -100),
+    }
+    if "pixel_values" in scenes[0]:
+        result["pixel_values"] = torch.cat([scene["pixel_values"] for scene in copies])
+        result["image_grid_thw"] = torch.tensor([scene["grid"] for scene in copies])
+    return result
+
+
+def _image_part(scenes: list[dict], input_ids: np.ndarray) -> dict[str, torch.Tensor]:
+    if not any("image_token" in scene for scene in scenes):
+        return {}
+    image_token = scenes[0]["image_token"]
+    part = {"image_rows": torch.from_numpy(np.flatnonzero(input_ids == image_token))}
+    if "tokens" in scenes[0]:
+        return part | {"image_tokens": torch.cat([scene["tokens"] for scene in scenes])}
+    return part | {
+        "pixel_values": torch.cat([scene["pixel_values"] for scene in scenes]),
+        "image_grid_thw": torch.tensor([scene["grid"] for scene in scenes]),
+    }
+
+
+class QuestionDataset(Dataset):
+    """Scenes of questions: (epoch, index) -> the image and `texts_per_scene` of its questions, as token ids.
+
+    tokens: a prepared `TokenStore` (frozen vision tower); else store: a `PixelStore`, and `processor`. `blind`: no image.
+    """
+
+    def __init__(
+        self, scenes: list[QuestionScene], prompt: ChatPrompt, *, processor=None, store: PixelStore | None = None,
+        tokens: TokenStore | None = None, texts_per_scene: int = 0, seed: int = 0, blind: bool = False, answers: bool = True,
+    ):  # fmt: skip
+        self.scenes, self.prompt, self.processor, self.store, self.tokens = scenes, prompt, processor, store, tokens
+        self.texts_per_scene, self.seed, self.blind = texts_per_scene, seed, blind
+        listed = [question for scene in scenes for question in scene.questions]
+        made = iter(prompt.branches([q.text for q in listed], [q.answer for q in listed] if answers else None))
+        self.branches = [[next(made) for _ in scene.questions] for scene in scenes]
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        branches = self.branches[index]
+        if self.texts_per_scene and len(branches) > self.texts_per_scene:
+            pick = np.random.default_rng((self.seed, epoch, index)).permutation(len(branches))[: self.texts_per_scene]
+            branches = [branches[i] for i in sorted(pick)]
+        return {"scene": index, "branches": branches} | self.image(self.scenes[index].image)
+
+    def image(self, path: str) -> dict:
+        """What a scene needs of its image: the prefix with room for it, and its tokens or its patches."""
+        if self.blind:
+            return {"prefix": self.prompt.prefix(None)}
+        part = {"image_token": self.prompt.image_token}
+        if self.tokens is not None:
+            part["tokens"], part["grid"] = self.tokens[path]
+        else:
+            made = pixel_batch([self.store[path]], self.processor)
+            part["pixel_values"], part["grid"] = made["pixel_values"], tuple(made["image_grid_thw"][0].tolist())
+        return part | {"prefix": self.prompt.prefix(part["grid"])}
+
+
+class QuestionCollator:
+    """Examples of `QuestionDataset` -> {"pieces": [pack, ...], "targets": number of tokens to predict}: packed, each piece
+    within `budget` tokens; with `packing=False` as padded rows, as many at once as the budget holds."""
+
+    def __init__(self, budget: int, *, packing: bool = True, pad_id: int = 0):
+        self.budget, self.packing, self.pad_id = budget, packing, pad_id
+
+    def __call__(self, examples: list[dict]) -> dict:
+        targets = sum(count for example in examples for _, count in example["branches"])
+        if not self.packing:
+            rows = [example | {"branches": [branch]} for example in examples for branch in example["branches"]]
+            pieces, longest = [[]], 0
+            for row in rows:
+                length = len(row["prefix"][0]) + len(row["branches"][0][0])
+                if pieces[-1] and max(longest, length) * (len(pieces[-1]) + 1) > self.budget:
+                    pieces.append([])
+                    longest = 0
+                longest = max(longest, length)
+                pieces[-1].append(row)
+            return {"pieces": [pad_questions(piece, self.pad_id) for piece in pieces], "targets": targets}
+        prefixes = [len(example["prefix"][0]) for example in examples]
+        lengths = [[len(ids) for ids, _ in example["branches"]] for example in examples]
+        pieces = [
+            pack([examples[s] | {"branches": [examples[s]["branches"][b] for b in chosen]} for s, chosen in piece])
+            for piece in split_work(prefixes, lengths, self.budget)
+        ]
+        return {"pieces": pieces, "targets": targets}
 
 
 def pixel_batch(images: list[np.ndarray], processor) -> dict[str, torch.Tensor]:

@@ -1266,8 +1266,10 @@ def _make(job: tuple[str, int, int, bool]) -> dict:
 
 
 def _listing(folder: Path) -> list[list]:
-    """[relative path, size] of every file but the manifest: a finished folder is recognised by it, in milliseconds."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    """[relative path, size] of every file we wrote but the manifest: a finished folder is recognised by it, in
+    milliseconds. data2csv.py and csv2json.py put theirs beside them."""
+    others = ("manifest.json", "rsvqa-dataset", "data_vl")
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(others))
     return [[p.relative_to(folder).as_posix(), p.stat().st_size] for p in files]
 
 

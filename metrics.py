@@ -10,6 +10,12 @@ torch tensors of any device and float type. What cannot be scored (wrong shape, 
 range, nothing at all) raises a `ValueError` that says which argument and why.
 """
 
+import math
+import re
+import unicodedata
+from bisect import bisect_left
+from collections import Counter
+
 import numpy as np
 
 TIE = 1e-6  # cosines closer than this are equal: one float32 product gave equal columns up to 4e-7 apart
@@ -46,7 +52,8 @@ def _resampled_means(sums: np.ndarray, counts: np.ndarray, samples: int, seed: i
 
     `sums`, `counts` (G, C): what each of G clusters adds to each mean. Draws G clusters with
     replacement, `samples` times; -> (samples, C). Each draw is a row of weights (how often each
-    cluster came up), so a chunk of draws is one matrix product.
+    cluster came up), so a chunk of draws is one matrix product. A mean that counts nothing in a
+    draw is NaN there.
     """
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
@@ -56,7 +63,8 @@ def _resampled_means(sums: np.ndarray, counts: np.ndarray, samples: int, seed: i
         rows = min(chunk, samples - start)
         drawn = rng.integers(0, total, (rows, total)) + total * np.arange(rows)[:, None]
         weights = np.bincount(drawn.ravel(), minlength=rows * total).reshape(rows, total).astype(np.float64)
-        means.append((weights @ sums) / (weights @ counts))
+        with np.errstate(invalid="ignore"):
+            means.append((weights @ sums) / (weights @ counts))
     return np.concatenate(means)
 
 
@@ -233,3 +241,291 @@ def retrieval(image_embeddings, text_embeddings, text_image, *, texts=None, ks=(
         result[f"{prefix}mR_interval"] = _percentiles(_resampled_means(sums, counts, 1000, seed).mean(1), 0.95)
         result[f"{prefix}chance_mR"] = float(np.mean(chance))
     return result | {"duplicate_texts": int(duplicates), "images": len(images), "texts": len(captions)}
+
+
+# ---------------------------------------------------------------------------------------------
+# RSVQA
+
+OPEN = ("count", "area")  # question types whose answers are numbers; the others choose between two words
+EDGES = (10, 100, 1000)
+
+_TO_TWENTY = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty"
+)
+_WORDS = {word: str(n) for n, word in enumerate(_TO_TWENTY.split())}
+_LARGE = re.compile("(?:thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|[mb]illion|dozen|half|percent")
+_LIMIT = re.compile("than|over|under|above|below|upto|least|most|exceed(?:s|ing)|no|not")  # "more than 4" is not 4
+_QUOTES = " \"'`*“”‘’«»"
+# What NFKC would misread: 10² as 102, № and nº as "no".
+_MISREAD = {ord(c): f"^{n}" for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")} | {0x2116: "#", 0xBA: "°"}
+
+_THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
+_UNIT = re.compile(
+    rf"([0-9]|\b(?:{'|'.join(_WORDS)}))\s*"
+    r"(?:m\^?2|sq\.? ?m(?:et(?:er|re)s?)?|square[ -]met(?:er|re)s?|met(?:er|re)s? squared)(?!\w)"
+)
+# "yes" or "no" and then a new word: neither "nothing", "no-one" and "no idea", nor "yes or no" and "no. 5".
+_YES_NO = re.compile(
+    r"(yes|no)(?!\w|['’-]\w| ?/| (?:or|and) (?:yes|no)\b|\.? ?(?:#?[0-9]|of\b)"
+    r"| (?:one|idea|clue|doubt|way|answer|comment|information|data)\b)"
+)
+_RURAL_URBAN = re.compile(r"(?<![\w-])(?:rural|urban)(?![\w-])")  # not "suburban", not "semi-urban"
+_DENIAL = re.compile(r"\b(?:no|not|non|never|neither|nor|cannot)\b|n['’]t\b")
+
+
+def _classes(unit: str, step: int) -> tuple[list[str], dict[str, str]]:
+    """-> the five names in order; every spelling of a class -> its name."""
+    names, spelled = [f"0{unit}"], {}
+    for low, high in zip((0, *EDGES), EDGES):
+        names.append(f"between {low + step}{unit} and {high}{unit}")
+        for start in (low, low + 1):  # the authors' code writes "between 10 and 100", others "11"
+            spelled |= {f"between {start}{u} and {high}{unit}": names[-1] for u in (unit, "")}
+    names.append(f"more than {EDGES[-1]}{unit}")
+    return names, spelled | {name: name for name in names}
+
+
+_CLASSES = {"count": _classes("", 1), "area": _classes("m2", 0)}
+
+
+def _only_number(text: str, unit: str) -> str | None:
+    """The one number (with `unit`) that a sentence says, once or repeated; else None.
+
+    Every word with a digit, or of a number word, that is not plainly such a number makes the
+    sentence unreadable: "3-4", "20k", "50%", "one hundred", "more than 10", "4 or more".
+    """
+    said = set()
+    words = [w.strip(_QUOTES + ".,!?~≈") for w in re.split(r"[\s()\[\]{}:;/]+", text.replace("up to", "upto"))]
+    for before, word, after in zip(["", *words], words, [*words[1:], ""]):
+        match = re.fullmatch(rf"([0-9]+)(\.[0-9]+)?{unit}", word if unit else _WORDS.get(word, word))
+        if match:
+            whole, part = match[1].lstrip("0") or "0", (match[2] or "").rstrip("0").rstrip(".")
+            if _LIMIT.fullmatch(before) or after == "or" or (part and not unit):  # a count is whole
+                return None
+            said.add(whole + part + unit)
+        elif any(c.isdigit() for c in word) or any(w in _WORDS or _LARGE.fullmatch(w) for w in word.split("-")):
+            return None
+    return said.pop() if len(said) == 1 else None
+
+
+def normalise_answer(text, kind=None) -> str:
+    """What an answer says, in the one spelling that answers are compared in.
+
+    text: a string. kind: the question's type in RSVQA (presence, comp, count, rural_urban, area),
+    or None; other types are read like None. NFKC, lower case, single spaces, no surrounding quotes
+    or trailing punctuation; "1,234" is "1234"; "34 m²", "34 m^2" and "34 square meters" are "34m2";
+    zero to twenty as the whole answer are digits. Then, by type:
+
+    - rural_urban: a sentence with one of the two words, and no denial, says that word;
+    - count: a sentence with one whole number (digits, zero to twenty) says that number;
+    - area: a sentence with one number, and that in square metres, says that area;
+    - else: a leading "yes" or "no" that is a whole word says yes or no.
+
+    What is none of these stays a text, and is wrong where the truth is another: nothing is guessed.
+    "No buildings" is not 0, "none" and "no idea" are not "no", "more than 10" is not 10.
+    Raises ValueError where `text` is not a string. Idempotent for a given `kind`.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"text: expected a string, got {type(text).__name__}")
+    text = " ".join(unicodedata.normalize("NFKC", text.translate(_MISREAD)).casefold().split())
+    text = text.strip(_QUOTES).rstrip(_QUOTES + ".,;:!?。")
+    text = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
+    text = _UNIT.sub(lambda m: _WORDS.get(m[1], m[1]) + "m2", text)
+    text = _WORDS.get(text, text)
+    if kind == "rural_urban":
+        said = set(_RURAL_URBAN.findall(text))
+        return said.pop() if len(said) == 1 and not _DENIAL.search(text) else text
+    if kind in OPEN:
+        return _only_number(text, "m2" if kind == "area" else "") or text
+    said = _YES_NO.match(text)
+    return said[1] if said else text
+
+
+def bucket(answer, kind) -> str:
+    """The class of a count or an area in RSVQA (Lobry et al. 2020, arXiv:2003.07333).
+
+    answer: a string; kind: the question's type. Each class holds its upper edge and not its lower
+    one, as in the authors' code (github.com/syvlo/RSVQA, VocabEncoder): 0; (0, 10]; (10, 100];
+    (100, 1000]; above. count: "0", "between 1 and 10", "between 11 and 100", "between 101 and 1000",
+    "more than 1000", whole numbers only. area: "0m2", "between 0m2 and 10m2", "between 10m2 and
+    100m2", "between 100m2 and 1000m2", "more than 1000m2", so 10.5m2 lies in the third.
+
+    A class stays what it is; one with its lower end spelled the other way ("between 10 and 100",
+    "between 11m2 and 100m2") gets the name above. What cannot be read, and any other type, comes
+    back unchanged. Raises ValueError where `answer` is not a string.
+    """
+    text = normalise_answer(answer, kind)
+    if kind not in OPEN:
+        return answer
+    names, spelled = _CLASSES[kind]
+    number = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)m2" if kind == "area" else "([0-9]+)", text)
+    if not number:
+        return spelled.get(text, answer)
+    value = float(number[1])
+    return names[1 + bisect_left(EDGES, value) if value else 0]
+
+
+def _strings(value, name: str) -> list[str]:
+    value = list(value)
+    for i, text in enumerate(value):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: expected strings, got {type(text).__name__} at {i}")
+    return value
+
+
+def _same_length(**arguments):
+    lengths = [len(value) for value in arguments.values()]
+    if len(set(lengths)) > 1 or not lengths[0]:
+        raise ValueError(f"{', '.join(arguments)}: expected equal lengths of at least 1, got {lengths}")
+
+
+def _image_codes(images) -> np.ndarray:
+    """Ids of any kind -> 0..G-1. numpy and torch scalars by value: a tensor's own hash is its identity."""
+    ids = [i.item() if hasattr(i, "item") else i for i in images]
+    try:
+        code = {image: n for n, image in enumerate(dict.fromkeys(ids))}
+    except TypeError as error:
+        raise ValueError(f"images: expected ids that can be keys of a dictionary ({error})") from None
+    return np.array([code[i] for i in ids], np.int64)
+
+
+def rsvqa_scores(answers, truths, kinds, images, *, seed=0, samples=1000) -> dict:
+    """Accuracy by question type, over all questions (micro) and over types (macro), with intervals.
+
+    answers, truths, kinds: M strings each; images: M ids (names, numbers, tuples). The truth may be
+    a number or a class. Two protocols: `exact` compares `normalise_answer`; `bucketed` compares
+    counts and areas by `bucket` and the rest as `exact`. The paper's figures (overall and average
+    accuracy: micro and macro) are `bucketed` on the low-resolution set. On the high-resolution set
+    its code groups areas only: compare there the count of `exact` and the area of `bucketed`.
+
+    Each protocol has `micro`, `macro` (mean of the accuracies per type), `micro_closed` and
+    `macro_closed` (the same without count and area; None where nothing else was asked), each with
+    its `_interval`, and `types`: {kind: {"accuracy", "interval", "count"}}, in alphabetical order.
+    `count_mae`: mean |answer - truth| of the count questions where both are whole numbers (at most
+    15 digits: a longer answer is a model that does not stop, and one would be the whole mean);
+    `count_mae_share`: those as a share of the count questions whose truth is a number, for an error
+    is easily small where only the sure are answered. Each is None where it would be a mean of
+    nothing. `questions`, `images`: how many.
+
+    Intervals are 95%, by image, all from the same `samples` resamplings. A type that no drawn image
+    asks about is left out of that resample's macro mean, and the resample out of that type's
+    interval; if no resample has it, its interval has no width. Raises ValueError for unequal or no
+    lengths, for anything but strings, and for ids that are not hashable.
+    """
+    answers, truths, kinds = _strings(answers, "answers"), _strings(truths, "truths"), _strings(kinds, "kinds")
+    images = list(images)
+    _same_length(answers=answers, truths=truths, kinds=kinds, images=images)
+    image, types = _image_codes(images), sorted(set(kinds))
+    groups, width = int(image.max()) + 1, len(types)
+    code = {kind: n for n, kind in enumerate(types)}
+    cell = image * width + np.array([code[kind] for kind in kinds])  # (M,): image and type in one number
+    asked = np.bincount(cell, minlength=groups * width).reshape(groups, width).astype(np.float64)
+    closed = np.array([kind not in OPEN for kind in types])
+
+    pairs = [list(zip(texts, kinds)) for texts in (answers, truths)]
+    reading = {pair: normalise_answer(*pair) for pair in {*pairs[0], *pairs[1]}}  # few answers, said many times
+    group = {pair: bucket(text, pair[1]) for pair, text in reading.items()}
+    sums, counts = [], []
+    for table in (reading, group):
+        right = np.array([table[a] == table[t] for a, t in zip(*pairs)], np.float64)
+        right = np.bincount(cell, right, groups * width).reshape(groups, width)
+        for part, out in ((right, sums), (asked, counts)):  # columns: each type, all, all closed
+            out += [part, part.sum(1, keepdims=True), part[:, closed].sum(1, keepdims=True)]
+
+    said = [[reading[pair] for pair in side] for side in pairs]
+    number = [np.array([bool(re.fullmatch("[0-9]{1,15}", text)) for text in side]) for side in said]
+    numeric_truth = number[1] & np.array([kind == "count" for kind in kinds])
+    both = np.flatnonzero(number[0] & numeric_truth)
+    errors = np.array([abs(float(said[0][i]) - float(said[1][i])) for i in both])
+    sums.append(np.bincount(image[both], errors, groups)[:, None])
+    counts.append(np.bincount(image[both], minlength=groups)[:, None])
+
+    sums, counts = np.concatenate(sums, 1), np.concatenate(counts, 1)
+    drawn = _resampled_means(sums, counts, samples, seed)
+    with np.errstate(invalid="ignore"):
+        means = np.vstack([sums.sum(0) / counts.sum(0), drawn])  # row 0: the data as they are
+
+    def mean_of_types(part):
+        with np.errstate(invalid="ignore"):
+            return np.nansum(part, 1) / (~np.isnan(part)).sum(1)
+
+    def value_and_interval(column):
+        if np.isnan(column[0]):
+            return None, None
+        seen = column[1:][~np.isnan(column[1:])]
+        return float(column[0]), _percentiles(seen if seen.size else column[:1], 0.95)
+
+    result = {}
+    for protocol, part in (("exact", means[:, : width + 2]), ("bucketed", means[:, width + 2 : -1])):
+        by_type, scores = part[:, :width], {}
+        for name, column in {
+            "micro": part[:, width],
+            "macro": mean_of_types(by_type),
+            "micro_closed": part[:, width + 1],
+            "macro_closed": mean_of_types(by_type[:, closed]),
+        }.items():
+            scores[name], scores[f"{name}_interval"] = value_and_interval(column)
+        scores["types"] = {}
+        for n, kind in enumerate(types):
+            accuracy, interval = value_and_interval(by_type[:, n])
+            scores["types"][kind] = {"accuracy": accuracy, "interval": interval, "count": int(asked[:, n].sum())}
+        result[protocol] = scores
+    result["count_mae"], result["count_mae_interval"] = value_and_interval(means[:, -1])
+    result["count_mae_share"] = len(both) / int(numeric_truth.sum()) if numeric_truth.any() else None
+    return result | {"questions": len(answers), "images": groups}
+
+
+def mcnemar(before, after, images=None, seed=0) -> dict:
+    """Whether a second model answers the same questions better than a first (McNemar 1947).
+
+    before, after: (M,) true where each was right; images: M ids, or None: every question alone.
+    `gained`: wrong before and right after; `lost`: the reverse. `p`: exact two-sided binomial test
+    that both are equally likely, 2 P[X <= min(gained, lost)] with X ~ B(gained + lost, 1/2), at most
+    1; below 1e-308 it is 0. `difference`: accuracy after minus before, -1 to 1;
+    `difference_interval`: 95%, by image.
+
+    The p-value takes the questions as independent, which those of one image are not, and is then
+    too small; the interval resamples images. Where the two disagree, believe the interval.
+    Raises ValueError for unequal or no lengths and for values other than true and false.
+    """
+    right = []
+    for name, value in (("before", before), ("after", after)):
+        array = _array(value, name, 1)
+        if not np.isin(array, (0, 1)).all():
+            raise ValueError(f"{name}: expected true or false, got {array[~np.isin(array, (0, 1))][0]}")
+        right.append(array)
+    before, after = right
+    images = range(len(before)) if images is None else list(images)
+    _same_length(before=before, after=after, images=images)
+    change = after - before
+    gained, lost = int((change > 0).sum()), int((change < 0).sum())
+    total, fewer = gained + lost, min(gained, lost)
+    i = np.arange(1, fewer + 1)
+    log_choose = np.concatenate([[0.0], np.cumsum(np.log((total - i + 1) / i))])  # log C(total, 0..fewer)
+    tail = float(np.exp(log_choose - total * math.log(2)).sum())  # in logarithms: C(1e5, 5e4) has 30,000 digits
+    return {
+        "gained": gained,
+        "lost": lost,
+        "p": min(1.0, 2 * tail),
+        "difference": float(change.mean()),
+        "difference_interval": bootstrap_interval(change, _image_codes(images), seed=seed),
+    }
+
+
+def majority_answers(answers, kinds) -> dict:
+    """The most frequent answer to each type of question: what a model scores that sees no image.
+
+    answers, kinds: M strings each, of the *training* split. -> {kind: normalised answer}, ties by
+    alphabetical order, and under the key None the most frequent answer of all, for a type that
+    training never asked: `majority.get(kind, majority[None])`. The majority of numbers is not that of
+    classes (0 is the most frequent count, "between 1 and 10" the most frequent class): for the
+    `bucketed` protocol pass `bucket(answer, kind)` as answers. Raises ValueError for unequal or no
+    lengths and for anything but strings.
+    """
+    answers, kinds = _strings(answers, "answers"), _strings(kinds, "kinds")
+    _same_length(answers=answers, kinds=kinds)
+    counts = {}
+    for pair, times in Counter(zip(answers, kinds)).items():
+        for kind in (pair[1], None):
+            counts.setdefault(kind, Counter())[normalise_answer(*pair)] += times
+    return {kind: min(said, key=lambda text: (-said[text], text)) for kind, said in counts.items()}

@@ -1,4 +1,4 @@
-"""The models: `DualEncoder` (match, search). VQA and captioner join it here.
+"""The models: `DualEncoder` (match, search) and `VQA` (questions). The captioner joins them here.
 
 A checkpoint holds the tensors that were trained and nothing else; it names its base and the base's
 fingerprint, and brings tokenizer, image processor and every setting that use must share with training.
@@ -7,8 +7,10 @@ Loading is strict: a missing, unexpected or misshapen tensor is an error, never 
 
 import hashlib
 import json
+import os
 import re
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLTextModel,
@@ -26,7 +30,21 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
 
 from config import InputError
-from data import PixelStore, QwenResize, image_settings, pixel_batch, token_batch
+from data import (
+    ChatPrompt,
+    PixelStore,
+    Question,
+    QuestionDataset,
+    QuestionScene,
+    QwenResize,
+    TokenStore,
+    image_settings,
+    pack,
+    pad_rows,
+    pixel_batch,
+    split_work,
+    token_batch,
+)
 from imagery import ImageSettings
 
 WEIGHTS, SETTINGS = "model.safetensors", "dual_encoder.json"
@@ -289,9 +307,7 @@ class DualEncoder(nn.Module):
                 part = base.vision_config if side == "image" else base.text_config
                 towers.append(TOWERS[base.model_type][side == "text"]._from_config(part, dtype=dtype))
                 continue
-            root = Path(base_model or settings.base_model)
-            if not root.is_absolute() and not root.exists():
-                root = Path(__file__).parent / root
+            root = base_folder(base_model or settings.base_model)
             found = fingerprint(root)
             if found != settings.base_fingerprint:
                 raise InputError(
@@ -538,3 +554,677 @@ def _batches(total: int, size: int, desc: str, progress: bool):
     from tqdm import tqdm
 
     return tqdm(range(0, total, size), desc=desc, unit="batch", disable=not progress, leave=False)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Attention over packed scenes
+
+
+@dataclass
+class SceneTree:
+    """Where the tokens of a packed row stand (`data.pack`), and in generation what earlier passes left.
+
+    It travels to every attention layer as the keyword `tree`. In a first pass a scene's prefix attends to itself and each
+    branch to the prefix and to itself, never to another branch. With `keep`, keys and values stay in `kept`, and a later
+    pass whose tokens are `continued` (S, Q, C, T) attends to them: T tokens of C continuations of each branch.
+    """
+
+    order: torch.Tensor
+    prefix_rows: torch.Tensor | None = None
+    prefix_lengths: torch.Tensor | None = None
+    branch_rows: torch.Tensor | None = None
+    branch_lengths: torch.Tensor | None = None
+    keep: int = 0
+    """Free places to leave behind each branch for tokens to come; 0: keep nothing."""
+    kept: dict[int, tuple] | None = None
+    continued: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
+    """(S, Q'): branches that are continued; None: all of them."""
+
+    def prefix_mask(self) -> torch.Tensor:
+        """(S, P): True where there is a token."""
+        places = torch.arange(self.prefix_rows.shape[1], device=self.prefix_lengths.device)
+        return places < self.prefix_lengths[:, None]
+
+
+def scene_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs):
+    """Attention of a packed row, (1, H, L, D) -> (1, L, H, D), as `transformers` calls it; without `tree`: plain SDPA.
+
+    The row is taken apart into prefixes and branches, so that the work is that of the tree, not the square of the row:
+    for 100 questions of 15 tokens about an image of 80, a sixteenth of what a masked row of 1,580 costs.
+    """
+    if tree is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    groups, scaling = query.shape[1] // key.shape[1], scaling or query.shape[-1] ** -0.5
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, H, D), (L, K, D)
+    if tree.continued is not None:
+        out = _continue_branches(module.layer_idx, q, k, v, tree, groups, scaling)
+        return out[tree.order][None], None
+
+    scenes, width = tree.prefix_rows.shape
+    pq, pk, pv = (x[tree.prefix_rows].transpose(1, 2) for x in (q, k, v))  # (S, H, P, D)
+    prefix = torch.nn.functional.scaled_dot_product_attention(
+        pq, pk.repeat_interleave(groups, 1), pv.repeat_interleave(groups, 1), is_causal=True, scale=scaling
+    )  # what fills a short prefix stands on its right: causality hides it
+    prefix = prefix.transpose(1, 2).reshape(scenes * width, *q.shape[1:])
+    if tree.branch_rows.numel():
+        bq, bk, bv = (x[tree.branch_rows] for x in (q, k, v))  # (S, Q, T, H, D)
+        bk, bv = (x.permute(0, 3, 1, 2, 4) for x in (bk, bv))  # (S, K, Q, T, D)
+        hidden = ~tree.prefix_mask()[:, None, None, None, None, None]
+        contexts = [(pk, pv, hidden), (bk[:, :, :, None], bv[:, :, :, None], _later(bq.shape[2], q.device))]
+        branches = _attend(bq[:, :, None], contexts, groups, scaling).reshape(-1, *q.shape[1:])
+        if tree.keep:
+            room = (0, 0, 0, tree.keep)
+            tree.kept[module.layer_idx] = (pk, pv, nn.functional.pad(bk, room), nn.functional.pad(bv, room))
+        prefix = torch.cat([prefix, branches])
+    return prefix[tree.order][None], None
+
+
+def _continue_branches(layer: int, q, k, v, tree: SceneTree, groups: int, scaling: float) -> torch.Tensor:
+    """Attention of `tree.continued` (S, Q, C, T) tokens to their scene, their branch and themselves -> (S*Q*C*T, H, D)."""
+    pk, pv, bk, bv = tree.kept[layer]
+    rows, lengths = tree.continued, tree.branch_lengths
+    nq, nk, nv = (x[rows] for x in (q, k, v))  # (S, Q, C, T, H, D)
+    nk, nv = (x.permute(0, 4, 1, 2, 3, 5) for x in (nk, nv))  # (S, K, Q, C, T, D)
+    if tree.chosen is not None:
+        index = tree.chosen[:, None, :, None, None].expand(-1, bk.shape[1], -1, *bk.shape[3:])
+        bk, bv, lengths = bk.gather(2, index), bv.gather(2, index), lengths.gather(1, tree.chosen)
+    places = torch.arange(bk.shape[3], device=q.device)
+    hidden = ~tree.prefix_mask()[:, None, None, None, None, None]
+    past = (places >= lengths[:, :, None])[:, None, None, :, None, None, :]
+    contexts = [(pk, pv, hidden), (bk, bv, past), (nk, nv, _later(rows.shape[3], q.device))]
+    if tree.keep:  # one token a branch, which the next pass finds behind the branch
+        at = lengths[:, None, :, None, None].expand(-1, bk.shape[1], -1, -1, bk.shape[-1])
+        tree.kept[layer] = (pk, pv, bk.scatter(3, at, nk[:, :, :, 0]), bv.scatter(3, at, nv[:, :, :, 0]))
+    return _attend(nq, contexts, groups, scaling).reshape(-1, *q.shape[1:])
+
+
+def _later(length: int, device) -> torch.Tensor:
+    """(T, T): True where the key stands after the query."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+
+
+def _attend(q, contexts, groups: int, scaling: float) -> torch.Tensor:
+    """One softmax over several contexts: q (S, Q, C, T, H, D) -> (S, Q, C, T, H, D).
+
+    A context is keys and values with what is hidden of them (True), one for a whole scene (S, K, N, D), one per branch
+    (S, K, Q, N, D), or one per continuation (S, K, Q, C, N, D); K key heads serve G = H / K query heads each.
+    """
+    s, b, c, t, heads, d = q.shape
+    q = q.view(s, b, c, t, heads // groups, groups, d).permute(0, 4, 5, 1, 2, 3, 6) * scaling  # (S, K, G, Q, C, T, D)
+    shapes = {4: (s, heads // groups, groups * b * c * t), 5: (s, heads // groups, groups, b, c * t)}
+    shapes[6] = (s, heads // groups, groups, b, c, t)
+
+    def along(x):  # keys and values are the same for the heads of a group
+        return x if x.dim() == 4 else x[:, :, None]
+
+    scores = []
+    for key, _, hidden in contexts:
+        part = q.reshape(*shapes[key.dim()], d) @ along(key).transpose(-1, -2)
+        scores.append(part.view(s, heads // groups, groups, b, c, t, -1).masked_fill(hidden, float("-inf")))
+    weights = torch.cat(scores, -1).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    out = 0
+    for part, (_, value, _) in zip(weights.split([x.shape[-1] for x in scores], -1), contexts):
+        mixed = part.reshape(*shapes[value.dim()], -1) @ along(value)
+        out = out + mixed.view(s, heads // groups, groups, b, c, t, d)
+    return out.permute(0, 3, 4, 5, 1, 2, 6).reshape(s, b, c, t, heads, d)
+
+
+AttentionInterface.register("scene", scene_attention)
+AttentionMaskInterface.register("scene", sdpa_mask)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Visual question answering
+
+VQA_SETTINGS = "vqa.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Adapters saved under transformers 4.x before 4.52 have the names on the left.
+OLD_ADAPTER_KEYS = {
+    r"^base_model\.model\.model\.(layers|embed_tokens|norm)\.": r"base_model.model.model.language_model.\1.",
+    r"^base_model\.model\.visual\.": "base_model.model.model.visual.",
+}
+
+
+@dataclass
+class VQASettings:
+    """What an adapter's folder records beside peft's own files; the fields are those of `config.VQAConfig`."""
+
+    base_model: str
+    base_fingerprint: str
+    vision_tower: str
+    merger: str
+    prompt: str
+    max_answer_tokens: int
+    images: dict
+    """`ImageSettings` of training: bands and stretch."""
+    answers: dict
+    """{type of question: answers of the training split}, the closed set that `--decode candidates` chooses from."""
+
+
+class VQA(nn.Module):
+    """Qwen2-VL or Qwen2.5-VL with a LoRA adapter, answering questions about images; a scene's questions run as branches
+    of one sequence.
+
+    ```python
+    model = VQA.from_pretrained("output/training_.../best_model")
+    model.answer([("a.tif", ["Is there a river?", "How many buildings are there?"])])     # [["yes", "4"]]
+    with model.before():                                                                  # the base, adapter off
+        model.answer([("a.tif", ["Is there a river?"])])
+    ```
+    """
+
+    def __init__(self, settings: VQASettings, peft_model, tokenizer, processor):
+        super().__init__()
+        self.settings, self.peft, self.tokenizer, self.processor = settings, peft_model, tokenizer, processor
+        config = self.qwen.config
+        self.prompt = ChatPrompt(tokenizer, settings.prompt, config.image_token_id, processor.merge_size)
+        ends = self.qwen.generation_config.eos_token_id
+        self.ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends else [])})
+
+    @property
+    def qwen(self) -> nn.Module:
+        """The transformers model inside, LoRA layers included."""
+        return self.peft.get_base_model()
+
+    @property
+    def device(self) -> torch.device:
+        return self.qwen.lm_head.weight.device
+
+    # -- making, saving, loading
+
+    @classmethod
+    def from_base(
+        cls,
+        config,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        answers: dict | None = None,
+    ) -> "VQA":
+        """A new adapter on `config.base_model` (`config`: `config.VQAConfig`); `dtype` is that of the frozen base, what is
+        trained is float32. Raises InputError: no such base, tensors that do not fit, quantization without CUDA."""
+        from peft import LoraConfig, get_peft_model
+
+        settings = VQASettings(
+            base_model=str(config.base_model), base_fingerprint=fingerprint(config.base_model),
+            vision_tower=config.vision_tower, merger=config.merger, prompt=config.prompt,
+            max_answer_tokens=config.max_answer_tokens, images=image_settings(config).to_dict(), answers=answers or {},
+        )  # fmt: skip
+        processor, tokenizer = load_processor(config.base_model, config.min_pixels, config.max_pixels)
+        base = load_qwen(config.base_model, dtype, config.quantize, device)
+        targets = [rf"model\.language_model\.layers\.\d+\..*\.({'|'.join(map(re.escape, config.lora_targets))})"]
+        if config.vision_tower == "lora":
+            targets.append(rf"model\.visual\.{LORA_TARGETS['image']}")
+        whole = ["visual"] if config.vision_tower == "full" else ["merger"] if config.merger == "full" else None
+        lora = LoraConfig(
+            r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules="|".join(targets),
+            modules_to_save=whole, use_dora=config.use_dora, use_rslora=config.use_rslora, task_type="CAUSAL_LM",
+            base_model_name_or_path=str(config.base_model),
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            try:
+                model = cls(settings, get_peft_model(base, lora), tokenizer, processor)
+            except ValueError as error:
+                raise InputError(f"{config.base_model}: LoRA cannot be added: {str(error).splitlines()[0]}") from None
+        return model.to(device) if config.quantize == "none" else model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        base_model: str | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        config=None,
+        quantize: str = "none",
+        trainable: bool = False,
+    ) -> "VQA":
+        """Load an adapter folder: one of ours, or any peft LoRA of a Qwen-VL base (then `config`, a `VQAConfig`, says what
+        ours would record). The adapter is shown to be alive (`check_alive`).
+
+        Raises InputError: not an adapter, base missing or another one, tensors that do not fit, an adapter without effect.
+        """  # fmt: skip
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        folder = Path(folder)
+        tensors, record = read_adapter(folder)
+        settings = None
+        if (folder / VQA_SETTINGS).is_file():
+            try:
+                settings = VQASettings(**json.loads((folder / VQA_SETTINGS).read_text()))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{folder / VQA_SETTINGS}: not readable: {error}") from None
+        root = base_folder(
+            base_model or (settings.base_model if settings else record.get("base_model_name_or_path") or "")
+        )
+        found = fingerprint(root)
+        if settings is None:
+            from config import VQAConfig
+
+            config = config or VQAConfig()
+            settings = VQASettings(
+                base_model=str(root), base_fingerprint=found, vision_tower="frozen", merger="frozen", prompt=config.prompt,
+                max_answer_tokens=config.max_answer_tokens, images=image_settings(config).to_dict(), answers={},
+            )  # fmt: skip
+            processor, tokenizer = load_processor(root, config.min_pixels, config.max_pixels)
+        else:
+            if found != settings.base_fingerprint:
+                raise InputError(
+                    f"{root}: this base (fingerprint {found}) is not the one {folder} was trained on"
+                    f" ({settings.base_fingerprint}, {settings.base_model}); give the right one with --base"
+                )
+            processor, tokenizer = load_processor(folder)
+        base = load_qwen(root, dtype, quantize, device)
+        # The modules that have LoRA are read off the tensors: a pattern written for 4.x names would find others, or none.
+        modules = sorted({m[1] for key in tensors if (m := re.match(r"base_model\.model\.(.+)\.lora_A\.weight$", key))})
+        known = dict(base.named_modules())
+        if lost := [name for name in modules if name not in known]:
+            raise InputError(
+                f"{folder}: an adapter of another base: {root} has no {lost[0]} ({len(lost)} such modules)"
+            )
+        try:
+            lora = LoraConfig(**{key: value for key, value in record.items() if key in LoraConfig.__dataclass_fields__})
+            lora.target_modules, lora.inference_mode = modules, not trainable
+            model = cls(settings, get_peft_model(base, lora), tokenizer, processor)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{folder / ADAPTER_CONFIG}: {str(error).splitlines()[0]}") from None
+        assert isinstance(model.peft, PeftModel)
+        model.set_tensors(folder / ADAPTER, tensors)
+        model = model if quantize != "none" else model.to(device)
+        model.eval().check_alive(folder)
+        return model
+
+    def adapter_state(self, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+        """The trained tensors under the names peft saves them by."""
+        from peft import get_peft_model_state_dict
+
+        if state_dict is not None:
+            state_dict = {key.removeprefix("peft."): value for key, value in state_dict.items()}
+        return get_peft_model_state_dict(self.peft, state_dict, save_embedding_layers=False)
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict | None = None) -> None:
+        """Write the adapter in peft's layout, with settings, tokenizer and image processor."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.detach().contiguous().cpu() for key, value in self.adapter_state(state_dict).items()}
+        save_file(state, folder / ADAPTER, {"format": "pt"})
+        record = self.peft.peft_config["default"]
+        training, record.inference_mode = record.inference_mode, True
+        record.save_pretrained(str(folder))
+        record.inference_mode = training
+        (folder / VQA_SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2, ensure_ascii=False) + "\n")
+        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def load_trained(self, folder: str | Path) -> None:
+        """Copy a checkpoint's tensors into this model. Raises InputError unless they are exactly the expected ones."""
+        self.set_tensors(Path(folder) / ADAPTER, read_adapter(folder)[0])
+
+    def set_tensors(self, where, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy adapter tensors, by peft's names, into this model. Raises InputError unless they are the expected ones."""
+        from peft import set_peft_model_state_dict
+
+        own = self.adapter_state()
+        shapes = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
+        _refuse_keys(where, own.keys() - tensors.keys(), tensors.keys() - own.keys(), shapes)
+        set_peft_model_state_dict(self.peft, tensors)
+        for key, value in self.adapter_state().items():
+            if not torch.equal(value.cpu(), tensors[key].to(value.dtype).cpu()):
+                raise InputError(f"{where}: tensor {key} did not arrive in the model")
+
+    def trained_names(self) -> list[str]:
+        """Names of the parameters in training."""
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def check_alive(self, where) -> float:
+        """Show that the adapter does something: some B matrix is not zero, and a probe's hidden state changes with it; the
+        largest change is returned. Raises InputError: an adapter that was never trained, or does not reach the model."""
+        b = [p for name, p in self.named_parameters() if "lora_B" in name]
+        if b and not any(bool(p.any()) for p in b):
+            raise InputError(f"{where}: all {len(b)} B matrices are zero: the adapter was never trained")
+        ids, _ = self.prompt.prefix(None)
+        ids = torch.tensor([*ids, *self.prompt.branches(["Is there a road?"])[0][0]], device=self.device)[None]
+        training = self.training
+        self.eval()
+        on = self.qwen.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
+        with self.before():
+            off = self.qwen.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
+        self.train(training)
+        change = float((on - off).abs().max())
+        if (
+            b
+            and any("language_model" in name for name, _ in self.named_parameters() if "lora_B" in name)
+            and not change > 0
+        ):
+            raise InputError(f"{where}: the adapter changes no output: it does not reach the model")
+        return change
+
+    def before(self):
+        """Context in which the model is its base: the adapter is off, and modules trained in full are the original ones."""
+        return self.peft.disable_adapter()
+
+    @torch.no_grad()
+    def reset_adapter(self, seed: int = 0) -> None:
+        """Make the adapter new again: A random, B zero, modules trained in full as in the base."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for module in self.peft.modules():
+                if hasattr(module, "reset_lora_parameters"):
+                    module.reset_lora_parameters("default", True)
+                if type(module).__name__ == "ModulesToSaveWrapper":
+                    module.modules_to_save["default"].load_state_dict(module.original_module.state_dict())
+
+    def merge(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write base and adapter as one model in the layout of the base, which plain transformers and vLLM load; `dtype`
+        of the file: by default the base's. The model itself has no adapter any more after it."""
+        base = base_folder(self.settings.base_model)
+        record = json.loads((base / "config.json").read_text())
+        name = record.get("dtype") or record.get("torch_dtype") or "float32"
+        merged = self.peft.merge_and_unload(safe_merge=True).to(dtype or getattr(torch, name))
+        partial = Path(f"{folder}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        merged.save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
+        self.processor.save_pretrained(partial)
+        for name in ("chat_template.json", "chat_template.jinja", "vocab.json", "merges.txt"):
+            if (base / name).is_file() and not (partial / name).exists():
+                shutil.copy(base / name, partial / name)
+        Path(folder).rmdir() if Path(folder).is_dir() else None  # the caller saw that it is empty
+        os.replace(partial, folder)
+
+    # -- for the trainer
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **_) -> None:
+        """Recompute activations in the backward pass (called by the Trainer)."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.qwen.gradient_checkpointing_enable(options)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **_) -> None:
+        """The name newer transformers call."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """{"language", "vision", "merger": names of trained parameters}: each may have its own learning rate."""
+        groups: dict[str, list[str]] = {"language": [], "vision": [], "merger": []}
+        for name in self.trained_names():
+            side = "merger" if ".merger." in name else "vision" if ".visual." in name else "language"
+            groups[side].append(name)
+        return groups
+
+    # -- images
+
+    def encode_images(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list[torch.Tensor]:
+        """Patches (P, C) of B images with grids (B, 3) -> the image tokens (N, D) of each, as the language model reads
+        them."""
+        visual = self.qwen.model.visual
+        weight = next(visual.parameters())
+        tokens = visual(pixel_values.to(weight.dtype), grid_thw=image_grid_thw).pooler_output
+        return list(tokens.split((image_grid_thw.prod(-1) // self.processor.merge_size**2).tolist()))
+
+    def token_store(self, cache_dir: str, store: PixelStore) -> TokenStore:
+        """Where the image tokens of this model's base are kept."""
+        weight = next(self.qwen.model.visual.parameters())
+        return TokenStore(cache_dir, f"{self.settings.base_fingerprint} {store.recipe} {weight.dtype}")
+
+    @torch.no_grad()
+    def prepare_tokens(self, tokens: TokenStore, store: PixelStore, paths: list[str], batch_size: int = 32) -> None:
+        """Encode with the base's vision tower every image that `tokens` does not hold yet."""
+
+        def encode(chunk):
+            batch = pixel_batch([store[path] for path in chunk], self.processor)
+            batch = {key: value.to(self.device) for key, value in batch.items()}
+            return list(zip(self.encode_images(**batch), batch["image_grid_thw"].tolist()))
+
+        with self.before():
+            tokens.prepare(paths, encode, batch_size)
+
+    # -- training
+
+    def hidden_states(self, tree: SceneTree, input_ids, position_ids, image_rows=None, image_tokens=None, pixel_values=None,
+                      image_grid_thw=None) -> torch.Tensor:  # fmt: skip
+        """Last layer of a packed row, (L, D)."""
+        model = self.qwen.model
+        embedded = model.get_input_embeddings()(input_ids)
+        if image_rows is not None:
+            if image_tokens is None:
+                image_tokens = torch.cat(self.encode_images(pixel_values, image_grid_thw))
+            embedded = embedded.index_copy(1, image_rows, image_tokens.to(embedded.dtype)[None])
+        return model.language_model(
+            inputs_embeds=embedded, position_ids=position_ids, use_cache=False, tree=tree,
+            attention_mask=dict.fromkeys(("full_attention", "sliding_attention")),  # the tree says who sees whom
+        ).last_hidden_state[0]  # fmt: skip
+
+    def forward(self, labels, input_ids, label_rows=None, **batch) -> torch.Tensor:
+        """Sum of the cross entropies (nats) of all targets: of a packed row (`data.pack`), where only the positions that
+        predict a target meet the vocabulary, or of padded rows (`data.pad_questions`) through transformers' own forward."""
+        if label_rows is None:
+            logits = self.qwen(input_ids=input_ids, mm_token_type_ids=(input_ids == self.prompt.image_token).int(),
+                               use_cache=False, **batch).logits[:, :-1]  # fmt: skip
+            return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
+        tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
+        hidden = self.hidden_states(tree, input_ids, **batch)
+        return F.cross_entropy(self.qwen.lm_head(hidden[label_rows]).float(), labels, reduction="sum")
+
+    # -- answering
+
+    def scene_items(self, scenes, store=None, tokens: TokenStore | None = None, blind: bool = False) -> QuestionDataset:
+        """`scenes`: [(image path, [question, ...])] -> a dataset of their prompts, without answers."""
+        listed = [
+            QuestionScene(str(path), [q if isinstance(q, Question) else Question(q, "") for q in asked])
+            for path, asked in scenes
+        ]
+        if store is None:
+            store = PixelStore(QwenResize(self.processor), ImageSettings.from_dict(self.settings.images))
+        return QuestionDataset(
+            listed, self.prompt, processor=self.processor, store=store, tokens=tokens, blind=blind, answers=False
+        )
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        scenes,
+        *,
+        store=None,
+        tokens: TokenStore | None = None,
+        blind: bool = False,
+        decode: str = "generate",
+        max_tokens: int | None = None,
+        budget: int = 16384,
+        progress: bool = False,
+    ) -> list[list[str]]:
+        """Answers to the questions of each scene, [(image path, [question, ...])] -> [[answer, ...]].
+
+        Every image runs once for all of its questions, as many scenes at a time as `budget` tokens hold. decode "generate":
+        greedy, at most `max_tokens` tokens; "candidates": the answer of the training split (of the question's type, where
+        `data.Question`s are given) whose tokens are the most probable. Raises imagery.ImageError for an unreadable file.
+        """  # fmt: skip
+        items = self.scene_items(scenes, store, tokens, blind)
+        answers: list[list[str]] = [[""] * len(scene.questions) for scene in items.scenes]
+        room = max_tokens or self.settings.max_answer_tokens
+        first = len(self.prompt.heads[False])
+        lengths = [[len(ids) + room for ids, _ in branches] for branches in items.branches]
+        # Without reading an image its length is not known: scenes are taken a few at a time and cut to the budget then.
+        training = self.training
+        self.eval()
+        for start in _batches(len(items), 16, "answering", progress):
+            part = [items[0, i] for i in range(start, min(start + 16, len(items)))]
+            prefixes = [len(item["prefix"][0]) for item in part]
+            for piece in split_work(prefixes, lengths[start : start + 16], max(budget, first + 1)):
+                chosen = [part[s] | {"branches": [part[s]["branches"][b] for b in own]} for s, own in piece]
+                if decode == "candidates":
+                    kinds = [[items.scenes[start + s].questions[b].kind for b in own] for s, own in piece]
+                    made = self._choose(chosen, kinds, budget)
+                else:
+                    made = self._generate(chosen, room)
+                for (s, own), texts in zip(piece, made):
+                    for b, text in zip(own, texts):
+                        answers[start + s][b] = text
+        self.train(training)
+        return answers
+
+    def _prefill(self, scenes: list[dict], keep: int):
+        """Run scenes with their questions; returns (tree with keys and values kept, logits (S, Q, V) at each branch's last
+        token, position (S, Q) of the token to come)."""
+        batch = {name: value.to(self.device) for name, value in pack(scenes).items()}
+        batch.pop("labels"), batch.pop("label_rows")
+        tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS}, keep=keep, kept={})
+        positions = batch["position_ids"][0, 0]
+        hidden = self.hidden_states(tree, **batch)
+        last = tree.branch_rows.gather(2, (tree.branch_lengths - 1).clamp(min=0)[..., None])[..., 0]  # (S, Q)
+        return tree, self.qwen.lm_head(hidden[last]), positions[last] + 1
+
+    def _continue(self, tree: SceneTree, ids: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, keep: int = 0,
+                  chosen=None) -> torch.Tensor:  # fmt: skip
+        """Hidden states (N, D) of the N tokens of ids (S, Q, C, T) that are `real`, seen after their branches."""
+        rows = torch.zeros_like(ids)
+        rows[real] = torch.arange(int(real.sum()), device=ids.device)
+        step = replace(tree, order=real.flatten().nonzero()[:, 0], continued=rows, keep=keep, chosen=chosen)
+        return self.hidden_states(step, ids[real][None], positions[real].expand(3, 1, -1))
+
+    def _generate(self, scenes: list[dict], room: int) -> list[list[str]]:
+        """Greedy answers; one token of every unfinished branch a pass."""
+        tree, logits, positions = self._prefill(scenes, keep=room)
+        ends = torch.tensor(self.ends, device=self.device)
+        real = tree.branch_lengths > 0  # (S, Q)
+        made = []
+        for step in range(room):
+            token = logits.argmax(-1)  # (S, Q)
+            real = real & ~torch.isin(token, ends)
+            made.append(torch.where(real, token, ends[0]))
+            if step + 1 == room or not real.any():
+                break
+            grid = real[:, :, None, None]
+            hidden = self._continue(tree, token[:, :, None, None], positions[:, :, None, None], grid, keep=1)
+            logits = hidden.new_zeros(*real.shape, self.qwen.lm_head.out_features)
+            logits[real] = self.qwen.lm_head(hidden)
+            tree.branch_lengths, positions = tree.branch_lengths + real, positions + real
+        tokens = torch.stack(made, -1).tolist()
+        answers = []
+        for scene, rows in zip(scenes, tokens):
+            cut = [row[: next((i for i, t in enumerate(row) if t in self.ends), len(row))] for row in rows]
+            answers.append(self.tokenizer.batch_decode(cut[: len(scene["branches"])], skip_special_tokens=True))
+        return [[text.strip() for text in row] for row in answers]
+
+    def _choose(self, scenes: list[dict], kinds: list[list[str | None]], budget: int) -> list[list[str]]:
+        """For each question the known answer of its type with the largest log probability, end token included."""
+        known = self.settings.answers
+        if not known:
+            raise InputError("--decode candidates: the adapter records no answers; use --decode generate")
+        every = sorted({answer for answers in known.values() for answer in answers})
+        tree, logits, positions = self._prefill(scenes, keep=1)
+        first = logits.float().log_softmax(-1)
+        result = [[""] * len(row) for row in kinds]
+        for kind in {kind for row in kinds for kind in row}:
+            answers = known.get(kind or "") or every
+            ids = [[*row, self.prompt.end] for row in self.tokenizer(answers, add_special_tokens=False)["input_ids"]]
+            lengths = torch.tensor([len(row) for row in ids], device=self.device)
+            table = pad_rows([np.array(row) for row in ids], self.prompt.end).to(self.device)  # (A, T)
+            listed = [(s, b) for s, row in enumerate(kinds) for b, k in enumerate(row) if k == kind]
+            per_pass = max(1, budget // table.numel())
+            for start in range(0, len(listed), per_pass):
+                part = listed[start : start + per_pass]
+                at = torch.tensor(part, device=self.device)
+                scores = first[at[:, 0], at[:, 1]][:, table[:, 0]]  # (N, A)
+                if table.shape[1] > 1:
+                    scores = scores + self._tail_scores(tree, part, table, lengths, positions)
+                for (s, b), best in zip(part, scores.argmax(1).tolist()):
+                    result[s][b] = answers[best]
+        return result
+
+    def _tail_scores(self, tree: SceneTree, part, table, lengths, positions) -> torch.Tensor:
+        """Log probability (N, A) of what follows the first token of each of A answers, after each of N branches."""
+        held = max(sum(s == scene for scene, _ in part) for s, _ in part)
+        chosen = torch.zeros(len(tree.prefix_rows), held, dtype=torch.long, device=self.device)
+        used = torch.zeros_like(chosen, dtype=torch.bool)
+        place, filled = [], [0] * len(chosen)
+        for s, b in part:
+            chosen[s, filled[s]], used[s, filled[s]] = b, True
+            place.append(s * held + filled[s])
+            filled[s] += 1
+        size = (*chosen.shape, len(table), table.shape[1] - 1)
+        ids = table[:, :-1].expand(size)
+        steps = torch.arange(size[3], device=self.device)
+        where = (positions.gather(1, chosen)[:, :, None, None] + steps).expand(size)
+        real = (used[:, :, None, None] & (steps < lengths[:, None] - 1)).expand(size)
+        hidden = self._continue(tree, ids, where, real, chosen=chosen)
+        following = table[:, 1:].expand(size)[real]
+        said = torch.cat([
+            self.qwen.lm_head(h).float().log_softmax(-1).gather(1, f[:, None])[:, 0]
+            for h, f in zip(hidden.split(1024), following.split(1024))
+        ]) if len(hidden) else hidden.new_zeros(0)  # fmt: skip
+        scores = said.new_zeros(size)
+        scores[real] = said
+        return scores.sum(-1).flatten(0, 1)[torch.tensor(place, device=self.device)]
+
+
+TREE_KEYS = ("order", "prefix_rows", "prefix_lengths", "branch_rows", "branch_lengths")
+
+
+def base_folder(name: str) -> Path:
+    """A base's folder, as given or beside this file. `weight_files` says what to do when it is not there."""
+    root = Path(name)
+    return root if root.is_absolute() or root.exists() else Path(__file__).parent / root
+
+
+def load_qwen(folder: str | Path, dtype: torch.dtype, quantize: str = "none", device: str = "cpu") -> nn.Module:
+    """A whole Qwen2-VL or Qwen2.5-VL, with attention over packed scenes. Raises InputError naming every tensor that is
+    missing, unexpected or of another shape."""
+    from transformers import AutoModelForImageTextToText
+
+    read_config(folder)
+    weight_files(folder)
+    options = {}
+    if quantize != "none":
+        if not str(device).startswith("cuda"):
+            raise InputError(f"--quantize {quantize}: needs CUDA and bitsandbytes; leave it out on a CPU")
+        from transformers import BitsAndBytesConfig
+
+        bits = {"load_in_8bit": True} if quantize == "8" else {
+            "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype,
+            "bnb_4bit_use_double_quant": True,
+        }  # fmt: skip
+        try:
+            options = {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": device}}
+        except ImportError as error:
+            raise InputError(f"--quantize {quantize}: {error}; pip install -r requirements-gpu.txt") from None
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            **options,
+        )
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be read ({str(error).splitlines()[0]}); load the base again") from None
+    _refuse_keys(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    model.model.language_model.set_attn_implementation("scene")
+    return model.requires_grad_(False)
+
+
+def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors by today's names, adapter_config.json) of a peft LoRA folder. Raises InputError."""
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / ADAPTER_CONFIG).read_text())
+        with safe_open(folder / ADAPTER, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        hint = "; did you mean its best_model/?" if (folder / "best_model").is_dir() else ""
+        missing = Path(error.filename).name if error.filename else ADAPTER
+        raise InputError(f"{folder}: not an adapter ({missing} is missing){hint}") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{folder}: the adapter cannot be read ({error})") from None
+    if record.get("peft_type") != "LORA":
+        raise InputError(f"{folder / ADAPTER_CONFIG}: peft_type {record.get('peft_type')!r}: expected 'LORA'")
+    for old, new in OLD_ADAPTER_KEYS.items():
+        tensors = {re.sub(old, new, key): value for key, value in tensors.items()}
+    return tensors, record

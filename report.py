@@ -8,9 +8,11 @@ Functions that return `str` of HTML return a fragment for a section of `page`.
 import base64
 import html
 import io
+import itertools
 import math
 import numbers
 import os
+import random
 import unicodedata
 from pathlib import Path
 from urllib.parse import quote
@@ -282,6 +284,168 @@ def gallery_html(items: list[dict]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
+# Answers before and after
+
+FLIPS = {"gained": "wrong before, right after", "lost": "right before, wrong after",
+         "wrong": "wrong both times", "right": "right both times"}  # fmt: skip
+_FLIP_LABELS = {flip: flip if flip in ("gained", "lost") else f"{flip} twice" for flip in FLIPS}
+
+
+def sample_rows(scenes, right, **answers: list[list[str]]) -> list[dict]:
+    """One row per question: id, image, type, question, truth, and of each model its answer and whether it is right.
+
+    scenes: objects with `image` and `questions` (`data.QuestionScene`); answers: {name: answers to each scene's
+    questions}; right(answer, question) -> bool."""
+    listed = [(scene.image, question) for scene in scenes for question in scene.questions]
+    rows = [
+        {"id": q.id, "image_path": image, "type": q.kind or "question", "question": q.text, "truth": q.answer}
+        for image, q in listed
+    ]
+    for name, made in answers.items():
+        for row, (_, question), said in zip(rows, listed, [text for texts in made for text in texts]):
+            row[name], row[f"{name}_right"] = said, right(said, question)
+    return rows
+
+
+def flip_of(sample: dict) -> str:
+    """Which of `FLIPS` a sample with `before_right` and `after_right` is."""
+    if sample["before_right"] == sample["after_right"]:
+        return "right" if sample["after_right"] else "wrong"
+    return "gained" if sample["after_right"] else "lost"
+
+
+def flips_by_type(samples: list[dict]) -> tuple[list[dict], dict[str, str]]:
+    """(rows, columns) of a table: samples of each type by flip, and accuracy before and after; of several types the
+    last row is all of them."""
+    columns = {"type": "type", "questions": "questions", "before": "before", "after": "after"} | _FLIP_LABELS
+    kinds = {kind: [sample for sample in samples if sample["type"] == kind] for kind in _kinds(samples)}
+    rows = []
+    for name, chosen in [*kinds.items(), *([("all", samples)] if len(kinds) > 1 else [])]:
+        counts = {flip: sum(flip_of(sample) == flip for sample in chosen) for flip in FLIPS}
+        shares = {key: sum(sample[f"{key}_right"] for sample in chosen) / len(chosen) for key in ("before", "after")}
+        rows.append({"type": name, "questions": len(chosen)} | shares | counts)
+    return rows, columns
+
+
+def _kinds(samples: list[dict]) -> list[str]:
+    return sorted({sample["type"] for sample in samples})
+
+
+def in_turn(items: list, group, image, seed: int = 0) -> list:
+    """The items in a seeded random order that takes one of each group in turn, and of a group one of each image before
+    a second of any: the start of it shows much. group(item), image(item): what an item belongs to."""
+    groups: dict = {}
+    for item in random.Random(seed).sample(items, len(items)):
+        groups.setdefault(group(item), {}).setdefault(image(item), []).append(item)
+
+    def turns(queues):
+        return [item for turn in itertools.zip_longest(*queues, fillvalue=turns) for item in turn if item is not turns]
+
+    return turns([turns(images.values()) for images in groups.values()])
+
+
+def varied(samples: list[dict], number: int) -> list[dict]:
+    """At most `number` samples, in the order given, of every type and every flip and of many images."""
+    order = in_turn(
+        range(len(samples)), lambda i: (samples[i]["type"], flip_of(samples[i])), lambda i: samples[i]["image_path"]
+    )
+    return [samples[i] for i in sorted(order[:number])]
+
+
+def samples_text(samples: list[dict], width: int = 120) -> str:
+    """A table of samples for a terminal of `width` columns: the longest texts are cut, an image's name at its start."""
+    columns = {key: key for key in ("image", "type", "question", "truth", "before", "after")}
+    rows = []
+    for sample in samples:
+        row = {"image": Path(sample["image_path"]).name}
+        row |= {key: str(sample[key]) or "–" for key in ("type", "question", "truth")}
+        row |= {key: f"{'✓' if sample[f'{key}_right'] else '✗'} {sample[key] or '–'}" for key in ("before", "after")}
+        rows.append({key: "".join(c if c.isprintable() else " " for c in text) for key, text in row.items()})
+    widths = {key: max(_width(text) for text in [key, *(row[key] for row in rows)]) for key in columns}
+    while sum(widths.values()) + 2 * (len(columns) - 1) > width and max(widths.values()) > 6:
+        widths[max(widths, key=widths.get)] -= 1
+    rows = [{key: _cut(text, widths[key], key == "image") for key, text in row.items()} for row in rows]
+    return table_text(rows, {key: _cut(key, widths[key]) for key in columns})
+
+
+def _cut(text: str, width: int, start: bool = False) -> str:
+    """`text` in at most `width` terminal columns, with a … where it was cut: at its end, or at its start."""
+    if _width(text) <= width:
+        return text
+    kept = ""
+    for c in reversed(text) if start else text:
+        if _width(kept + c) > width - 1:
+            break
+        kept += c
+    return f"…{kept[::-1]}" if start else f"{kept}…"
+
+
+def samples_html(samples: list[dict], picture) -> str:
+    """Pictures with the questions about them, the truth, and the answers before and after, with buttons that choose by
+    type and by flip. picture(path) -> (H, W, 3) uint8, or a data URI of `thumbnail`; it is called once an image. The
+    choice is made by style rules, without a script."""
+    if not samples:
+        return "<p>No samples.</p>"
+    # A type may be any text: its number names the style class. Flips are classes of the page's own.
+    number = {kind: f"k{i}" for i, kind in enumerate(_kinds(samples))}
+    place = [(number[sample["type"]], f"f-{flip_of(sample)}") for sample in samples]
+    groups = {
+        "kind": ("type", {key: (kind, "") for kind, key in number.items()}),
+        "flip": ("answers", {f"f-{flip}": (_FLIP_LABELS[flip], text) for flip, text in FLIPS.items()}),
+    }
+    rules, choices = [], ""
+    for group, (title, options) in groups.items():
+        buttons = ""
+        for key, (label, hint) in [("all", ("all", "")), *options.items()]:
+            count = len(place) if key == "all" else sum(key in keys for keys in place)
+            if not count:
+                continue
+            buttons += (
+                f'<label{f" title={_quoted(hint)}" if hint else ""}><input type="radio" name="{group}" '
+                f'id="{group}-{key}"{" checked" if key == "all" else ""}>{html.escape(str(label))} <i>{count}</i></label>'
+            )
+            if key != "all":
+                hidden = f"li.qa:not(.{key}),.card:not(:has(.qa.{key}))"
+                rules.append(f"body:has(#{group}-{key}:checked) :is({hidden}){{display:none}}")
+        choices += f'<div class="choose" role="radiogroup" aria-label="{title}"><b>{title}</b>{buttons}</div>'
+    for kind in number.values():  # a card may have both, but not in one question
+        for flip in groups["flip"][1]:
+            both = f"body:has(#kind-{kind}:checked):has(#flip-{flip}:checked)"
+            rules.append(f"{both} .card:not(:has(.qa.{kind}.{flip})){{display:none}}")
+            if (kind, flip) not in place:
+                rules.append(f"{both} .none{{display:block}}")
+    cards: dict[str, str] = {}
+    for sample, (kind, flip) in zip(samples, place):
+        said = f"<dt>truth</dt><dd>{_mark(None)}<b>{html.escape(str(sample['truth']))}</b></dd>"
+        for key in ("before", "after", "blind"):
+            if key in sample:
+                text = html.escape(str(sample[key])) or "–"
+                said += f"<dt>{key}</dt><dd>{_mark(sample[f'{key}_right'])}<span>{text}</span></dd>"
+        tag = flip[2:] if flip in ("f-gained", "f-lost") else ""
+        tags = f'<span class="kind">{html.escape(str(sample["type"]))}</span>'
+        tags += f'<span class="badge {tag}">{tag}</span>' if tag else ""
+        asked = html.escape(str(sample["question"]))
+        cards.setdefault(sample["image_path"], "")
+        cards[sample["image_path"]] += (
+            f'<li class="qa {kind} {flip}"><div class="tags">{tags}</div><p>{asked}</p><dl>{said}</dl></li>\n'
+        )
+    figures = ""
+    for path, lines in cards.items():
+        shown, name = picture(path), html.escape(Path(path).name)
+        source = _source(shown if isinstance(shown, str) else thumbnail(shown, 320))
+        figures += (
+            f'<figure class="card"><img src="{source}" alt="{name}" loading="lazy"><figcaption>'
+            f'<div class="title"><b title={_quoted(path)}>{name}</b></div>\n<ol>{lines}</ol></figcaption></figure>'
+        )
+    none = '<p class="none">No sample of this type has such answers.</p>'
+    return f'<style>{"".join(rules)}</style>{choices}{none}<div class="gallery answers">{figures}</div>'
+
+
+def _quoted(text: str) -> str:
+    return f'"{html.escape(str(text))}"'
+
+
+# ---------------------------------------------------------------------------------------------
 # Pages
 
 STYLE = """
@@ -315,6 +479,20 @@ li.correct { color: var(--ink); font-weight: 550; } .text { min-width: 0; }
 .score { padding-left: .6em; font-variant-numeric: tabular-nums; }
 .bar { grid-column: 2 / -1; height: 3px; margin-top: .25rem; border-radius: 2px; background: var(--line); }
 .bar i { display: block; height: 100%; min-width: 1px; border-radius: 2px; background: var(--bar); }
+.choose { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem; margin: .5rem 0; font-size: .875rem; }
+.choose b { min-width: 4.5rem; font-weight: 500; color: var(--dim); } .choose i { font-style: normal; opacity: .65; }
+.choose label { position: relative; padding: .15rem .7rem; border: 1px solid var(--line); border-radius: 1rem; cursor: pointer; }
+.choose input { position: absolute; opacity: 0; } .choose label:hover { border-color: var(--dim); }
+.choose label:has(:checked) { border-color: var(--ink); background: var(--ink); color: var(--paper); }
+.choose label:has(:focus-visible) { outline: 2px solid var(--bar); outline-offset: 2px; }
+.answers { align-items: start; margin-top: 1.25rem; } .none { display: none; color: var(--dim); }
+.answers img { aspect-ratio: auto; max-height: 20rem; }
+li.qa { display: block; color: var(--ink); padding: .6rem 0; border-top: 1px solid var(--line); }
+li.qa:last-child { padding-bottom: 0; } .qa p { margin: .1rem 0 .3rem; font-weight: 550; }
+.tags { display: flex; justify-content: space-between; color: var(--dim); font-size: .8rem; }
+.badge.gained { color: var(--right); } .badge.lost, .qa .mark.wrong { color: var(--wrong); }
+.qa dl { display: grid; grid-template-columns: 3.6em 1fr; margin: 0; } .qa dt { color: var(--dim); }
+.qa dd { display: grid; grid-template-columns: 1.3em 1fr; margin: 0; min-width: 0; } .qa b { font-weight: 550; }
 .correct .bar i { background: var(--right); } .right { color: var(--right); } .badge.wrong { color: var(--wrong); }
 """
 

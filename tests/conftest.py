@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from config import MatchConfig
+from config import MatchConfig, VQAConfig
 from tests.official_layout import write_qwen_vl
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -96,3 +96,78 @@ def encoder(settings):
     from model import DualEncoder
 
     return lambda seed=0, **changed: DualEncoder.from_base(settings(**changed), seed=seed)
+
+
+@dataclass
+class Asked:
+    """Questions on disk: conversations of a training file (splits train and val) and a test file."""
+
+    root: Path
+    train: Path
+    test: Path
+
+    def flags(self) -> list[str]:
+        return [f"--train_file={self.train}", f"--test_file={self.test}"]
+
+
+def conversation(number: int, image, question: str, answer: str, kind: str, split: str | None = None) -> dict:
+    """One row as csv2json.py writes it."""
+    asked = {"from": "user", "value": f"{question} <|vision_start|>{image}<|vision_end|>"}
+    row = {"id": f"rsvqa_{number}", "conversations": [asked, {"from": "assistant", "value": answer}], "type": kind}
+    return row | ({"split": split} if split else {})
+
+
+@pytest.fixture(scope="session")
+def asked(tmp_path_factory) -> Asked:
+    """9 training, 4 validation and 5 test images of different sizes with 3 to 6 questions each."""
+    root = tmp_path_factory.mktemp("asked")
+    rows = {"train": [], "test": []}
+    names = list(COLOURS)
+    for part, (split, count) in enumerate({"train": 9, "val": 4, "test": 5}.items()):
+        for i in range(count):
+            kind = names[i % 4]
+            image = draw(root / f"{split}_{i}.png", 500 * part + i, (56 + 28 * (i % 3), 60), COLOURS[kind])
+            listed = [(f"Is there {name}?", "yes" if name == kind else "no", "presence") for name in names[: 2 + i % 3]]
+            listed += [("How many buildings are there?", str(i * 7 % 13), "count"), ("Is it a rural or an urban area?",
+                       "urban" if kind == "roofs" else "rural", "rural_urban")]  # fmt: skip
+            target = rows["test" if split == "test" else "train"]
+            target += [conversation(len(target) + k, image, *row, split) for k, row in enumerate(listed)]
+    for name, listed in rows.items():
+        (root / f"{name}.json").write_text(json.dumps(listed))
+    return Asked(root, root / "train.json", root / "test.json")
+
+
+@pytest.fixture(scope="session")
+def qwen2_base(tmp_path_factory) -> Path:
+    """A tiny Qwen2-VL with random weights."""
+    return write_qwen_vl(tmp_path_factory.mktemp("base") / "tiny2", "qwen2_vl")
+
+
+@pytest.fixture(scope="session")
+def vqa_settings(base):
+    """`vqa_settings(field=value, ...)`: a VQAConfig on the tiny base."""
+
+    def make(**changed) -> VQAConfig:
+        small = {"base_model": str(base), "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0, "cache_dir": None}
+        return VQAConfig(**(small | {"max_pixels": 112 * 112, "min_pixels": 28 * 28} | changed))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def answerer(vqa_settings):
+    """`answerer(field=value, ...)`: a VQA on the tiny base whose adapter does something."""
+    import torch
+
+    from model import VQA
+
+    def make(seed=0, strength=0.05, **changed) -> VQA:
+        model = VQA.from_base(vqa_settings(**changed), seed=seed)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed + 1)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, strength)
+        return model
+
+    return make

@@ -386,6 +386,9 @@ def test_done_is_recognised_and_nothing_else_is_overwritten(data, tmp_path):
     stamp = (out / "scenes.jsonl").stat().st_mtime_ns
     again = demo_data.generate(out, 4, 0)
     assert first["fresh"] and not again["fresh"] and again["sha256"] == first["sha256"]
+    for name in ("rsvqa-dataset.csv", "data_vl_train.json"):  # made from it by the converters
+        (out / name).write_text("later")
+    assert not demo_data.generate(out, 4, 0)["fresh"]
     assert (out / "scenes.jsonl").stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match="--force"):
         demo_data.generate(out, 5, 0)

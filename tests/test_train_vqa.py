@@ -1,0 +1,247 @@
+"""train_vqa.py from the command line: data, training, before and after, resume, merge."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_vqa
+from config import InputError
+from data import read_conversations
+from tests.conftest import conversation, draw
+
+SMALL = ["--preset=demo", "--min_pixels=784", "--max_pixels=12544", "--stretch=auto", "--lora_rank=4", "--num_train_epochs=2",
+         "--per_device_train_batch_size=3", "--disable_tqdm=true", "--learning_rate=0.01", "--max_rejected=0.2"]  # fmt: skip
+
+
+@pytest.fixture
+def run(base, asked, tmp_path):
+    """`run(flags...)`: train_vqa.main on the tiny base in its own output folder."""
+
+    def start(*flags, output="run"):
+        where = [f"--base_model={base}", f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / output}"]
+        return train_vqa.main([*SMALL, *where, *asked.flags(), *flags])
+
+    return start
+
+
+def test_whole_run(run, tmp_path, capsys):
+    results = run("--no_blind_baseline")
+    folder = tmp_path / "run"
+    for name in ("best_model/adapter_model.safetensors", "best_model/vqa.json", "config.json", "metrics.jsonl", "results.json",
+                 "samples.jsonl", "report.html"):  # fmt: skip
+        assert (folder / name).is_file(), name
+    printed = capsys.readouterr().out
+    assert "before: adapter off" in printed and "majority answer" in printed and "McNemar" in printed
+    assert results["images"] == {"train": 9, "val": 4, "test": 5} and "blind" not in results
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == results["after"]["questions"] == results["before"]["questions"]
+    share = sum(row["after_right"] for row in rows) / len(rows)
+    assert share == pytest.approx(results["after"]["exact"]["micro"])
+    settings = json.loads((folder / "best_model" / "vqa.json").read_text())
+    assert set(settings["answers"]) == {"presence", "count", "rural_urban"}
+    assert settings["answers"]["presence"] == ["no", "yes"]
+
+
+def test_eval_only_repeats_the_scores(run, base, asked, tmp_path, capsys):
+    trained = run("--no_blind_baseline")
+    again = run("--eval_only", f"--lora={tmp_path / 'run' / 'best_model'}", output="unused")
+    for name in ("before", "after", "majority", "change"):
+        assert again[name] == trained[name], name
+    assert not (tmp_path / "unused").exists()
+    chosen = run("--eval_only", f"--lora={tmp_path / 'run' / 'best_model'}", "--decode=candidates", output="unused")
+    rows = chosen["after"]["exact"]
+    assert rows["micro"] >= 0 and chosen["after"]["questions"] == trained["after"]["questions"]
+
+
+def test_blind_baseline_is_trained_and_the_adapter_is_back(run, tmp_path):
+    results = run()
+    assert 0 <= results["blind"]["exact"]["micro"] <= 1 and (tmp_path / "run" / "blind" / "metrics.jsonl").is_file()
+    alone = run("--eval_only", f"--lora={tmp_path / 'run' / 'best_model'}", output="unused")
+    assert alone["after"] == results["after"], "the blind training must not touch the adapter that is scored"
+
+
+def adapter(folder) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in load_file(folder / "best_model" / "adapter_model.safetensors").items()}
+
+
+def test_packing_accumulation_and_budget_train_the_same_adapter(run, tmp_path):
+    """Rows one by one, packed, in two micro-batches, and in small pieces: the same weights after two epochs."""
+    common = ["--no_blind_baseline", "--eval_strategy=no", "--save_strategy=no", "--load_best_model_at_end=false",
+              "--learning_rate=0.001", "--optim=sgd", "--max_grad_norm=0"]  # fmt: skip
+    variants = {
+        "packed": [], "rows": ["--no_packing"], "small": ["--pack_tokens=150"], "no cache": ["--cache_dir=none"],
+        "two": ["--per_device_train_batch_size=1", "--gradient_accumulation_steps=3"],
+        "checkpointed": ["--gradient_checkpointing=true"],
+    }  # fmt: skip
+    made = {}
+    for name, flags in variants.items():
+        run(*common, *flags, output=name)
+        made[name] = adapter(tmp_path / name)
+    first = made.pop("packed")
+    moved = torch.cat([value.flatten() for key, value in first.items() if "lora_B" in key])
+    assert moved.abs().max() > 0
+    for name, tensors in made.items():
+        other = torch.cat([value.flatten() for key, value in tensors.items() if "lora_B" in key])
+        assert ((other - moved).norm() / moved.norm()).item() < 1e-4, name
+
+
+def test_resumed_run_ends_with_the_same_adapter(run, tmp_path):
+    flags = ["--no_blind_baseline", "--lora_dropout=0.1", "--texts_per_scene=2", "--save_strategy=steps", "--save_steps=2",
+             "--eval_strategy=steps", "--eval_steps=2", "--num_train_epochs=3", "--save_total_limit=9"]  # fmt: skip
+    run(*flags)
+    whole = adapter(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    for leftover in [*(tmp_path / "cut").glob("checkpoint-[4-9]"), tmp_path / "cut" / "best_model"]:
+        shutil.rmtree(leftover)
+    train_vqa.main([f"--resume_from_checkpoint={tmp_path / 'cut'}"])
+    again = adapter(tmp_path / "cut")
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())
+
+
+def test_training_goes_on_from_an_adapter(run, tmp_path):
+    run("--no_blind_baseline")
+    results = run(
+        "--no_blind_baseline", f"--lora={tmp_path / 'run' / 'best_model'}", "--num_train_epochs=1", output="more"
+    )
+    assert results["after"]["questions"] and (tmp_path / "more" / "best_model" / "vqa.json").is_file()
+    first, second = adapter(tmp_path / "run"), adapter(tmp_path / "more")
+    assert first.keys() == second.keys() and any(not torch.equal(first[key], second[key]) for key in first)
+
+
+def test_merge_command(run, tmp_path, capsys):
+    run("--no_blind_baseline")
+    train_vqa.main(["merge", f"--lora={tmp_path / 'run' / 'best_model'}", f"--output={tmp_path / 'merged'}"])
+    assert (tmp_path / "merged" / "model.safetensors").is_file() and "merged" in capsys.readouterr().out
+    with pytest.raises(InputError, match="is there already"):
+        train_vqa.main(["merge", f"--lora={tmp_path / 'run' / 'best_model'}", f"--output={tmp_path / 'merged'}"])
+    with pytest.raises(InputError, match="not an adapter"):
+        train_vqa.main(["merge", f"--lora={tmp_path}", f"--output={tmp_path / 'other'}"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_mistakes_are_said_in_one_line(run, base, asked, tmp_path):
+    with pytest.raises(InputError, match="--lora"):
+        run("--eval_only")
+    with pytest.raises(InputError, match="did you mean its best_model"):
+        (tmp_path / "r" / "best_model").mkdir(parents=True)
+        run("--eval_only", f"--lora={tmp_path / 'r'}")
+    with pytest.raises(InputError, match="no model here"):
+        run(f"--base_model={tmp_path / 'nowhere'}")
+    with pytest.raises(InputError, match="no such file"):
+        run(f"--train_file={tmp_path / 'none.json'}")
+    with pytest.raises(InputError, match="too long"):
+        run("--max_question_tokens=3")
+    with pytest.raises(InputError, match="expected"):
+        run("--prompt=hello")
+    with pytest.raises(InputError, match="pack_tokens"):
+        run("--pack_tokens=1")
+    assert not (tmp_path / "run" / "best_model").exists()
+
+
+def test_long_answers_are_left_out_and_listed(run, asked, tmp_path):
+    rows = json.loads(asked.train.read_text())
+    image = draw(tmp_path / "long.png", 1)
+    rows.append(conversation(999, image, "Describe it.", "word " * 60, "presence", "train"))
+    rows.append(conversation(998, image, "Is it long?", "yes", "presence", "train"))
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    results = run("--no_blind_baseline", "--num_train_epochs=1", f"--train_file={tmp_path / 'train.json'}")
+    listed = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in listed] == ["rsvqa_999"] and "--max_answer_tokens" in listed[0]["reason"]
+    assert results["images"]["train"] == 10
+
+
+def test_an_image_that_cannot_be_decoded_is_left_out(run, asked, tmp_path):
+    rows = json.loads(asked.train.read_text())
+    image = draw(tmp_path / "cut.png", 3, (200, 200))
+    image.write_bytes(image.read_bytes()[:900])
+    rows.append(conversation(999, image, "Is there water?", "no", "presence", "train"))
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    results = run("--no_blind_baseline", "--num_train_epochs=1", f"--train_file={tmp_path / 'train.json'}")
+    assert results["images"]["train"] == 9
+    assert "cut.png" in (tmp_path / "run" / "rejected.jsonl").read_text()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Reading questions
+
+
+def read(tmp_path, rows, **options):
+    (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False))
+    return read_conversations(tmp_path / "rows.json", **options)
+
+
+def test_rows_are_gathered_by_image(tmp_path):
+    a, b = draw(tmp_path / "a.png", 1), draw(tmp_path / "b.png", 2)
+    rows = [conversation(i, image, f"Question {i}?", "yes", "presence") for i, image in enumerate([a, b, a, a])]
+    found = read(tmp_path, [*rows, rows[0]])
+    assert [len(scene.questions) for scene in found.scenes] == [3, 1] and found.duplicates == 1 and found.rows == 5
+    question = found.scenes[0].questions[1]
+    assert (question.text, question.answer, question.kind, question.id) == ("Question 2?", "yes", "presence", "rsvqa_2")
+
+
+def test_chat_rows_and_llava_names_are_read(tmp_path):
+    draw(tmp_path / "a.png", 1)
+    found = read(tmp_path, [{"img": "a.png", "prompt": "这是什么？", "label": "一片农田。"}])
+    assert found.scenes[0].questions[0].answer == "一片农田。" and found.scenes[0].questions[0].kind is None
+    turns = [
+        {"from": "human", "value": "<|vision_start|>a.png<|vision_end|>What is it?"},
+        {"from": "gpt", "value": "A farm."},
+    ]
+    assert read(tmp_path, [{"conversations": turns}]).scenes[0].questions[0].text == "What is it?"
+
+
+def turn(asked="Q? <|vision_start|>a.png<|vision_end|>", said="A"):
+    return {"conversations": [{"from": "user", "value": asked}, {"from": "assistant", "value": said}]}
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ("text", "expected an object"),
+    ({}, "'conversations'"),
+    ({"conversations": [{"from": "user", "value": "Q"}]}, "expected two turns"),
+    ({"conversations": turn()["conversations"][::-1]}, "'from'"),
+    (turn(asked="Q?"), "one <|vision_start|>"),
+    (turn(asked="<|vision_start|>a.png<|vision_end|>"), "one <|vision_start|>"),
+    (turn(asked="Q? <|vision_start|>a.png<|vision_end|><|vision_start|>b.png<|vision_end|>"), "one <|vision_start|>"),
+    (turn(asked="Q? <|vision_start|>none.png<|vision_end|>"), "no such image"),
+    (turn(said=""), "'value' is empty"),
+    (turn(said=3), "expected a text"),
+    ({"img": "a.png", "prompt": "Q", "label": " "}, "'label' is empty"),
+])  # fmt: skip
+def test_bad_rows_are_rejected_with_their_reason(row, reason, tmp_path):
+    draw(tmp_path / "a.png", 1)
+    found = read(tmp_path, [turn(), row], max_rejected=0.5)
+    assert [bad.row for bad in found.rejected] == [1] and reason in found.rejected[0].reason
+    with pytest.raises(InputError, match="1 of 2 rows"):
+        read(tmp_path, [turn(), row])
+
+
+def test_an_image_in_two_splits_is_an_error(tmp_path):
+    image = draw(tmp_path / "a.png", 1)
+    rows = [
+        conversation(0, image, "A?", "yes", "presence", "train"),
+        conversation(1, image, "B?", "no", "presence", "val"),
+    ]
+    with pytest.raises(InputError, match="is in split"):
+        read(tmp_path, rows)
+    for content in ({}, [], "x"):
+        with pytest.raises(InputError, match="expected a list"):
+            read(tmp_path, content)
+
+
+def test_majority_and_table_hold_what_they_say(asked):
+    train = read_conversations(asked.train).scenes
+    test = read_conversations(asked.test).scenes
+    found = train_vqa.score_majority(train, test)
+    truths, kinds, images = train_vqa.columns_of(test)
+    counts = [a for scene in train for q in scene.questions if q.kind == "count" for a in [q.answer]]
+    most = max(sorted(set(counts)), key=counts.count)
+    expected = {"presence": "no", "count": most, "rural_urban": "rural"}
+    assert found["exact"]["micro"] == pytest.approx(np.mean([expected[k] == t for t, k in zip(truths, kinds)]))
+    assert found["bucketed"]["types"]["count"]["accuracy"] == pytest.approx(
+        np.mean([1 <= int(t) <= 10 for t, k in zip(truths, kinds) if k == "count"])
+    )
+    assert len(set(images)) == 5

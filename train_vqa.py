@@ -1,0 +1,435 @@
+"""Fine-tune Qwen2-VL or Qwen2.5-VL to answer questions about remote-sensing images, and prove what it brought.
+
+    python train_vqa.py                                     # preset full: Qwen2-VL-2B on data_vl_train.json, CUDA
+    python train_vqa.py --preset demo                       # a small model on drawn scenes, two CPU cores
+    python train_vqa.py --resume_from_checkpoint output/training_...
+    python train_vqa.py --eval_only --lora output/training_.../best_model
+    python train_vqa.py merge --lora output/training_.../best_model --output merged/
+
+Leaves in output/training_YYYYMMDD_HHMMSS/: best_model/ (a peft adapter), checkpoint-N/, config.json, metrics.jsonl,
+results.json, samples.jsonl (every test question with its answers before and after), report.html, TensorBoard events.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+import metrics
+import report
+from config import InputError, VQAConfig, parse, user_errors
+from data import (
+    PixelStore,
+    QuestionCollator,
+    QuestionDataset,
+    QuestionScene,
+    QwenResize,
+    drop_unreadable,
+    load_splits,
+    read_conversations,
+)
+from imagery import ImageSettings, read_image
+from model import VQA, read_config
+from trainer import SceneTrainer, read_history, write_json
+
+# ----------------------------------------------------------------------------------------------------
+# The task
+
+
+class VQATask:
+    """Loss and metrics of visual question answering, for `trainer.SceneTrainer`."""
+
+    def __init__(self, evaluate):
+        self.evaluate = evaluate
+
+    def count(self, batch) -> int:
+        return batch["targets"]
+
+    def step(self, trainer, model, batch, terms) -> torch.Tensor:
+        """Forward and backward of one micro-batch, a piece at a time: the sum over its targets, divided by the targets of
+        the whole optimizer step (`terms`), so that neither pieces nor micro-batches nor processes weigh."""
+        accelerator, pieces = trainer.accelerator, batch["pieces"]
+        total = torch.zeros((), device=terms.device)
+        for number, piece in enumerate(pieces):
+            last = number + 1 == len(pieces)
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                loss = model(**piece) / terms
+                accelerator.backward(loss * accelerator.num_processes)  # DDP averages gradients: this makes it the sum
+            total += loss.detach()
+        return total
+
+
+def left_out(splits: dict[str, list[QuestionScene]], prompt, config: VQAConfig, path: Path | None) -> dict:
+    """Splits without the questions that are too long and, except in the test split, the answers that are: listed in `path`
+    and counted. A test answer that is too long stays: no model can be right on it, and that is part of the score."""
+    rejected, kept = [], {}
+    for name, scenes in splits.items():
+        kept[name] = []
+        for scene in scenes:
+            listed = scene.questions
+            asked = prompt.tokenizer([q.text for q in listed], add_special_tokens=False)["input_ids"]
+            said = prompt.tokenizer([q.answer for q in listed], add_special_tokens=False)["input_ids"]
+            chosen = []
+            for question, a, b in zip(listed, asked, said):
+                reason = None
+                if len(a) > config.max_question_tokens:
+                    reason = f"question of {len(a)} tokens: above --max_question_tokens {config.max_question_tokens}"
+                elif len(b) > config.max_answer_tokens and name != "test":
+                    reason = f"answer of {len(b)} tokens: above --max_answer_tokens {config.max_answer_tokens}"
+                if reason:
+                    rejected.append({"file": scene.image, "row": question.id, "reason": reason})
+                else:
+                    chosen.append(question)
+            if chosen:
+                kept[name].append(QuestionScene(scene.image, chosen, scene.split))
+    total = sum(len(scene.questions) for scenes in splits.values() for scene in scenes)
+    if len(rejected) > config.max_rejected * total:
+        raise InputError(
+            f"{len(rejected)} of {total} questions or answers are too long (allowed: --max_rejected {config.max_rejected:g}),"
+            f" e.g. row {rejected[0]['row']}: {rejected[0]['reason']}"
+        )
+    if rejected:
+        print(f"data: {len(rejected)} questions left out as too long" + (f", listed in {path}" if path else ""))
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
+    return kept
+
+
+def describe(splits: dict[str, list[QuestionScene]]) -> str:
+    parts = [(name, len(scenes), sum(len(s.questions) for s in scenes)) for name, scenes in splits.items() if scenes]
+    return "; ".join(f"{name} {images} images, {questions} questions" for name, images, questions in parts)
+
+
+def known_answers(scenes: list[QuestionScene]) -> dict[str, list[str]]:
+    """{type of question: its distinct answers, sorted}: the closed set of `--decode candidates`."""
+    found: dict[str, set[str]] = {}
+    for scene in scenes:
+        for question in scene.questions:
+            found.setdefault(question.kind or "", set()).add(question.answer)
+    return {kind: sorted(answers) for kind, answers in sorted(found.items())}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Scores
+
+
+def columns_of(scenes: list[QuestionScene]) -> tuple[list[str], list[str], list[str]]:
+    """(truths, types, images) of all questions, in order."""
+    listed = [(q.answer, q.kind or "question", scene.image) for scene in scenes for q in scene.questions]
+    return tuple(map(list, zip(*listed)))
+
+
+def score(answers: list[list[str]], scenes: list[QuestionScene], samples: int = 1000) -> dict:
+    """`metrics.rsvqa_scores` of the answers to each scene's questions."""
+    return metrics.rsvqa_scores([a for row in answers for a in row], *columns_of(scenes), samples=samples)
+
+
+def rightness(answers: list[list[str]], scenes: list[QuestionScene]) -> list[bool]:
+    """Whether each answer, normalised, equals the truth."""
+    return [
+        metrics.normalise_answer(said, q.kind) == metrics.normalise_answer(q.answer, q.kind)
+        for row, scene in zip(answers, scenes)
+        for said, q in zip(row, scene.questions)
+    ]
+
+
+def score_majority(train: list[QuestionScene], scenes: list[QuestionScene]) -> dict:
+    """`score` when each question is answered by the most frequent training answer of its type; under "bucketed" by the most
+    frequent class, which may be another."""
+    truths, kinds, _ = columns_of(train)
+
+    def of(answers):
+        known = metrics.majority_answers(answers, kinds)
+        return score(
+            [[known.get(q.kind or "question", known[None]) for q in scene.questions] for scene in scenes], scenes
+        )
+
+    return of(truths) | {"bucketed": of([metrics.bucket(a, k) for a, k in zip(truths, kinds)])["bucketed"]}
+
+
+def samples_of(scenes: list[QuestionScene], **answers: list[list[str]]) -> list[dict]:
+    """One row per question: image, question, type, truth, and each model's answer with whether it is right."""
+    listed = [(scene.image, q) for scene in scenes for q in scene.questions]
+    rows = [
+        {"id": q.id, "image_path": image, "type": q.kind or "question", "question": q.text, "truth": q.answer}
+        for image, q in listed
+    ]
+    for name, made in answers.items():
+        flat = [text for row in made for text in row]
+        for row, said, right in zip(rows, flat, rightness(made, scenes)):
+            row[name], row[f"{name}_right"] = said, right
+    return rows
+
+
+ROWS = (
+    ("majority", "majority answer of the type"),
+    ("blind", "blind: trained without images"),
+    ("before", "before: adapter off"),
+    ("after", "after"),
+)
+
+
+def table(results: dict, protocol: str) -> tuple[list[dict], dict]:
+    """(rows, columns) of the result table under "exact" or "bucketed"."""
+    kinds = list(results["after"][protocol]["types"])
+    columns = {"model": "", "micro": "overall", "macro": "average"}
+    if results["after"][protocol].get("micro_closed") is not None and {"count", "area"} & set(kinds):
+        columns |= {"micro_closed": "overall, no count/area", "macro_closed": "average, no count/area"}
+    columns |= {f"type {kind}": kind for kind in kinds}
+    rows = []
+    for name, label in ROWS:
+        if name in results:
+            found = results[name][protocol]
+            row = {"model": label} | {key: found.get(key) for key in columns if not key.startswith(("type ", "model"))}
+            rows.append(row | {f"type {kind}": found["types"][kind]["accuracy"] for kind in kinds})
+    return rows, columns
+
+
+def summary(results: dict, best) -> str:
+    after, before = results["after"], results["before"]
+    lines = ["", f"{results['split']} split, {after['images']} images, {after['questions']} questions"]
+    kinds = set(after["exact"]["types"])
+    protocols = {"exact": "Exact: the answer, normalised, equals the truth"}
+    if kinds & {"count", "area"}:
+        protocols["bucketed"] = (
+            "Bucketed, as in the RSVQA paper: count and area are compared by class (0, 1-10, 11-100, ...)"
+        )
+    for protocol, title in protocols.items():
+        lines += [title, report.table_text(*table(results, protocol))]
+        spans = [f"{name} {_span(results[name][protocol]['micro_interval'])}" for name, _ in ROWS if name in results]
+        lines += ["95% intervals of overall, by image: " + ", ".join(spans), ""]
+    change = results["change"]
+    lines.append(
+        f"after against before: {change['gained']} gained, {change['lost']} lost, difference {change['difference']:+.3f}"
+        f" ({_span(change['difference_interval'])} by image), McNemar p {change['p']:.2g}"
+    )
+    if after.get("count_mae") is not None:
+        errors = [f"{name} {results[name]['count_mae']:.2f}" for name, _ in ROWS
+                  if results.get(name, {}).get("count_mae") is not None]  # fmt: skip
+        lines.append("count, mean absolute error of numeric answers: " + ", ".join(errors))
+        if before.get("count_mae_share", 1) < 1:
+            lines.append(f"answers to count questions that are numbers: before {before['count_mae_share']:.0%}, "
+                         f"after {after['count_mae_share']:.0%}")  # fmt: skip
+    if "steps" in results:
+        lines.append(f"best step {results['best_step']} of {results['steps']}, {results['seconds']:.0f} s in all")
+    return "\n".join([*lines, f"adapter {best}"])
+
+
+def _span(pair) -> str:
+    return f"{pair[0]:.3f} to {pair[1]:.3f}"
+
+
+# ----------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["merge"]:
+        return merge(argv[1:])
+    config, args, changed = parse(VQAConfig, argv, description=__doc__.split("\n")[0])
+    transformers.utils.logging.disable_progress_bar()  # of weights: seconds at most
+    run = Path(args.output_dir)
+    main_process = args.process_index == 0
+    say = print if main_process else (lambda *_: None)
+    started = time.perf_counter()
+    if config.eval_only and not config.lora:
+        raise InputError("--eval_only: give the adapter to score with --lora")
+    rejected = run / "rejected.jsonl" if main_process and not config.eval_only else None
+
+    # ---- data and model
+    read_config(config.base_model)  # a missing base is said before the data is read
+    splits = load_splits(config, args.seed, rejected, read=read_conversations)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    options = {"dtype": dtype, "device": str(args.device)}
+    if config.lora:
+        base = config.base_model if "base_model" in changed and "--preset" not in argv else None
+        model = VQA.from_pretrained(
+            config.lora,
+            base_model=base,
+            config=config,
+            trainable=not config.eval_only,
+            quantize=config.quantize,
+            **options,
+        )
+        model.settings.answers = model.settings.answers or known_answers(splits["train"])
+    else:
+        model = VQA.from_base(config, seed=args.seed, answers=known_answers(splits["train"]), **options)
+    splits = left_out(splits, model.prompt, config, rejected)
+    store = PixelStore(QwenResize(model.processor), ImageSettings.from_dict(model.settings.images), config.cache_dir)
+    splits = drop_unreadable(splits, store, config.max_rejected, rejected)
+    say(f"data: {describe(splits)}")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    say(f"model: {model.settings.base_model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained")
+
+    # ---- a frozen vision tower's image tokens are constants
+    frozen = model.settings.vision_tower == model.settings.merger == "frozen"
+    tokens = None
+    if frozen and config.cache_dir and config.packing:
+        tokens = model.token_store(config.cache_dir, store)
+        paths = [scene.image for scenes in splits.values() for scene in scenes]
+        if main_process:
+            model.prepare_tokens(tokens, store, paths, args.eval_batch_size)
+        if args.world_size > 1:
+            torch.distributed.barrier()
+    tested = "test" if splits["test"] else "val"
+    held = splits[tested]
+
+    def ask(scenes, **how):
+        return model.answer(
+            [(scene.image, scene.questions) for scene in scenes], store=store, tokens=tokens, decode=config.decode,
+            max_tokens=config.max_answer_tokens, budget=config.eval_pack_tokens, **how,
+        )  # fmt: skip
+
+    results: dict = {
+        "config": changed,
+        "split": tested,
+        "images": {name: len(scenes) for name, scenes in splits.items()},
+    }
+    results["majority"] = score_majority(splits["train"], held)
+    made: dict[str, list[list[str]]] = {}
+    with model.before():
+        made["before"] = ask(held, progress=main_process)
+
+    if config.eval_only:
+        made["after"] = ask(held, progress=main_process)
+        results |= {name: score(answers, held) for name, answers in made.items()}
+        results["change"] = change_of(made, held)
+        say(summary(results, config.lora))
+        return results
+
+    # ---- training
+    def dataset_of(blind):
+        return QuestionDataset(
+            splits["train"], model.prompt, processor=model.processor, store=store, tokens=tokens,
+            texts_per_scene=config.texts_per_scene, seed=args.seed, blind=blind,
+        )  # fmt: skip
+
+    watched = watched_scenes(splits["val"], config.max_eval_questions)
+
+    def evaluate(_, blind=False):
+        found = score(ask(watched, blind=blind), watched, samples=1)
+        kinds = {f"accuracy_{kind}": value["accuracy"] for kind, value in found["exact"]["types"].items()}
+        return {"accuracy": found["exact"]["micro"], "accuracy_bucketed": found["bucketed"]["micro"]} | kinds
+
+    def trainer_of(arguments, blind=False):
+        return SceneTrainer(
+            model=model,
+            task=VQATask(lambda current: evaluate(current, blind)),
+            args=arguments,
+            train_dataset=dataset_of(blind),
+            collator=QuestionCollator(config.pack_tokens, packing=config.packing, pad_id=model.tokenizer.pad_token_id),
+            settings={"task": "vqa", "settings": changed},
+            rates={"vision": config.vision_learning_rate, "merger": config.merger_learning_rate, "language": None},
+            early_stopping=config.early_stopping_patience,
+        )
+
+    trainer = trainer_of(args)
+    if main_process:
+        write_json(run / "config.json", trainer.settings)
+    outcome = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    best = trainer.save_best()
+    results |= {"steps": outcome.global_step, "best_step": trainer.state.best_global_step}
+    made["after"] = ask(held, progress=main_process)
+
+    # ---- the same training without images: what the questions give away
+    if config.blind_baseline:
+        say("training the blind baseline: the same, without images")
+        model.reset_adapter(args.seed)
+        twin = copy.copy(args)
+        twin.output_dir, twin.resume_from_checkpoint, twin.report_to = str(run / "blind"), None, []
+        blind = trainer_of(twin, blind=True)
+        blind.train()
+        made["blind"] = ask(held, blind=True)
+        model.load_trained(best)
+
+    # ---- results
+    results |= {name: score(answers, held) for name, answers in made.items()}
+    results["change"] = change_of(made, held)
+    results["seconds"] = round(time.perf_counter() - started, 1)
+    if main_process:
+        write_json(run / "results.json", results)
+        samples = samples_of(held, **{name: made[name] for name in ("before", "after", "blind") if name in made})
+        report.write_atomic(
+            run / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+        )
+        write_report(run, results, samples, ImageSettings.from_dict(model.settings.images))
+        print(summary(results, best))
+        print(f"report  {run / 'report.html'}")
+    return results
+
+
+def watched_scenes(scenes: list[QuestionScene], most: int) -> list[QuestionScene]:
+    """Whole scenes in a fixed random order, until they hold `most` questions."""
+    chosen, total = [], 0
+    for i in random.Random(0).sample(range(len(scenes)), len(scenes)):
+        if not chosen or total + len(scenes[i].questions) <= most:
+            chosen.append(scenes[i])
+            total += len(scenes[i].questions)
+    return chosen
+
+
+def change_of(made: dict, scenes: list[QuestionScene]) -> dict:
+    before, after = (rightness(made[name], scenes) for name in ("before", "after"))
+    return metrics.mcnemar(before, after, columns_of(scenes)[2])
+
+
+def write_report(run: Path, results: dict, samples: list[dict], settings: ImageSettings) -> None:
+    """`report.html`: the tables, curves, flips by type, and pictures with their answers."""
+    sections = []
+    for protocol, title in (("exact", "Scores, exact"), ("bucketed", "Scores, count and area by class")):
+        rows, columns = table(results, protocol)
+        best = {key: "max" for key in columns if key != "model"}
+        interval = _span(results["after"][protocol]["micro_interval"])
+        sections.append((title, report.table_html(rows, columns, best=best)
+                         + f"<p>95% interval of overall after training, by image: {interval}.</p>"))  # fmt: skip
+    change = results["change"]
+    flips = report.flips_by_type(samples)
+    sections.append(("Before and after", report.table_html(*flips) + f"<p>{change['gained']} gained, {change['lost']} lost, "
+                     f"McNemar p {change['p']:.2g}. All answers are in samples.jsonl.</p>"))  # fmt: skip
+    curves = {"loss": "training loss", "eval_accuracy": "accuracy", "eval_accuracy_bucketed": "accuracy, bucketed"}
+    history = read_history(run)
+    if any(key in row for row in history for key in curves):
+        figure = report.curves_figure(history, curves)
+        sections.append(("Curves", report.figure_html(figure, "training curves")))
+    shown = report.varied(samples, 24)
+
+    def picture(path):
+        return read_image(path, settings, max_side=448).rgb
+
+    sections.append(("Examples", report.samples_html(shown, picture)))
+    report.page("Questions about images", sections, run / "report.html", subtitle=f"{run}")
+
+
+def merge(argv: list[str]) -> None:
+    """`train_vqa.py merge`: base + adapter -> one model folder."""
+    parser = argparse.ArgumentParser(prog="train_vqa.py merge", description="Write base and adapter as one model.")
+    parser.add_argument("--lora", required=True, help="adapter folder: best_model/ or checkpoint-N/")
+    parser.add_argument("--output", required=True, help="folder for the merged model")
+    parser.add_argument("--base", help="folder of the base, if it is not where it was in training")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="dtype of the file (auto: that of the base); the sum itself is made in float32",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    output = Path(args.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: is there already and not empty; give another --output")
+    model = VQA.from_pretrained(args.lora, base_model=args.base)
+    model.merge(output, None if args.dtype == "auto" else getattr(torch, args.dtype))
+    print(f"merged  {output}")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
