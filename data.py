@@ -322,6 +322,8 @@ def _question_of(entry) -> tuple[str, Question]:
     if not isinstance(entry, dict):
         raise InputError(f"expected an object, found {type(entry).__name__}")
     kind, number = entry.get("type"), entry.get("id")
+    if not (kind is None or isinstance(kind, str)):
+        raise InputError(f"field 'type': expected a text, found {type(kind).__name__}")
     number = None if number is None else str(number)
     if "conversations" not in entry and "img" in entry:
         return _text(entry, "img"), Question(_text(entry, "prompt"), _text(entry, "label"), kind, number)

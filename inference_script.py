@@ -38,21 +38,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def pick_device(device: str, dtype: str):
-    """(torch device, torch dtype) for the two flags. Raises InputError for a device this machine lacks."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from None
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    return device, getattr(torch, dtype)
-
-
 def score_rows(
     model, rows: list, *, root: Path | None = None, batch_size: int = 32, progress: bool = False
 ) -> list[dict]:
@@ -164,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from transformers.utils import logging
 
-    from model import DualEncoder
+    from model import DualEncoder, pick_device
 
     logging.disable_progress_bar()
     device, dtype = pick_device(args.device, args.dtype)

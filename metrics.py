@@ -389,6 +389,11 @@ def _image_codes(images) -> np.ndarray:
     return np.array([code[i] for i in ids], np.int64)
 
 
+def is_right(answer: str, truth: str, kind: str | None = None) -> bool:
+    """Whether an answer, normalised, equals the truth: the "exact" protocol of `rsvqa_scores`."""
+    return normalise_answer(answer, kind) == normalise_answer(truth, kind)
+
+
 def rsvqa_scores(answers, truths, kinds, images, *, seed=0, samples=1000) -> dict:
     """Accuracy by question type, over all questions (micro) and over types (macro), with intervals.
 

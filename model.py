@@ -6,6 +6,7 @@ Loading is strict: a missing, unexpected or misshapen tensor is an error, never 
 """
 
 import hashlib
+import heapq
 import json
 import os
 import re
@@ -40,7 +41,6 @@ from data import (
     TokenStore,
     image_settings,
     pack,
-    pad_rows,
     pixel_batch,
     split_work,
     token_batch,
@@ -566,7 +566,7 @@ class SceneTree:
 
     It travels to every attention layer as the keyword `tree`. In a first pass a scene's prefix attends to itself and each
     branch to the prefix and to itself, never to another branch. With `keep`, keys and values stay in `kept`, and a later
-    pass whose tokens are `continued` (S, Q, C, T) attends to them: T tokens of C continuations of each branch.
+    pass attends to them: `continued` (S, Q, T) are the places in its row of the T tokens that come after each branch.
     """
 
     order: torch.Tensor
@@ -578,13 +578,11 @@ class SceneTree:
     """Free places to leave behind each branch for tokens to come; 0: keep nothing."""
     kept: dict[int, tuple] | None = None
     continued: torch.Tensor | None = None
-    chosen: torch.Tensor | None = None
-    """(S, Q'): branches that are continued; None: all of them."""
 
-    def prefix_mask(self) -> torch.Tensor:
-        """(S, P): True where there is a token."""
+    def prefix_hidden(self) -> torch.Tensor:
+        """(S, 1, 1, 1, 1, P): True where a short prefix is filled up."""
         places = torch.arange(self.prefix_rows.shape[1], device=self.prefix_lengths.device)
-        return places < self.prefix_lengths[:, None]
+        return (places >= self.prefix_lengths[:, None])[:, None, None, None, None]
 
 
 def scene_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs):
@@ -605,39 +603,35 @@ def scene_attention(module, query, key, value, attention_mask, scaling=None, dro
 
     scenes, width = tree.prefix_rows.shape
     pq, pk, pv = (x[tree.prefix_rows].transpose(1, 2) for x in (q, k, v))  # (S, H, P, D)
-    prefix = torch.nn.functional.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(
         pq, pk.repeat_interleave(groups, 1), pv.repeat_interleave(groups, 1), is_causal=True, scale=scaling
     )  # what fills a short prefix stands on its right: causality hides it
-    prefix = prefix.transpose(1, 2).reshape(scenes * width, *q.shape[1:])
+    out = out.transpose(1, 2).reshape(scenes * width, *q.shape[1:])
     if tree.branch_rows.numel():
         bq, bk, bv = (x[tree.branch_rows] for x in (q, k, v))  # (S, Q, T, H, D)
         bk, bv = (x.permute(0, 3, 1, 2, 4) for x in (bk, bv))  # (S, K, Q, T, D)
-        hidden = ~tree.prefix_mask()[:, None, None, None, None, None]
-        contexts = [(pk, pv, hidden), (bk[:, :, :, None], bv[:, :, :, None], _later(bq.shape[2], q.device))]
-        branches = _attend(bq[:, :, None], contexts, groups, scaling).reshape(-1, *q.shape[1:])
+        contexts = [(pk, pv, tree.prefix_hidden()), (bk, bv, _later(bq.shape[2], q.device))]
+        out = torch.cat([out, _attend(bq, contexts, groups, scaling).reshape(-1, *q.shape[1:])])
         if tree.keep:
             room = (0, 0, 0, tree.keep)
-            tree.kept[module.layer_idx] = (pk, pv, nn.functional.pad(bk, room), nn.functional.pad(bv, room))
-        prefix = torch.cat([prefix, branches])
-    return prefix[tree.order][None], None
+            tree.kept[module.layer_idx] = (pk, pv, F.pad(bk, room), F.pad(bv, room))
+    return out[tree.order][None], None
 
 
 def _continue_branches(layer: int, q, k, v, tree: SceneTree, groups: int, scaling: float) -> torch.Tensor:
-    """Attention of `tree.continued` (S, Q, C, T) tokens to their scene, their branch and themselves -> (S*Q*C*T, H, D)."""
+    """Attention of `tree.continued` (S, Q, T) tokens to their scene, their branch and themselves -> (S*Q*T, H, D)."""
     pk, pv, bk, bv = tree.kept[layer]
-    rows, lengths = tree.continued, tree.branch_lengths
-    nq, nk, nv = (x[rows] for x in (q, k, v))  # (S, Q, C, T, H, D)
-    nk, nv = (x.permute(0, 4, 1, 2, 3, 5) for x in (nk, nv))  # (S, K, Q, C, T, D)
-    if tree.chosen is not None:
-        index = tree.chosen[:, None, :, None, None].expand(-1, bk.shape[1], -1, *bk.shape[3:])
-        bk, bv, lengths = bk.gather(2, index), bv.gather(2, index), lengths.gather(1, tree.chosen)
-    places = torch.arange(bk.shape[3], device=q.device)
-    hidden = ~tree.prefix_mask()[:, None, None, None, None, None]
-    past = (places >= lengths[:, :, None])[:, None, None, :, None, None, :]
-    contexts = [(pk, pv, hidden), (bk, bv, past), (nk, nv, _later(rows.shape[3], q.device))]
+    nq, nk, nv = (x[tree.continued] for x in (q, k, v))  # (S, Q, T, H, D)
+    nk, nv = (x.permute(0, 3, 1, 2, 4) for x in (nk, nv))  # (S, K, Q, T, D)
+    past = torch.arange(bk.shape[3], device=q.device) >= tree.branch_lengths[..., None]
+    contexts = [
+        (pk, pv, tree.prefix_hidden()),
+        (bk, bv, past[:, None, None, :, None, :]),
+        (nk, nv, _later(nq.shape[2], q.device)),
+    ]
     if tree.keep:  # one token a branch, which the next pass finds behind the branch
-        at = lengths[:, None, :, None, None].expand(-1, bk.shape[1], -1, -1, bk.shape[-1])
-        tree.kept[layer] = (pk, pv, bk.scatter(3, at, nk[:, :, :, 0]), bv.scatter(3, at, nv[:, :, :, 0]))
+        at = tree.branch_lengths[:, None, :, None, None].expand(-1, bk.shape[1], -1, -1, bk.shape[-1])
+        tree.kept[layer] = (pk, pv, bk.scatter(3, at, nk), bv.scatter(3, at, nv))
     return _attend(nq, contexts, groups, scaling).reshape(-1, *q.shape[1:])
 
 
@@ -647,15 +641,15 @@ def _later(length: int, device) -> torch.Tensor:
 
 
 def _attend(q, contexts, groups: int, scaling: float) -> torch.Tensor:
-    """One softmax over several contexts: q (S, Q, C, T, H, D) -> (S, Q, C, T, H, D).
+    """One softmax over several contexts: q (S, Q, T, H, D) -> (S, Q, T, H, D).
 
-    A context is keys and values with what is hidden of them (True), one for a whole scene (S, K, N, D), one per branch
-    (S, K, Q, N, D), or one per continuation (S, K, Q, C, N, D); K key heads serve G = H / K query heads each.
+    A context is keys and values with what is hidden of them (True): one for all branches of a scene (S, K, N, D) or one
+    for each (S, K, Q, N, D); K key heads serve G = H / K query heads each.
     """
-    s, b, c, t, heads, d = q.shape
-    q = q.view(s, b, c, t, heads // groups, groups, d).permute(0, 4, 5, 1, 2, 3, 6) * scaling  # (S, K, G, Q, C, T, D)
-    shapes = {4: (s, heads // groups, groups * b * c * t), 5: (s, heads // groups, groups, b, c * t)}
-    shapes[6] = (s, heads // groups, groups, b, c, t)
+    s, b, t, heads, d = q.shape
+    kinds = heads // groups
+    q = q.view(s, b, t, kinds, groups, d).permute(0, 3, 4, 1, 2, 5) * scaling  # (S, K, G, Q, T, D)
+    shapes = {4: (s, kinds, groups * b * t), 5: (s, kinds, groups, b, t)}
 
     def along(x):  # keys and values are the same for the heads of a group
         return x if x.dim() == 4 else x[:, :, None]
@@ -663,17 +657,31 @@ def _attend(q, contexts, groups: int, scaling: float) -> torch.Tensor:
     scores = []
     for key, _, hidden in contexts:
         part = q.reshape(*shapes[key.dim()], d) @ along(key).transpose(-1, -2)
-        scores.append(part.view(s, heads // groups, groups, b, c, t, -1).masked_fill(hidden, float("-inf")))
+        scores.append(part.view(s, kinds, groups, b, t, -1).masked_fill(hidden, float("-inf")))
     weights = torch.cat(scores, -1).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     out = 0
     for part, (_, value, _) in zip(weights.split([x.shape[-1] for x in scores], -1), contexts):
-        mixed = part.reshape(*shapes[value.dim()], -1) @ along(value)
-        out = out + mixed.view(s, heads // groups, groups, b, c, t, d)
-    return out.permute(0, 3, 4, 5, 1, 2, 6).reshape(s, b, c, t, heads, d)
+        out = out + (part.reshape(*shapes[value.dim()], -1) @ along(value)).view(s, kinds, groups, b, t, d)
+    return out.permute(0, 3, 4, 1, 2, 5).reshape(s, b, t, heads, d)
 
 
 AttentionInterface.register("scene", scene_attention)
 AttentionMaskInterface.register("scene", sdpa_mask)
+
+
+TREE_KEYS = ("order", "prefix_rows", "prefix_lengths", "branch_rows", "branch_lengths")
+
+
+def packed_states(model, tree: SceneTree, input_ids, position_ids, image_rows=None, image_tokens=None) -> torch.Tensor:
+    """Last layer (L, D) of a packed row through a Qwen-VL body (`Qwen2VLModel`, `Qwen2_5_VLModel`) whose language model has
+    attention "scene": ids (1, L), positions (3, 1, L), image tokens (N, D) for the rows (N,)."""
+    embedded = model.get_input_embeddings()(input_ids)
+    if image_rows is not None:
+        embedded = embedded.index_copy(1, image_rows, image_tokens.to(embedded.dtype)[None])
+    return model.language_model(
+        inputs_embeds=embedded, position_ids=position_ids, use_cache=False, tree=tree,
+        attention_mask=dict.fromkeys(("full_attention", "sliding_attention")),  # the tree says who sees whom
+    ).last_hidden_state[0]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -800,16 +808,18 @@ class VQA(nn.Module):
                 settings = VQASettings(**json.loads((folder / VQA_SETTINGS).read_text()))
             except (TypeError, ValueError) as error:
                 raise InputError(f"{folder / VQA_SETTINGS}: not readable: {error}") from None
-        root = base_folder(
-            base_model or (settings.base_model if settings else record.get("base_model_name_or_path") or "")
-        )
+        named = base_model or (settings.base_model if settings else record.get("base_model_name_or_path"))
+        if not named:
+            raise InputError(f"{folder}: the adapter names no base; give its folder with --base")
+        root = base_folder(named)
         found = fingerprint(root)
         if settings is None:
             from config import VQAConfig
 
             config = config or VQAConfig()
             settings = VQASettings(
-                base_model=str(root), base_fingerprint=found, vision_tower="frozen", merger="frozen", prompt=config.prompt,
+                base_model=str(root), base_fingerprint=found, merger="frozen", prompt=config.prompt,
+                vision_tower="lora" if any(".visual." in key for key in tensors) else "frozen",
                 max_answer_tokens=config.max_answer_tokens, images=image_settings(config).to_dict(), answers={},
             )  # fmt: skip
             processor, tokenizer = load_processor(root, config.min_pixels, config.max_pixels)
@@ -990,16 +1000,9 @@ class VQA(nn.Module):
     def hidden_states(self, tree: SceneTree, input_ids, position_ids, image_rows=None, image_tokens=None, pixel_values=None,
                       image_grid_thw=None) -> torch.Tensor:  # fmt: skip
         """Last layer of a packed row, (L, D)."""
-        model = self.qwen.model
-        embedded = model.get_input_embeddings()(input_ids)
-        if image_rows is not None:
-            if image_tokens is None:
-                image_tokens = torch.cat(self.encode_images(pixel_values, image_grid_thw))
-            embedded = embedded.index_copy(1, image_rows, image_tokens.to(embedded.dtype)[None])
-        return model.language_model(
-            inputs_embeds=embedded, position_ids=position_ids, use_cache=False, tree=tree,
-            attention_mask=dict.fromkeys(("full_attention", "sliding_attention")),  # the tree says who sees whom
-        ).last_hidden_state[0]  # fmt: skip
+        if image_rows is not None and image_tokens is None:
+            image_tokens = torch.cat(self.encode_images(pixel_values, image_grid_thw))
+        return packed_states(self.qwen.model, tree, input_ids, position_ids, image_rows, image_tokens)
 
     def forward(self, labels, input_ids, label_rows=None, **batch) -> torch.Tensor:
         """Sum of the cross entropies (nats) of all targets: of a packed row (`data.pack`), where only the positions that
@@ -1060,7 +1063,7 @@ class VQA(nn.Module):
                 chosen = [part[s] | {"branches": [part[s]["branches"][b] for b in own]} for s, own in piece]
                 if decode == "candidates":
                     kinds = [[items.scenes[start + s].questions[b].kind for b in own] for s, own in piece]
-                    made = self._choose(chosen, kinds, budget)
+                    made = self._choose(chosen, kinds)
                 else:
                     made = self._generate(chosen, room)
                 for (s, own), texts in zip(piece, made):
@@ -1080,12 +1083,11 @@ class VQA(nn.Module):
         last = tree.branch_rows.gather(2, (tree.branch_lengths - 1).clamp(min=0)[..., None])[..., 0]  # (S, Q)
         return tree, self.qwen.lm_head(hidden[last]), positions[last] + 1
 
-    def _continue(self, tree: SceneTree, ids: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, keep: int = 0,
-                  chosen=None) -> torch.Tensor:  # fmt: skip
-        """Hidden states (N, D) of the N tokens of ids (S, Q, C, T) that are `real`, seen after their branches."""
+    def _continue(self, tree: SceneTree, ids, positions, real, keep: int = 0) -> torch.Tensor:
+        """Hidden states (N, D) of the N tokens of ids (S, Q, T) that are `real`, seen after their branches."""
         rows = torch.zeros_like(ids)
         rows[real] = torch.arange(int(real.sum()), device=ids.device)
-        step = replace(tree, order=real.flatten().nonzero()[:, 0], continued=rows, keep=keep, chosen=chosen)
+        step = replace(tree, order=real.flatten().nonzero()[:, 0], continued=rows, keep=keep)
         return self.hidden_states(step, ids[real][None], positions[real].expand(3, 1, -1))
 
     def _generate(self, scenes: list[dict], room: int) -> list[list[str]]:
@@ -1100,8 +1102,7 @@ class VQA(nn.Module):
             made.append(torch.where(real, token, ends[0]))
             if step + 1 == room or not real.any():
                 break
-            grid = real[:, :, None, None]
-            hidden = self._continue(tree, token[:, :, None, None], positions[:, :, None, None], grid, keep=1)
+            hidden = self._continue(tree, token[..., None], positions[..., None], real[..., None], keep=1)
             logits = hidden.new_zeros(*real.shape, self.qwen.lm_head.out_features)
             logits[real] = self.qwen.lm_head(hidden)
             tree.branch_lengths, positions = tree.branch_lengths + real, positions + real
@@ -1112,59 +1113,67 @@ class VQA(nn.Module):
             answers.append(self.tokenizer.batch_decode(cut[: len(scene["branches"])], skip_special_tokens=True))
         return [[text.strip() for text in row] for row in answers]
 
-    def _choose(self, scenes: list[dict], kinds: list[list[str | None]], budget: int) -> list[list[str]]:
-        """For each question the known answer of its type with the largest log probability, end token included."""
+    def _choose(self, scenes: list[dict], kinds: list[list[str | None]]) -> list[list[str]]:
+        """For each question the known answer of its type with the largest log probability, end token included.
+
+        Best first through the tree of the answers' tokens: a log probability only falls as an answer grows, so the first
+        whole answer that comes up is the best of all, and most of a large set (areas, counts) is never looked at.
+        """
         known = self.settings.answers
         if not known:
             raise InputError("--decode candidates: the adapter records no answers; use --decode generate")
         every = sorted({answer for answers in known.values() for answer in answers})
-        tree, logits, positions = self._prefill(scenes, keep=1)
-        first = logits.float().log_softmax(-1)
-        result = [[""] * len(row) for row in kinds]
+        trees = {}  # of each type: {tokens so far: tokens that may follow}, {all tokens: answer}
         for kind in {kind for row in kinds for kind in row}:
             answers = known.get(kind or "") or every
-            ids = [[*row, self.prompt.end] for row in self.tokenizer(answers, add_special_tokens=False)["input_ids"]]
-            lengths = torch.tensor([len(row) for row in ids], device=self.device)
-            table = pad_rows([np.array(row) for row in ids], self.prompt.end).to(self.device)  # (A, T)
-            listed = [(s, b) for s, row in enumerate(kinds) for b, k in enumerate(row) if k == kind]
-            per_pass = max(1, budget // table.numel())
-            for start in range(0, len(listed), per_pass):
-                part = listed[start : start + per_pass]
-                at = torch.tensor(part, device=self.device)
-                scores = first[at[:, 0], at[:, 1]][:, table[:, 0]]  # (N, A)
-                if table.shape[1] > 1:
-                    scores = scores + self._tail_scores(tree, part, table, lengths, positions)
-                for (s, b), best in zip(part, scores.argmax(1).tolist()):
-                    result[s][b] = answers[best]
+            following, whole = {}, {}
+            for answer, ids in zip(answers, self.tokenizer(answers, add_special_tokens=False)["input_ids"]):
+                path = (*ids, self.prompt.end)
+                whole[path] = answer
+                for i, token in enumerate(path):
+                    following.setdefault(path[:i], {})[token] = None
+            trees[kind] = ({path: list(tokens) for path, tokens in following.items()}, whole)
+
+        tree, logits, positions = self._prefill(scenes, keep=1)
+        result = [[""] * len(row) for row in kinds]
+        heaps = {(s, b): [(0.0, ())] for s, row in enumerate(kinds) for b in range(len(row))}
+        asked = dict.fromkeys(heaps, ())  # the path each question waits to see continued
+        said = dict(zip(asked, (logits[s, b].float().log_softmax(-1) for s, b in asked)))
+        while asked:
+            for place, path in list(asked.items()):
+                (following, whole), heap = trees[kinds[place[0]][place[1]]], heaps[place]
+                score, _ = heapq.heappop(heap)
+                for token, more in zip(following[path], said[place][following[path]].tolist()):
+                    heapq.heappush(heap, (-(-score + more), (*path, token)))
+                asked[place] = heap[0][1]
+                if heap[0][1] in whole:
+                    result[place[0]][place[1]] = whole[asked.pop(place)]
+            if asked:
+                ids = torch.zeros(*positions.shape, max(map(len, asked.values())), dtype=torch.long)
+                real = torch.zeros_like(ids, dtype=torch.bool)
+                for place, path in asked.items():
+                    ids[place][: len(path)], real[place][: len(path)] = torch.tensor(path), True
+                ids, real = ids.to(self.device), real.to(self.device)
+                hidden = self._continue(
+                    tree, ids, positions[..., None] + torch.arange(ids.shape[-1], device=ids.device), real
+                )
+                places = sorted(asked)
+                last = torch.tensor([len(asked[place]) for place in places], device=ids.device).cumsum(0) - 1
+                said = dict(zip(places, self.qwen.lm_head(hidden[last]).float().log_softmax(-1)))
         return result
 
-    def _tail_scores(self, tree: SceneTree, part, table, lengths, positions) -> torch.Tensor:
-        """Log probability (N, A) of what follows the first token of each of A answers, after each of N branches."""
-        held = max(sum(s == scene for scene, _ in part) for s, _ in part)
-        chosen = torch.zeros(len(tree.prefix_rows), held, dtype=torch.long, device=self.device)
-        used = torch.zeros_like(chosen, dtype=torch.bool)
-        place, filled = [], [0] * len(chosen)
-        for s, b in part:
-            chosen[s, filled[s]], used[s, filled[s]] = b, True
-            place.append(s * held + filled[s])
-            filled[s] += 1
-        size = (*chosen.shape, len(table), table.shape[1] - 1)
-        ids = table[:, :-1].expand(size)
-        steps = torch.arange(size[3], device=self.device)
-        where = (positions.gather(1, chosen)[:, :, None, None] + steps).expand(size)
-        real = (used[:, :, None, None] & (steps < lengths[:, None] - 1)).expand(size)
-        hidden = self._continue(tree, ids, where, real, chosen=chosen)
-        following = table[:, 1:].expand(size)[real]
-        said = torch.cat([
-            self.qwen.lm_head(h).float().log_softmax(-1).gather(1, f[:, None])[:, 0]
-            for h, f in zip(hidden.split(1024), following.split(1024))
-        ]) if len(hidden) else hidden.new_zeros(0)  # fmt: skip
-        scores = said.new_zeros(size)
-        scores[real] = said
-        return scores.sum(-1).flatten(0, 1)[torch.tensor(place, device=self.device)]
 
-
-TREE_KEYS = ("order", "prefix_rows", "prefix_lengths", "branch_rows", "branch_lengths")
+def pick_device(device: str, dtype: str):
+    """(torch device, torch dtype) for the two flags. Raises InputError for a device this machine lacks."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from None
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return device, getattr(torch, dtype)
 
 
 def base_folder(name: str) -> Path:

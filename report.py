@@ -295,7 +295,7 @@ def sample_rows(scenes, right, **answers: list[list[str]]) -> list[dict]:
     """One row per question: id, image, type, question, truth, and of each model its answer and whether it is right.
 
     scenes: objects with `image` and `questions` (`data.QuestionScene`); answers: {name: answers to each scene's
-    questions}; right(answer, question) -> bool."""
+    questions}; right(answer, truth, type) -> bool (`metrics.is_right`)."""
     listed = [(scene.image, question) for scene in scenes for question in scene.questions]
     rows = [
         {"id": q.id, "image_path": image, "type": q.kind or "question", "question": q.text, "truth": q.answer}
@@ -303,7 +303,7 @@ def sample_rows(scenes, right, **answers: list[list[str]]) -> list[dict]:
     ]
     for name, made in answers.items():
         for row, (_, question), said in zip(rows, listed, [text for texts in made for text in texts]):
-            row[name], row[f"{name}_right"] = said, right(said, question)
+            row[name], row[f"{name}_right"] = said, right(said, question.answer, question.kind)
     return rows
 
 
@@ -409,7 +409,7 @@ def samples_html(samples: list[dict], picture) -> str:
                 rules.append(f"body:has(#{group}-{key}:checked) :is({hidden}){{display:none}}")
         choices += f'<div class="choose" role="radiogroup" aria-label="{title}"><b>{title}</b>{buttons}</div>'
     for kind in number.values():  # a card may have both, but not in one question
-        for flip in groups["flip"][1]:
+        for flip in sorted({flip for _, flip in place}):
             both = f"body:has(#kind-{kind}:checked):has(#flip-{flip}:checked)"
             rules.append(f"{both} .card:not(:has(.qa.{kind}.{flip})){{display:none}}")
             if (kind, flip) not in place:
@@ -486,7 +486,7 @@ li.correct { color: var(--ink); font-weight: 550; } .text { min-width: 0; }
 .choose label:has(:checked) { border-color: var(--ink); background: var(--ink); color: var(--paper); }
 .choose label:has(:focus-visible) { outline: 2px solid var(--bar); outline-offset: 2px; }
 .answers { align-items: start; margin-top: 1.25rem; } .none { display: none; color: var(--dim); }
-.answers img { aspect-ratio: auto; max-height: 20rem; }
+.answers img { aspect-ratio: 1; }
 li.qa { display: block; color: var(--ink); padding: .6rem 0; border-top: 1px solid var(--line); }
 li.qa:last-child { padding-bottom: 0; } .qa p { margin: .1rem 0 .3rem; font-weight: 550; }
 .tags { display: flex; justify-content: space-between; color: var(--dim); font-size: .8rem; }

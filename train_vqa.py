@@ -136,9 +136,9 @@ def score(answers: list[list[str]], scenes: list[QuestionScene], samples: int = 
 def rightness(answers: list[list[str]], scenes: list[QuestionScene]) -> list[bool]:
     """Whether each answer, normalised, equals the truth."""
     return [
-        metrics.normalise_answer(said, q.kind) == metrics.normalise_answer(q.answer, q.kind)
+        metrics.is_right(said, question.answer, question.kind)
         for row, scene in zip(answers, scenes)
-        for said, q in zip(row, scene.questions)
+        for said, question in zip(row, scene.questions)
     ]
 
 
@@ -154,20 +154,6 @@ def score_majority(train: list[QuestionScene], scenes: list[QuestionScene]) -> d
         )
 
     return of(truths) | {"bucketed": of([metrics.bucket(a, k) for a, k in zip(truths, kinds)])["bucketed"]}
-
-
-def samples_of(scenes: list[QuestionScene], **answers: list[list[str]]) -> list[dict]:
-    """One row per question: image, question, type, truth, and each model's answer with whether it is right."""
-    listed = [(scene.image, q) for scene in scenes for q in scene.questions]
-    rows = [
-        {"id": q.id, "image_path": image, "type": q.kind or "question", "question": q.text, "truth": q.answer}
-        for image, q in listed
-    ]
-    for name, made in answers.items():
-        flat = [text for row in made for text in row]
-        for row, said, right in zip(rows, flat, rightness(made, scenes)):
-            row[name], row[f"{name}_right"] = said, right
-    return rows
 
 
 ROWS = (
@@ -247,7 +233,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     rejected = run / "rejected.jsonl" if main_process and not config.eval_only else None
 
     # ---- data and model
-    read_config(config.base_model)  # a missing base is said before the data is read
+    if not config.lora:
+        read_config(config.base_model)  # a missing base is said before the data is read
     splits = load_splits(config, args.seed, rejected, read=read_conversations)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     options = {"dtype": dtype, "device": str(args.device)}
@@ -359,7 +346,9 @@ def main(argv: list[str] | None = None) -> dict | None:
     results["seconds"] = round(time.perf_counter() - started, 1)
     if main_process:
         write_json(run / "results.json", results)
-        samples = samples_of(held, **{name: made[name] for name in ("before", "after", "blind") if name in made})
+        samples = report.sample_rows(
+            held, metrics.is_right, **{name: made[name] for name in ("before", "after", "blind") if name in made}
+        )
         report.write_atomic(
             run / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         )

@@ -13,12 +13,11 @@ ROOT = Path(__file__).parents[1]
 TIERS = [
     ["config"],
     ["imagery"],
-    ["demo_bases"],
     ["losses", "metrics", "report"],
     ["data"],
     ["store"],
     ["model"],
-    ["trainer"],
+    ["trainer", "demo_bases"],
 ]
 TRAINING = ["train_match", "train_vqa", "train_caption"]
 USE = ["inference_script", "compare_before_after", "caption", "search", "cli_demo", "web_demo"]

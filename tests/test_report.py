@@ -6,12 +6,30 @@ import os
 import re
 import warnings
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from report import curves_figure, figure_html, gallery_html, page, table_html, table_text, thumbnail, write_atomic
+from report import (
+    FLIPS,
+    curves_figure,
+    figure_html,
+    flip_of,
+    flips_by_type,
+    gallery_html,
+    in_turn,
+    page,
+    sample_rows,
+    samples_html,
+    samples_text,
+    table_html,
+    table_text,
+    thumbnail,
+    varied,
+    write_atomic,
+)
 
 EVIL = '<script>alert("x")</script>&\'"'
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
@@ -180,3 +198,132 @@ def test_curves_take_what_a_resumed_or_broken_run_left():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no Chinese font here: boxes, and matplotlib says so
         assert curves_figure(rows, {"loss": "损失"})[:4] == b"\x89PNG"
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers before and after
+
+OUTCOMES = {"gained": (False, True), "lost": (True, False), "wrong": (False, False), "right": (True, True)}
+
+
+def sample(kind="presence", flip="gained", image="a.tif", question="Is there a road?", **more) -> dict:
+    before, after = OUTCOMES[flip]
+    row = {"id": "1", "image_path": image, "type": kind, "question": question, "truth": "yes"}
+    return row | {"before": "no", "before_right": before, "after": "yes", "after_right": after} | more
+
+
+def test_flips():
+    for flip in FLIPS:
+        assert flip_of(sample(flip=flip)) == flip
+    rows = [sample("count", "gained"), sample("count", "wrong"), sample("all", "lost"), sample("all", "right")]
+    made, columns = flips_by_type(rows)  # a type that is named "all" is not the row of all
+    assert [(row["type"], row["questions"], row["before"], row["after"]) for row in made] == [
+        ("all", 2, 1.0, 0.5), ("count", 2, 0.0, 0.5), ("all", 4, 0.5, 0.5)]  # fmt: skip
+    assert [[row[flip] for flip in FLIPS] for row in made] == [[0, 1, 0, 1], [1, 0, 1, 0], [1, 1, 1, 1]]
+    assert set(columns) == set(made[0])
+    assert [row["type"] for row in flips_by_type(rows[:2])[0]] == ["count"]  # one type is all of them
+    assert flips_by_type([])[0] == []
+
+
+def test_sample_rows():
+    question = lambda *of: SimpleNamespace(**dict(zip(("text", "answer", "kind", "id"), of)))  # noqa: E731
+    scenes = [
+        SimpleNamespace(
+            image="a.tif", questions=[question("A?", "1", "count", "7"), question("B?", "yes", None, None)]
+        ),
+        SimpleNamespace(image="b.tif", questions=[]),
+        SimpleNamespace(image="c.tif", questions=[question("C?", "no", "presence", "9")]),
+    ]
+    answers = {"before": [["1", "no"], [], ["no"]], "after": [["2", "YES"], [], [""]]}
+    rows = sample_rows(scenes, lambda answer, truth, kind: answer.lower() == truth, **answers)
+    first = {"id": "7", "image_path": "a.tif", "type": "count", "question": "A?", "truth": "1"}
+    assert rows[0] == first | {"before": "1", "before_right": True, "after": "2", "after_right": False}
+    assert list(rows[0])[-4:] == ["before", "before_right", "after", "after_right"]
+    assert [row["type"] for row in rows] == ["count", "question", "presence"]
+    assert [row["image_path"] for row in rows] == ["a.tif", "a.tif", "c.tif"]
+    assert [flip_of(row) for row in rows] == ["lost", "gained", "lost"]
+
+
+def test_varied_covers_every_type_and_flip_and_many_images():
+    groups = [(kind, flip) for kind in ("presence", "count", "area") for flip in FLIPS]
+    rows = [sample("presence", "right", f"{i % 50}.tif", f"{i}") for i in range(500)]
+    rows += [sample(*group, "last.tif", "rare") for group in groups]
+    chosen = varied(rows, 2 * len(groups))
+    assert len(chosen) == 24 and {(row["type"], flip_of(row)) for row in chosen} == set(groups)
+    order = [rows.index(row) for row in chosen]
+    assert order == sorted(order) and chosen == varied(rows, 24)
+    common = [row["image_path"] for row in varied(rows, 60) if row["image_path"] != "last.tif"]
+    assert len(common) == len(set(common)) >= 48  # no image twice while there is another
+    assert varied(rows, 0) == [] and varied(rows, 1000) == rows and varied([], 5) == []
+
+
+def test_in_turn_takes_groups_in_turn_and_images_before_repeats():
+    items = [(kind, image, n) for kind in "abc" for image in range(4) for n in range(3)] + [("rare", 0, 0)]
+    order = in_turn(items, lambda item: item[0], lambda item: item[1], seed=3)
+    assert sorted(order) == sorted(items) and order == in_turn(items, lambda i: i[0], lambda i: i[1], seed=3)
+    assert order != in_turn(items, lambda item: item[0], lambda item: item[1], seed=4)
+    assert sorted(item[0] for item in order[:4]) == ["a", "b", "c", "rare"]
+    for kind in "abc":
+        assert sorted([item[1] for item in order if item[0] == kind][:4]) == [0, 1, 2, 3]
+
+
+def test_samples_fit_a_terminal():
+    rows = [
+        sample(
+            image="/far/away/" + "x" * 90 + "_00123.tif", question="图像中有多少座建筑物？" * 20, after="", truth="是"
+        ),
+        sample("count", "lost", question="a\x1b[31m\nb " * 30, before="a very long answer " * 9),
+    ]
+    for width in (80, 100, 120):
+        lines = samples_text(rows, width).splitlines()
+        columns = [sum(2 if ord(c) > 0x2E80 else 1 for c in line) for line in lines]
+        assert len(lines) == 4 and width - 4 < max(columns) <= width, columns
+        assert "_00123.tif" in lines[2] and "…" in lines[2] and "✗ no" in lines[2] and "✓ –" in lines[2]
+        assert "✓ a very" in lines[3] and "✗ yes" in lines[3] and "\x1b" not in lines[3]
+    short = samples_text([sample()], 200).splitlines()
+    assert short[2].split() == ["a.tif", "presence", "Is", "there", "a", "road?", "yes", "✗", "no", "✓", "yes"]
+    assert samples_text(rows, 10)  # narrower than it can be: as narrow as it can
+
+
+def test_samples_page_is_balanced_and_escaped(tmp_path):
+    rows = [sample(EVIL, flip, f"/data/{EVIL[:30]}.tif", EVIL, truth=EVIL, before=EVIL, after=EVIL) for flip in FLIPS]
+    rows.append(sample("计数", "right", "b.tif", blind="2", blind_right=False, truth=3))
+    path = page("t", [("s", samples_html(rows, lambda path: PICTURE))], tmp_path / "a.html")
+    text = path.read_text("utf-8")
+    checker = parse(text)
+    assert "script" not in checker.seen and "<script" not in text
+    assert checker.words.count(EVIL) == 1 + 4 * 5  # the button; type, question, truth and two answers of four
+    assert len(checker.references) == 2 and all(r.startswith("data:image/jpeg") for r in checker.references)
+    assert "blind" in checker.words and checker.seen.count("figure") == 2
+
+
+def test_samples_classes_are_valid_whatever_the_types_are_called():
+    kinds = ["a b", "}</style>", "#x{", "计数", "all", "f-lost", "right", "0"]
+    rows = [sample(kind, flip, f"{i}.tif") for i, kind in enumerate(kinds) for flip in ("gained", "lost")]
+    text = samples_html(rows, lambda path: PICTURE)
+    style = text[text.index("<style>") + 7 : text.index("</style>")]
+    assert text.count("</style>") == 1 and style.count("{") == style.count("}") > 8
+    classes, ids = set(re.findall(r"\.([\w-]+)", style)), re.findall(r'id="([^"]+)"', text)
+    assert {c for c in classes if c not in ("qa", "card", "none")} == {f"k{i}" for i in range(8)} | {
+        "f-gained",
+        "f-lost",
+    }
+    assert all(re.fullmatch(r"[a-z][\w-]*", name) for name in ids) and len(ids) == len(set(ids)) == 1 + 8 + 1 + 2
+    assert set(re.findall(r"#([\w-]+):checked", style)) == set(ids) - {"kind-all", "flip-all"}
+    for name, kind in zip([f"k{i}" for i in range(8)], sorted(kinds)):
+        assert text.count(f'class="qa {name} f-') == 2 and f"<i>{2}</i>" in text and kind in parse(text).words
+    assert text.count(" checked>") == 2
+
+
+def test_samples_have_one_card_an_image_and_read_it_once():
+    read = []
+
+    def picture(path):
+        read.append(path)
+        return PICTURE if path == "a.tif" else thumbnail(PICTURE)
+
+    rows = [sample(image=image, question=f"{image} {n}") for n in range(3) for image in ("a.tif", "b.tif")]
+    text = samples_html(rows, picture)
+    assert read == ["a.tif", "b.tif"] and text.count("<figure") == 2 and text.count('class="qa') == 6
+    assert parse(text).words.index("a.tif 2") < parse(text).words.index("b.tif 0")
+    assert "No samples" in samples_html([], picture) and len(read) == 2

@@ -209,6 +209,7 @@ def turn(asked="Q? <|vision_start|>a.png<|vision_end|>", said="A"):
     (turn(asked="Q? <|vision_start|>none.png<|vision_end|>"), "no such image"),
     (turn(said=""), "'value' is empty"),
     (turn(said=3), "expected a text"),
+    (turn() | {"type": ["count"]}, "'type'"),
     ({"img": "a.png", "prompt": "Q", "label": " "}, "'label' is empty"),
 ])  # fmt: skip
 def test_bad_rows_are_rejected_with_their_reason(row, reason, tmp_path):
