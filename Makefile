@@ -18,6 +18,11 @@ demo: $(VENV)/.ready
 	$(PY) train_match.py --preset demo --output_dir output/demo
 	$(PY) inference_script.py --checkpoint $(MODEL) --image_path data/demo/images/scene_00639.tif --text "an airport with aircraft" "a port with ships" "一座机场，有四架飞机" "一片森林"
 	$(PY) inference_script.py --checkpoint $(MODEL) --json_input data/demo/pairs_test.json --json_output output/demo/pairs_scores.json
+	$(PY) data2csv.py --preset demo
+	$(PY) csv2json.py --preset demo
+	rm -rf output/demo_vqa
+	$(PY) train_vqa.py --preset demo --output_dir output/demo_vqa
+	$(PY) compare_before_after.py --preset demo --num_samples 10
 
 test: $(VENV)/.ready lint
 	$(PY) -m pytest

@@ -599,29 +599,29 @@ def scene_attention(module, query, key, value, attention_mask, scaling=None, dro
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, H, D), (L, K, D)
     if tree.continued is not None:
         out = _continue_branches(module.layer_idx, q, k, v, tree, groups, scaling)
-        return out[tree.order][None], None
+        return out.index_select(0, tree.order)[None], None
 
     scenes, width = tree.prefix_rows.shape
-    pq, pk, pv = (x[tree.prefix_rows].transpose(1, 2) for x in (q, k, v))  # (S, H, P, D)
+    pq, pk, pv = (_rows(x, tree.prefix_rows).transpose(1, 2) for x in (q, k, v))  # (S, H, P, D)
     out = F.scaled_dot_product_attention(
         pq, pk.repeat_interleave(groups, 1), pv.repeat_interleave(groups, 1), is_causal=True, scale=scaling
     )  # what fills a short prefix stands on its right: causality hides it
     out = out.transpose(1, 2).reshape(scenes * width, *q.shape[1:])
     if tree.branch_rows.numel():
-        bq, bk, bv = (x[tree.branch_rows] for x in (q, k, v))  # (S, Q, T, H, D)
+        bq, bk, bv = (_rows(x, tree.branch_rows) for x in (q, k, v))  # (S, Q, T, H, D)
         bk, bv = (x.permute(0, 3, 1, 2, 4) for x in (bk, bv))  # (S, K, Q, T, D)
         contexts = [(pk, pv, tree.prefix_hidden()), (bk, bv, _later(bq.shape[2], q.device))]
         out = torch.cat([out, _attend(bq, contexts, groups, scaling).reshape(-1, *q.shape[1:])])
         if tree.keep:
             room = (0, 0, 0, tree.keep)
             tree.kept[module.layer_idx] = (pk, pv, F.pad(bk, room), F.pad(bv, room))
-    return out[tree.order][None], None
+    return out.index_select(0, tree.order)[None], None
 
 
 def _continue_branches(layer: int, q, k, v, tree: SceneTree, groups: int, scaling: float) -> torch.Tensor:
     """Attention of `tree.continued` (S, Q, T) tokens to their scene, their branch and themselves -> (S*Q*T, H, D)."""
     pk, pv, bk, bv = tree.kept[layer]
-    nq, nk, nv = (x[tree.continued] for x in (q, k, v))  # (S, Q, T, H, D)
+    nq, nk, nv = (_rows(x, tree.continued) for x in (q, k, v))  # (S, Q, T, H, D)
     nk, nv = (x.permute(0, 3, 1, 2, 4) for x in (nk, nv))  # (S, K, Q, T, D)
     past = torch.arange(bk.shape[3], device=q.device) >= tree.branch_lengths[..., None]
     contexts = [
@@ -633,6 +633,11 @@ def _continue_branches(layer: int, q, k, v, tree: SceneTree, groups: int, scalin
         at = tree.branch_lengths[:, None, :, None, None].expand(-1, bk.shape[1], -1, -1, bk.shape[-1])
         tree.kept[layer] = (pk, pv, bk.scatter(3, at, nk), bv.scatter(3, at, nv))
     return _attend(nq, contexts, groups, scaling).reshape(-1, *q.shape[1:])
+
+
+def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x (L, ...) at index (...): `x[index]`, whose backward pass took a fifth of a small model's step on a CPU."""
+    return x.flatten(1).index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
 
 
 def _later(length: int, device) -> torch.Tensor:
@@ -1013,7 +1018,7 @@ class VQA(nn.Module):
             return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
         tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
         hidden = self.hidden_states(tree, input_ids, **batch)
-        return F.cross_entropy(self.qwen.lm_head(hidden[label_rows]).float(), labels, reduction="sum")
+        return F.cross_entropy(self.qwen.lm_head(hidden.index_select(0, label_rows)).float(), labels, reduction="sum")
 
     # -- answering
 

@@ -10,7 +10,8 @@ import pytest
 from official_layout import write_qwen_vl
 from PIL import Image
 
-BENCH = Path(__file__).resolve().parent.parent / "benchmarks" / "bench_match.py"
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCH = FOLDER / "bench_match.py"
 
 
 def has_peer() -> bool:
@@ -38,8 +39,8 @@ def tiny(tmp_path_factory) -> list[str]:
     return ["--data", str(folder / "triplets.json"), "--base", str(folder / "base"), *sizes]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(BENCH), *arguments], capture_output=True, text=True, check=False)
+def run(*arguments: str, script: Path = BENCH) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.skipif(has_peer(), reason="sentence-transformers is installed")
@@ -76,3 +77,69 @@ def test_match_compares_equal_work(tiny, tmp_path, options):
         assert {"reading", "processor", "backward", "optimizer"} < set(parts)
         assert parts["forward, images"] > 0 and parts["backward"] > 0 and parts["optimizer"] > 0
     assert "ours" in done.stdout and "theirs" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def tiny_questions(tmp_path_factory) -> list[str]:
+    """Arguments for a tiny base and questions about 5 images, of which 2 are held out."""
+    folder = tmp_path_factory.mktemp("bench_vqa")
+    write_qwen_vl(folder / "base")
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(5):
+        Image.fromarray(random.integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        for k, answer in enumerate(("yes", "no", "12", "a farm field")):
+            asked = f"Is there road number {k}? <|vision_start|>{folder / f'{i}.png'}<|vision_end|>"
+            turns = [{"from": "user", "value": asked}, {"from": "assistant", "value": answer}]
+            split = "train" if i < 3 else "val"
+            rows.append({"id": f"{i}_{k}", "conversations": turns, "type": "presence", "split": split})
+    (folder / "questions.json").write_text(json.dumps(rows))
+    sizes = ["--rounds", "1", "--threads", "1", "--lora_rank", "4", "--max_pixels", str(56 * 56)]
+    return ["--data", str(folder / "questions.json"), "--base", str(folder / "base"), *sizes]
+
+
+def test_vqa_training_compares_equal_work(tiny_questions, tmp_path):
+    out = tmp_path / "result.json"
+    sizes = ["--steps", "1", "--our_steps", "2", "--scenes", "2", "--texts", "3", "--rows", "2", "4", "6"]
+    race = ["--target_accuracy", "0", "--sweep", "1x3", "--seeds", "1", "--limit", "12", "--peer_limit", "12"]
+    done = run(*tiny_questions, *sizes, *race, "--json", str(out), script=FOLDER / "bench_vqa.py")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    for side in ("ours", "tower"):
+        assert found["equal"][side]["loss_difference"] <= 1e-4
+        assert 0 < found["equal"][side]["gradient_difference"] <= 1e-4
+    assert found["equal"]["questions"] == 6
+    assert set(found["tuned"]["rows"]) == {"2", "6"}, "4 does not divide 6"
+    assert set(found["compare"]["rates"]) == {"ours", "tower", "rows"}
+    assert set(found["compare"]["ratios"]) == {"ours/rows", "tower/rows"}
+    work = found["work"]["measured"]
+    assert work["ours"]["vision"] == 0 < work["rows"]["vision"]
+    assert work["ours"]["head"] == work["swift"]["head"] < work["rows"]["head"]
+    assert all(memory["peak"] >= memory["loaded"] > 0 for memory in found["memory"].values())
+    assert found["race"]["best"] == "1x3" and found["race"]["rows"][0]["reached"]
+    for line in (
+        "ms-swift is left out",
+        "same work (cached image tokens)",
+        "ours/rows",
+        "peak memory, rows",
+        "fastest of ours",
+    ):
+        assert line in done.stdout, line
+
+
+def test_vqa_answers_are_the_same(tiny_questions, tmp_path):
+    out = tmp_path / "result.json"
+    sizes = ["--images", "2", "--batches", "1", "3", "--train_steps", "2", "--our_repeats", "1", "--max_tokens", "4"]
+    done = run(*tiny_questions, *sizes, "--json", str(out), script=FOLDER / "bench_vqa_eval.py")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["questions"] == 8
+    assert found["equal"] == {"ours": 1, "tower": 1, "rows 1": 1, "rows 3": 1}
+    assert set(found["ratios"]) == {"ours / rows 1", "tower / rows 1", "ours / rows 3", "tower / rows 3"}
+    assert "same answers to 8 questions of 2 images" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["bench_vqa", "bench_vqa_eval"])
+def test_vqa_names_missing_data(name):
+    done = run("--data", "nowhere", script=FOLDER / f"{name}.py")
+    assert done.returncode == 2 and done.stderr.startswith("error: --data nowhere: not there")

@@ -31,10 +31,12 @@ def test_every_command_names_a_script_and_flags_that_exist(name):
 
     from transformers import TrainingArguments
 
-    from config import MatchConfig
+    from config import MatchConfig, VQAConfig
 
-    training = set(MatchConfig.__dataclass_fields__) | set(TrainingArguments.__dataclass_fields__)
-    training |= {f"no_{field}" for field in training} | {"help", "help_all"}
+    training = {}
+    for script, config in (("train_match.py", MatchConfig), ("train_vqa.py", VQAConfig)):
+        fields = set(config.__dataclass_fields__) | set(TrainingArguments.__dataclass_fields__)
+        training[script] = fields | {f"no_{field}" for field in fields} | {"help", "help_all"}
     seen = commands(name)
     assert len(seen) > 8
     for words in seen:
@@ -48,10 +50,10 @@ def test_every_command_names_a_script_and_flags_that_exist(name):
         if "--config_file" in words:
             assert (ROOT / words[words.index("--config_file") + 1]).is_file(), words
         flags = {word.lstrip("-") for word in words[words.index(script) :] if word.startswith("--")}
-        if script == "train_match.py":
-            assert flags <= training, (words, flags - training)
-        elif script == "inference_script.py":
-            parser = importlib.import_module("inference_script").build_parser()
+        if script in training and "merge" not in words:
+            assert flags <= training[script], (words, flags - training[script])
+        elif script in ("inference_script.py", "compare_before_after.py"):
+            parser = importlib.import_module(script[:-3]).build_parser()
             known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
             assert flags <= known, (words, flags - known)
         else:
@@ -89,3 +91,40 @@ def test_the_readme_path_from_captions_to_scores(base, drawn, tmp_path, monkeypa
     files = ["--json_input", "input.json", "--json_output", "output_scores.json"]
     assert inference_script.main(["--checkpoint", str(run / "best_model"), *files]) == 0
     assert -1 <= json.loads((tmp_path / "output_scores.json").read_text())[0]["score"] <= 1
+
+
+def test_the_readme_path_from_rsvqa_to_a_merged_model(base, asked, tmp_path, monkeypatch, capsys):
+    """data2csv.py, csv2json.py, train_vqa.py, compare_before_after.py, --eval_only, merge: the five commands and one."""
+    import json
+
+    import compare_before_after
+    import csv2json
+    import data2csv
+    import train_vqa
+
+    monkeypatch.chdir(tmp_path)
+    images = sorted(asked.root.glob("*.png"))
+    (tmp_path / "rsvqa_images").mkdir()
+    questions, answers = [], []
+    for i, image in enumerate(images):
+        (tmp_path / "rsvqa_images" / f"{i}.png").write_bytes(image.read_bytes())
+        for kind, text, answer in (("presence", "Is there water?", "no"), ("count", "How many roads?", str(i))):
+            number = len(questions)
+            questions.append({"id": number, "img_id": i, "type": kind, "question": text, "answers_ids": [number]})
+            answers.append({"id": number, "question_id": number, "answer": answer})
+    (tmp_path / "rsvqa_questions.json").write_text(json.dumps({"questions": questions}))
+    (tmp_path / "rsvqa_answers.json").write_text(json.dumps({"answers": answers}))
+    data2csv.main([])
+    csv2json.main([])
+    run = tmp_path / "output" / "training_x"
+    small = ["--base_model", str(base), "--cache_dir", str(tmp_path / "cache"), "--min_pixels", "784", "--lora_rank", "4",
+             "--use_cpu", "true", "--dataloader_num_workers", "0", "--disable_tqdm", "true"]  # fmt: skip
+    train_vqa.main([*small, "--output_dir", str(run), "--num_train_epochs", "1", "--report_to", "none", "--learning_rate", "0.01"])
+    lora = ["--lora", str(run / "best_model")]
+    compare_before_after.main(["--base", str(base), *lora, "--num_samples", "4"])
+    train_vqa.main([*small, "--eval_only", *lora])
+    train_vqa.main(["merge", *lora, "--output", "merged"])
+    printed = capsys.readouterr().out
+    for said in ("data_vl_test.json", "before: adapter off", "blind: trained without images", "gained", "merged"):
+        assert said in printed, said
+    assert (tmp_path / "merged" / "model.safetensors").is_file() and (run / "compare" / "report.html").is_file()
