@@ -465,7 +465,7 @@ code, pre { font: .875em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
 th, td { padding: .4rem 1.4rem .4rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--dim); font-weight: 500; white-space: nowrap; } th:last-child, td:last-child { padding-right: 0; }
-.n { text-align: right; white-space: nowrap; }
+td:first-child { min-width: 9rem; } .n { text-align: right; white-space: nowrap; }
 .plot { display: block; max-width: 100%; height: auto; margin: .5rem 0; background: #fff; border-radius: 6px; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18.5rem), 1fr)); gap: 1.25rem; }
 .card { margin: 0; border: 1px solid var(--line); border-radius: 8px; overflow: hidden; background: var(--card); }

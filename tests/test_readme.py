@@ -119,7 +119,9 @@ def test_the_readme_path_from_rsvqa_to_a_merged_model(base, asked, tmp_path, mon
     run = tmp_path / "output" / "training_x"
     small = ["--base_model", str(base), "--cache_dir", str(tmp_path / "cache"), "--min_pixels", "784", "--lora_rank", "4",
              "--use_cpu", "true", "--dataloader_num_workers", "0", "--disable_tqdm", "true"]  # fmt: skip
-    train_vqa.main([*small, "--output_dir", str(run), "--num_train_epochs", "1", "--report_to", "none", "--learning_rate", "0.01"])
+    train_vqa.main(
+        [*small, "--output_dir", str(run), "--num_train_epochs", "1", "--report_to", "none", "--learning_rate", "0.01"]
+    )
     lora = ["--lora", str(run / "best_model")]
     compare_before_after.main(["--base", str(base), *lora, "--num_samples", "4"])
     train_vqa.main([*small, "--eval_only", *lora])
