@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +90,31 @@ def test_packing_accumulation_and_budget_train_the_same_adapter(run, tmp_path):
     for name, tensors in made.items():
         other = torch.cat([value.flatten() for key, value in tensors.items() if "lora_B" in key])
         assert ((other - moved).norm() / moved.norm()).item() < 1e-4, name
+
+
+def test_two_processes_equal_one_with_twice_the_batch(run, base, asked, tmp_path):
+    flags = ["--no_blind_baseline", "--eval_strategy=no", "--save_strategy=no", "--load_best_model_at_end=false",
+             "--learning_rate=0.01", "--optim=sgd", "--max_grad_norm=0", "--pack_tokens=150"]  # fmt: skip
+    run(*flags, "--per_device_train_batch_size=4", output="one")
+    words = [*SMALL, f"--base_model={base}", "--cache_dir=none", f"--output_dir={tmp_path / 'two'}", *asked.flags(), *flags,
+             "--per_device_train_batch_size=2", "--ddp_backend=gloo"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "train_vqa.py",
+        *words,
+    ]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[1])
+    assert made.returncode == 0, made.stderr[-3000:]
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    moved = {key: value for key, value in one.items() if "lora_B" in key}
+    assert max(value.abs().max() for value in moved.values()) > 1e-4
+    for key, value in moved.items():
+        assert ((two[key] - value).norm() / value.norm()).item() < 1e-4, key
 
 
 def test_resumed_run_ends_with_the_same_adapter(run, tmp_path):
