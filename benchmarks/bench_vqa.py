@@ -1,7 +1,7 @@
 """Training on questions, packed by scene, against one row per question: questions a second, memory, time to accuracy.
 
     python benchmarks/bench_vqa.py                               # small shape, real 152k vocabulary, RSVQA LR, CPU
-    python benchmarks/bench_vqa.py --swift /work/venv_swift/bin/python          # and ms-swift, from a venv of its own
+    python benchmarks/bench_vqa.py --swift ../venv_swift/bin/python            # and ms-swift, from a venv of its own
     python benchmarks/bench_vqa.py --target_loss 3.2             # and the time to that held-out loss, with the sweep
     python benchmarks/bench_vqa.py --device cuda --dtype bfloat16 --shape 2b --rows 4 8 16 --swift ...
 
