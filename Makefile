@@ -23,6 +23,10 @@ demo: $(VENV)/.ready
 	rm -rf output/demo_vqa
 	$(PY) train_vqa.py --preset demo --output_dir output/demo_vqa
 	$(PY) compare_before_after.py --preset demo --num_samples 10
+	rm -rf output/demo_caption
+	$(PY) train_caption.py --preset demo --output_dir output/demo_caption
+	$(PY) caption.py eval --preset demo
+	$(PY) caption.py generate --preset demo --image_path data/demo/images/scene_00639.tif --prompt "Describe the image."
 
 test: $(VENV)/.ready lint
 	$(PY) -m pytest

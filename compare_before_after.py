@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import report
-from config import PRESETS, InputError, VQAConfig, user_errors
+from config import PRESETS, InputError, VQAConfig, add_device_flags, user_errors
 
 # What --preset fills in. `full` has no --lora: a run's folder carries its date.
 DEFAULTS = {
@@ -61,11 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt", help="how an adapter of another tool is asked, with {question} in it (ours record it)"
     )
     parser.add_argument("--output", help="folder for samples.jsonl and report.html (default: compare/ beside --lora)")
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1 ...")
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto: bfloat16 on CUDA, float32 on a CPU",
-    )  # fmt: skip
+    add_device_flags(parser)
     parser.add_argument(
         "--max_rejected", type=float, default=0.01, help="share of rows, and of images, that may be unusable (0 to 1)"
     )
@@ -109,11 +105,9 @@ class Images:
     InputError."""
 
     def __init__(self, model, allowed: float):
-        from data import QwenResize
-        from imagery import ImageSettings
+        from model import pixel_store
 
-        self.resize, self.settings = QwenResize(model.processor), ImageSettings.from_dict(model.settings.images)
-        self.allowed = allowed
+        self.store, self.allowed = pixel_store(model), allowed
         self.pictures: dict[str, str] = {}
         self.bad: dict[str, str] = {}
 
@@ -123,8 +117,8 @@ class Images:
 
         def attempt(path):
             try:
-                rgb = read_image(path, self.settings).rgb
-                return self.resize(rgb), report.thumbnail(rgb, 320)
+                rgb = read_image(path, self.store.settings).rgb
+                return self.store.resize(rgb), report.thumbnail(rgb, 320)
             except ImageError as error:
                 return None, str(error)
 

@@ -54,8 +54,8 @@ class DataConfig:
     scenes, for two CPU cores; run `python demo_data.py` and `python load.py --preset demo` first."""
 
     train_file: str | None = None
-    """Training data: triplets, captions, a Karpathy-split file or a scene-per-line .jsonl (docs/architecture.md).
-    A file with a `split` on its rows brings its own validation and test split."""
+    """Training data: triplets, captions, a Karpathy-split file or a scene-per-line .jsonl (docs/architecture.md), or a
+    folder with images/ and captions.json. A file with a `split` on its rows brings its own validation and test split."""
 
     val_file: str | None = None
     """Validation data. Default: the `val` rows of train_file, else val_fraction of its images."""
@@ -283,6 +283,83 @@ class VQAConfig(DataConfig):
     """Validation questions answered at each evaluation during training (whole images, a fixed sample)."""
 
 
+@dataclass
+class CaptionConfig(DataConfig):
+    """train_caption.py: a vision encoder, a projector and a language model that describes images."""
+
+    vision_model_name: str = "openai/clip-vit-base-patch16"
+    """Folder of the CLIP or SigLIP model whose vision encoder sees (`python load.py` brings it)."""
+
+    language_model_name: str = "Qwen/Qwen3-0.6B"
+    """Folder of the causal language model that writes: any of transformers."""
+
+    vision_layer: int = -2
+    """Layer of the vision encoder whose patch tokens are read; -2, the last but one, as LLaVA does: CLIP's last layer
+    serves its class token. -1 is SigLIP's usual choice. The class token is dropped."""
+
+    image_fit: Literal["crop", "squash"] = "crop"
+    """How an oblong image becomes square: the base's own way (CLIP: shrink, then cut the centre out; SigLIP squashes), or
+    squashed, so that nothing at its ends is lost."""
+
+    projector: Literal["linear", "mlp", "pixel_shuffle"] = "mlp"
+    """From vision to language: one layer; two with GELU (LLaVA-1.5); or 2 x 2 neighbouring patches joined first, a quarter
+    of the tokens (Shi et al. 2016; InternVL 1.5)."""
+
+    freeze_vision_model: bool = True
+    """Leave the vision encoder as it is: every image is encoded once and its features are kept in the cache.
+    `--no_freeze_vision_model` trains it in the second stage."""
+
+    freeze_language_model_except_layers: int = 2
+    """The last N layers of the language model are trained in the second stage, the others stay frozen. 0: none."""
+
+    lora_rank: int = 0
+    """Above 0: LoRA of this rank on every layer of the language model in the second stage, instead of its last layers."""
+
+    lora_alpha: int = 32
+    """LoRA scale: updates are multiplied by alpha / rank."""
+
+    lora_dropout: float = 0.05
+    """Dropout on the LoRA input, 0 to 1."""
+
+    projector_epochs: float = 1.0
+    """Epochs of the first stage, in which the projector alone is trained (LLaVA, Liu et al. 2023, section 4.2); the second
+    takes --num_epochs. 0: no first stage."""
+
+    projector_stage_learning_rate: float = 1e-3
+    """Learning rate of the first stage."""
+
+    projector_learning_rate: float | None = None
+    """Learning rate of the projector in the second stage. Default: --learning_rate."""
+
+    vision_learning_rate: float | None = None
+    """Learning rate of the vision encoder where it is trained. Default: --learning_rate."""
+
+    prompt: str = "Describe the image."
+    """What the model is asked for an English caption; a row may bring its own `prompt`."""
+
+    prompt_zh: str = "描述这幅图像。"
+    """What the model is asked for a Chinese caption."""
+
+    max_caption_tokens: int = 96
+    """Longer captions are left out of training and listed in rejected.jsonl; generation stops after as many tokens."""
+
+    packing: bool = True
+    """One sequence per image: the image once, each caption as its own branch. `--no_packing` runs every caption as a row of
+    its own with its own image: the same loss and gradient, several times slower (for comparison)."""
+
+    texts_per_scene: int = 0
+    """Captions of each image drawn per epoch (0: all)."""
+
+    pack_tokens: int = 16384
+    """Tokens of one forward pass. A batch that needs more runs in several, with the gradient of the whole."""
+
+    early_stopping_patience: int = 0
+    """Stop after this many evaluations without a better metric_for_best_model. 0: off."""
+
+    max_eval_scenes: int = 500
+    """Validation images captioned at each evaluation during training (a fixed sample); the final test uses all."""
+
+
 # TrainingArguments whose default we change, with the reason.
 TRAINING_DEFAULTS = {
     "output_dir": None,  # output/training_YYYYMMDD_HHMMSS, or the run that is resumed
@@ -368,11 +445,61 @@ PRESETS: dict[str, dict[str, dict]] = {
             "use_cpu": True,
         },
     },
+    "CaptionConfig": {
+        "full": {
+            "train_file": "data/captions.json",
+            "per_device_train_batch_size": 8,  # images; with 5 captions each that is 40 rows
+            "per_device_eval_batch_size": 32,
+            "learning_rate": 2e-5,
+            "num_train_epochs": 3,
+            "dataloader_num_workers": 4,
+            "metric_for_best_model": "CIDEr",
+        },
+        "demo": {
+            "vision_model_name": "models/demo/clip",
+            "language_model_name": "models/demo/qwen3",
+            "train_file": "data/demo/captions_en.json",
+            "image_root": "data/demo/images",
+            "stretch": "percentile",  # drawn haze and light differ from scene to scene
+            "projector": "pixel_shuffle",
+            "freeze_language_model_except_layers": 4,  # all of them: the small base knows words, not images
+            "projector_epochs": 1,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 64,
+            "learning_rate": 2e-3,
+            "num_train_epochs": 3,
+            "logging_steps": 50,
+            "metric_for_best_model": "CIDEr",
+            "dataloader_num_workers": 0,
+            "use_cpu": True,
+        },
+    },
 }
+
+
+# Short names of flags, by task.
+ALIASES = {
+    "CaptionConfig": {
+        "--data_path": "--train_file",
+        "--batch_size": "--per_device_train_batch_size",
+        "--num_epochs": "--num_train_epochs",
+    }
+}
+
+PROJECTOR_STAGE = "projector"  # folder, in a captioner's run, of its first stage
 
 
 # ----------------------------------------------------------------------------------------------------
 # Command line
+
+
+def add_device_flags(parser) -> None:
+    """`--device` and `--dtype` of a script that uses a trained model; `model.pick_device` reads them."""
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1 ...")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: bfloat16 on CUDA, float32 on a CPU",
+    )  # fmt: skip
 
 
 def field_help(cls: type) -> dict[str, str]:
@@ -399,7 +526,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     setting of either that differs from its library default (what `config.json` records and a resumed run starts from).
     Raises InputError where TrainingArguments refuses a combination.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    aliases = ALIASES.get(config_class.__name__, {})
+    argv = [_renamed(word, aliases) for word in (sys.argv[1:] if argv is None else argv)]
     import logging
     import os
 
@@ -413,7 +541,10 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         from transformers import TrainingArguments
 
         classes.append(TrainingArguments)
-    parser = HfArgumentParser(classes, description=description, usage="%(prog)s [--setting value ...]")
+    parser = HfArgumentParser(
+        classes, description=description, usage="%(prog)s [--setting value ...]",
+        allow_abbrev=False,  # `flag_value` would miss a flag cut short
+    )  # fmt: skip
     base = {}
     for action in parser._actions:  # a flag's `--no_` twin follows it with another default: the first is meant
         base.setdefault(action.dest, action.default)
@@ -426,23 +557,25 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         parser.epilog = (
             "Every flag of transformers.TrainingArguments works too (--learning_rate, --num_train_epochs, "
             "--per_device_train_batch_size, --resume_from_checkpoint, --output_dir, --report_to ...): --help_all lists them."
+            + "".join(f" {short} is short for {flag}." for short, flag in aliases.items())
         )
         parser.print_help()
         raise SystemExit(0)
 
     parser.set_defaults(**TRAINING_DEFAULTS)
-    preset = _value_of("--preset", argv) or "full"
+    preset = flag_value("--preset", argv) or "full"
     defaults = PRESETS[config_class.__name__].get(preset, {}) | {"preset": preset}
-    if _value_of("--train_file", argv):  # the preset's own data does not go with the user's
+    if flag_value("--train_file", argv):  # the preset's own data does not go with the user's
         defaults = {k: v for k, v in defaults.items() if k not in ("val_file", "test_file", "image_root")}
     parser.set_defaults(**defaults)
-    resume = _value_of("--resume_from_checkpoint", argv)
+    resume = flag_value("--resume_from_checkpoint", argv)
     if resume:
         checkpoint = resolve_checkpoint(resume)
         recorded = json.loads((checkpoint / "config.json").read_text())["settings"]
         known = {key: value for key, value in recorded.items() if key in base}
         # What a run does not record had the library's default, whatever the presets say.
-        parser.set_defaults(**(base | known | {"output_dir": str(checkpoint.parent)}))
+        run = checkpoint.parent.parent if checkpoint.parent.name == PROJECTOR_STAGE else checkpoint.parent
+        parser.set_defaults(**(base | known | {"output_dir": str(run)}))
     namespace = parser.parse_args(argv)
     if resume:
         namespace.resume_from_checkpoint = str(checkpoint)
@@ -451,7 +584,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
 
         namespace.output_dir = f"output/training_{datetime.now():%Y%m%d_%H%M%S}"
     run = Path(namespace.output_dir)
-    if not resume and (whole_checkpoints(run) or (run / "best_model").exists()):
+    writes = not getattr(namespace, "eval_only", None)
+    if writes and not resume and holds_run(run):
         raise InputError(
             f"{run}: holds a run already; go on with it by --resume_from_checkpoint {run}, or give another --output_dir"
         )
@@ -467,7 +601,7 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         names = {field.name for field in dataclasses.fields(cls) if field.init}
         try:
             parts.append(cls(**{key: value for key, value in vars(namespace).items() if key in names}))
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError) as error:  # accelerate's, for GPUs that need an NCCL setting
             raise InputError(f"these settings do not go together: {error}") from None
     config, training_args = parts
     if resume:
@@ -486,12 +620,14 @@ def check(config: DataConfig) -> None:
     """Refuse values that no run can use. Raises InputError."""
     bounds = {
         "val_fraction": (0, 0.9), "max_rejected": (0, 1), "lora_dropout": (0, 1), "projection_dropout": (0, 1),
-        "margin": (0, 2), "mine_margin": (0, 2), "max_samples": (1, 10**9), "lora_rank": (1, 4096), "projection_dim": (1, 65536),
+        "margin": (0, 2), "mine_margin": (0, 2), "max_samples": (1, 10**9), "projection_dim": (1, 65536),
+        "lora_rank": (0 if isinstance(config, CaptionConfig) else 1, 4096),
         "projection_hidden": (0, 65536), "max_text_tokens": (2, 32768), "texts_per_scene": (0, 10**6),
         "grad_cache_chunk": (0, 10**9), "min_pixels": (1, 10**9), "max_pixels": (28 * 28, 10**9), "temperature": (1e-4, 10),
         "max_eval_scenes": (1, 10**9), "max_eval_questions": (1, 10**9), "pack_tokens": (64, 10**9),
         "eval_pack_tokens": (64, 10**9), "max_question_tokens": (1, 32768), "max_answer_tokens": (1, 4096),
-        "early_stopping_patience": (0, 10**9), "lora_alpha": (1, 10**6),
+        "early_stopping_patience": (0, 10**9), "lora_alpha": (1, 10**6), "max_caption_tokens": (1, 4096),
+        "projector_epochs": (0, 10**6), "freeze_language_model_except_layers": (0, 10**6),
     }  # fmt: skip
     for name, (low, high) in bounds.items():
         value = getattr(config, name, None)
@@ -509,18 +645,32 @@ def whole_checkpoints(run: Path) -> dict[int, Path]:
     return {json.loads(state.read_text())["global_step"]: state.parent for state in states}
 
 
+def holds_run(run: Path) -> bool:
+    """Whether a run was started in this folder and left something that a new one would overwrite."""
+    finished = any((run / name).exists() for name in ("best_model", "final"))
+    return finished or bool(whole_checkpoints(run) or whole_checkpoints(run / PROJECTOR_STAGE))
+
+
 def resolve_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder as given, or the newest whole checkpoint of a run folder. Raises InputError."""
     path = Path(path)
     if (path / "trainer_state.json").is_file():
         return path
-    if found := whole_checkpoints(path):
-        return found[max(found)]
+    for folder in (path, path / PROJECTOR_STAGE):
+        if found := whole_checkpoints(folder):
+            return found[max(found)]
     why = "does not exist" if not path.exists() else "holds no whole checkpoint (checkpoint-N/trainer_state.json)"
     raise InputError(f"{path}: cannot resume, the folder {why}; start without --resume_from_checkpoint")
 
 
-def _value_of(flag: str, argv: list[str]) -> str | None:
+def _renamed(word: str, aliases: dict[str, str]) -> str:
+    """`--batch_size` or `--batch_size=4` by the flag's own name."""
+    flag, equals, value = word.partition("=")
+    return aliases.get(flag.replace("-", "_").replace("__", "--", 1), flag) + equals + value
+
+
+def flag_value(flag: str, argv: list[str]) -> str | None:
+    """What a command line itself gives `--flag`; None: the flag is not on it."""
     for i, word in enumerate(argv):
         word = word.split("=", 1)[0].replace("-", "_").replace("__", "--", 1) + word[len(word.split("=", 1)[0]) :]
         if word == flag and i + 1 < len(argv):

@@ -46,6 +46,8 @@ class Scene:
     split: str | None = None
     label: str | None = None
     """Class of the scene, where the file names one: evaluation then takes negatives from other classes."""
+    prompts: dict[str, str] = field(default_factory=dict)
+    """{text: what it answers}, where a row says so (`prompt`, or `zh_prompt` for a `zh_answer`)."""
 
 
 @dataclass
@@ -53,8 +55,17 @@ class Rejected:
     """A row that cannot be used: where it stands and why."""
 
     file: str
-    row: int
+    row: int | str | None
+    """Place in the file; of a question its id; -1: an image."""
     reason: str
+
+
+def list_rejected(report: Path | None, rows: list[Rejected]) -> None:
+    """Append rows to a run's rejected.jsonl, where it has one."""
+    if report and rows:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        with report.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(vars(bad), ensure_ascii=False) + "\n" for bad in rows)
 
 
 @dataclass
@@ -100,12 +111,15 @@ def read_scenes(path: str | Path, *, image_root: str | None = None, language: st
 
     Forms: triplets `[{"image_name", "positive", "negative"}]`; captions `[{"image", "caption"}]`; Karpathy
     `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`; scenes `[{"image", "captions": [...]}]`, with an
-    optional Chinese `zh_answer`. Rows may have a `split`.
+    optional Chinese `zh_answer` to a `zh_prompt`. Rows may have a `split`, captions the `prompt` they answer. `path` may
+    also be a folder with images/ and captions.json.
 
     Returns a `SceneFile`. Raises InputError when the file is of no known form, or when more than `max_rejected` of its
     rows are bad: a missing field, a wrong type, an empty text, an image that is missing or not readable.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / "captions.json"
     content = load_json(path)
     form, entries = _form_of(path, content)
     roots = [Path(image_root)] if image_root else [path.parent, path.parent / "images"]
@@ -141,6 +155,9 @@ def read_scenes(path: str | Path, *, image_root: str | None = None, language: st
                 continue
             seen[(scene.image, text, negative)] = number
             scene.rows.append((text, negative))
+            prompt = entry.get("zh_prompt" if text == str(entry.get("zh_answer")).strip() else "prompt")
+            if isinstance(prompt, str) and prompt.strip():
+                scene.prompts[text] = prompt.strip()
     for scene in scenes.values():
         scene.texts = list(dict.fromkeys(text for text, _ in scene.rows))
         true = set(scene.texts)
@@ -335,12 +352,46 @@ def _question_of(entry) -> tuple[str, Question]:
     if [turn.get("from") for turn in turns] not in (["user", "assistant"], ["human", "gpt"]):
         raise InputError("field 'from': expected 'user' and then 'assistant'")
     images = VISION.findall(asked)
-    text = " ".join(VISION.sub(" ", asked).split(" ")).strip()
+    text = VISION.sub(" ", asked).strip()
     if len(images) != 1 or not images[0].strip() or not text:
         raise InputError(
             f"field 'value': expected a question and one <|vision_start|>image path<|vision_end|>, found {asked[:80]!r}"
         )
     return images[0].strip(), Question(re.sub(" {2,}", " ", text), said, kind, number)
+
+
+IMAGE_SUFFIXES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp", ".gif", ".img", ".vrt"}
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """Images below a folder, sorted by path; hidden files are left out. Raises InputError: no such folder, no image."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of images")
+    found = [
+        path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
+    ]
+    if not found:
+        raise InputError(f"{folder}: no image in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found
+
+
+def is_chinese(text: str) -> bool:
+    """Whether there is a Chinese character in a text."""
+    return bool(CHINESE.search(text))
+
+
+def captions_as_answers(scenes: list[Scene], prompt: str, prompt_zh: str) -> list[QuestionScene]:
+    """A scene's captions as answers to the prompt of their row, else to the one of their language (`kind`: en or zh)."""
+    made = []
+    for scene in scenes:
+        answers = []
+        for text in (text for text in scene.texts if re.search(r"\w", text)):  # "..." says nothing and cannot be scored
+            default, kind = (prompt_zh, "zh") if is_chinese(text) else (prompt, "en")
+            answers.append(Question(scene.prompts.get(text, default), text, kind))
+        if answers:
+            made.append(QuestionScene(scene.image, answers, scene.split))
+    return made
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -399,9 +450,9 @@ def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None, r
         for name, scenes in splits.items():
             picked = sorted(random.Random(seed).sample(range(len(scenes)), min(config.max_samples, len(scenes))))
             splits[name] = [scenes[i] for i in picked]
-    if report and rejected:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text("".join(json.dumps(vars(bad), ensure_ascii=False) + "\n" for bad in rejected))
+    if report:
+        report.unlink(missing_ok=True)  # what an earlier start listed
+    list_rejected(report, rejected)
     if rejected or duplicates:
         where = f", listed in {report}" if report and rejected else ""
         print(f"data: {len(rejected)} bad rows left out{where}; {duplicates} duplicate rows dropped")
@@ -462,6 +513,20 @@ class QwenResize:
 
         h, w = smart_resize(*rgb.shape[:2], self.factor, self.low, self.high)
         return np.asarray(Image.fromarray(rgb).resize((w, h), self.resample))
+
+
+class SquareResize:
+    """Bring an RGB image to the square that a CLIP or SigLIP processor makes of it, by that processor itself."""
+
+    def __init__(self, processor):
+        self.processor = processor
+        crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
+        self.key = f"square-{json.dumps([dict(processor.size), crop, int(processor.resample)], sort_keys=True)}"
+
+    def __call__(self, rgb: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 -> (S, S, 3) uint8."""
+        made = self.processor(images=[rgb], do_rescale=False, do_normalize=False)["pixel_values"][0]
+        return np.ascontiguousarray(np.asarray(made).transpose(1, 2, 0))
 
 
 class PixelStore:
@@ -553,15 +618,49 @@ def drop_unreadable(
         print(
             f"data: {len(bad)} images cannot be decoded and are left out" + (f", listed in {report}" if report else "")
         )
-        if report:
-            report.parent.mkdir(parents=True, exist_ok=True)
-            with report.open("a") as file:
-                for path, reason in bad.items():
-                    file.write(json.dumps({"file": path, "row": -1, "reason": reason}, ensure_ascii=False) + "\n")
+        list_rejected(report, [Rejected(path, -1, reason) for path, reason in bad.items()])
     kept = {name: [scene for scene in scenes if scene.image not in bad] for name, scenes in splits.items()}
     for name in splits:
         if splits[name] and not kept[name]:
             raise InputError(f"no image of the {name} split can be decoded")
+    return kept
+
+
+def drop_too_long(
+    splits: dict[str, list[QuestionScene]], tokenizer, max_rejected: float, report: Path | None = None,
+    **limits: tuple[str, int],
+) -> dict[str, list[QuestionScene]]:  # fmt: skip
+    """Splits without the questions and, except in the test split, the answers that are too long: listed in `report` and
+    counted. A test answer that is too long stays: no model can be right on it, and that is part of the score.
+
+    limits: question=(flag, tokens), answer=(flag, tokens). Raises InputError when more than `max_rejected` would go."""
+    rejected, kept = [], {}
+    for name, scenes in splits.items():
+        listed = [question for scene in scenes for question in scene.questions]
+        reasons: dict[int, str] = {}
+        for part, (flag, limit) in limits.items():
+            if (part == "answer" and name == "test") or not listed:
+                continue
+            texts = [q.text if part == "question" else q.answer for q in listed]
+            for question, ids in zip(listed, tokenizer(texts, add_special_tokens=False)["input_ids"]):
+                if len(ids) > limit:
+                    reasons.setdefault(id(question), f"{part} of {len(ids)} tokens: above {flag} {limit}")
+        kept[name] = []
+        for scene in scenes:
+            long = [question for question in scene.questions if id(question) in reasons]
+            rejected += [Rejected(scene.image, q.id, reasons[id(q)]) for q in long]
+            if len(long) < len(scene.questions):
+                chosen = [question for question in scene.questions if id(question) not in reasons]
+                kept[name].append(QuestionScene(scene.image, chosen, scene.split))
+    total = sum(len(scene.questions) for scenes in splits.values() for scene in scenes)
+    if len(rejected) > max_rejected * total:
+        raise InputError(
+            f"{len(rejected)} of {total} texts are too long (allowed: --max_rejected {max_rejected:g}),"
+            f" e.g. of {rejected[0].file}: {rejected[0].reason}"
+        )
+    if rejected:
+        print(f"data: {len(rejected)} texts left out as too long" + (f", listed in {report}" if report else ""))
+        list_rejected(report, rejected)
     return kept
 
 
@@ -803,6 +902,47 @@ class ChatPrompt:
         return [(np.array([*q, *a, self.end]), len(a) + 1) for q, a in zip(asked, said)]
 
 
+class CaptionPrompt:
+    """Token ids of "describe this image" and its captions, for a language model that takes image tokens in place of words.
+
+    As `ChatPrompt`: the prefix ends where the image ends, a branch is a prompt and, in training, the caption that answers
+    it with the token that ends it. The chat template is the model's own, with thinking turned off where it can be; a model
+    without one reads the prompt as a line of its own.
+    """
+
+    image_token = -1  # no word of the vocabulary: `model.Captioner` puts the image's tokens there
+
+    def __init__(self, tokenizer, image_tokens: int):
+        self.tokenizer, self.image_tokens, self.end = tokenizer, image_tokens, tokenizer.eos_token_id
+        image, prompt = "\u2063", "\u2064"  # stand for both while the chat template is rendered
+        if tokenizer.chat_template:
+            whole = tokenizer.apply_chat_template(
+                [{"role": "user", "content": f"{image}\n{prompt}"}],
+                tokenize=False, add_generation_prompt=True, enable_thinking=False,
+            )  # fmt: skip
+        else:
+            begin = tokenizer.bos_token if tokenizer("")["input_ids"] else ""
+            whole = f"{begin}{image}\n{prompt}\n"
+        head, rest = whole.split(image)
+        self.before, self.after = rest.split(prompt)
+        self.head = tokenizer(head, add_special_tokens=False)["input_ids"]
+
+    def prefix(self, grid=None) -> tuple[np.ndarray, np.ndarray]:
+        """ids (P,), -1 at the image's tokens, and positions (3, P), the three rows alike."""
+        ids = np.array([*self.head, *[self.image_token] * self.image_tokens], dtype=np.int64)
+        return ids, np.tile(np.arange(len(ids)), (3, 1))
+
+    def branches(self, prompts: list[str], captions: list[str] | None = None) -> list[tuple[np.ndarray, int]]:
+        """For each prompt its ids, with those of its caption, and how many at their end are to be predicted."""
+        known = list(dict.fromkeys(prompts))
+        texts = [f"{self.before}{prompt}{self.after}" for prompt in known]
+        asked = dict(zip(known, self.tokenizer(texts, add_special_tokens=False)["input_ids"])) if known else {}
+        if captions is None:
+            return [(np.array(asked[prompt]), 0) for prompt in prompts]
+        said = self.tokenizer(list(captions), add_special_tokens=False)["input_ids"] if captions else []
+        return [(np.array([*asked[prompt], *ids, self.end]), len(ids) + 1) for prompt, ids in zip(prompts, said)]
+
+
 def split_work(prefixes: list[int], branches: list[list[int]], budget: int) -> list[list[tuple[int, list[int]]]]:
     """Cut scenes into pieces of at most `budget` tokens: [[(scene, its branches in this piece)]].
 
@@ -836,7 +976,8 @@ def pack(scenes: list[dict]) -> dict[str, torch.Tensor]:
     - prefix_rows (S, P), prefix_lengths (S,); branch_rows (S, Q, T), branch_lengths (S, Q): where a scene's tokens stand
       in the row, filled with 0 on the right;
     - order (L,): where each token of the row stands in [prefix_rows, branch_rows] laid flat;
-    - label_rows (M,), labels (M,): the row positions that predict something, and what;
+    - label_rows (M,), labels (M,): the row positions that predict something, and what; a branch that is predicted from its
+      first token on begins at the last position of its prefix;
     - image_rows (N,) with image_tokens (N, D), or with pixel_values and image_grid_thw (S, 3).
     """
     most = max((len(scene["branches"]) for scene in scenes), default=0)
@@ -853,7 +994,7 @@ def pack(scenes: list[dict]) -> dict[str, torch.Tensor]:
         prefix_rows[s, : len(own)] = np.arange(at, at + len(own))
         ids.append(own), positions.append(places), order.append(s * first + np.arange(len(own)))
         at += len(own)
-        start = int(places.max()) + 1
+        last, start = at - 1, int(places.max()) + 1
         for b, (branch, targets) in enumerate(scene["branches"]):
             n = len(branch)
             branch_rows[s, b, :n] = np.arange(at, at + n)
@@ -861,7 +1002,7 @@ def pack(scenes: list[dict]) -> dict[str, torch.Tensor]:
             ids.append(branch), positions.append(np.tile(start + np.arange(n), (3, 1)))
             order.append(len(scenes) * first + (s * most + b) * longest + np.arange(n))
             if targets:
-                label_rows.append(np.arange(at + n - targets - 1, at + n - 1))
+                label_rows.append(np.r_[last, at : at + n - 1][n - targets :])
                 labels.append(branch[n - targets :])
             at += n
     none = np.zeros(0, dtype=np.int64)
@@ -918,14 +1059,16 @@ class QuestionDataset(Dataset):
     """Scenes of questions: (epoch, index) -> the image and `texts_per_scene` of its questions, as token ids.
 
     tokens: a prepared `TokenStore` (frozen vision tower); else store: a `PixelStore`, and `processor`. `blind`: no image.
+    `share`: what all of a scene's branches begin with (captions: their one prompt) becomes part of the prefix.
     """
 
     def __init__(
-        self, scenes: list[QuestionScene], prompt: ChatPrompt, *, processor=None, store: PixelStore | None = None,
-        tokens: TokenStore | None = None, texts_per_scene: int = 0, seed: int = 0, blind: bool = False, answers: bool = True,
+        self, scenes: list[QuestionScene], prompt: "ChatPrompt | CaptionPrompt", *, processor=None,
+        store: PixelStore | None = None, tokens: TokenStore | None = None, texts_per_scene: int = 0, seed: int = 0,
+        blind: bool = False, answers: bool = True, share: bool = False,
     ):  # fmt: skip
         self.scenes, self.prompt, self.processor, self.store, self.tokens = scenes, prompt, processor, store, tokens
-        self.texts_per_scene, self.seed, self.blind = texts_per_scene, seed, blind
+        self.texts_per_scene, self.seed, self.blind, self.share = texts_per_scene, seed, blind, share
         listed = [question for scene in scenes for question in scene.questions]
         made = iter(prompt.branches([q.text for q in listed], [q.answer for q in listed] if answers else None))
         self.branches = [[next(made) for _ in scene.questions] for scene in scenes]
@@ -939,7 +1082,8 @@ class QuestionDataset(Dataset):
         if self.texts_per_scene and len(branches) > self.texts_per_scene:
             pick = np.random.default_rng((self.seed, epoch, index)).permutation(len(branches))[: self.texts_per_scene]
             branches = [branches[i] for i in sorted(pick)]
-        return {"scene": index, "branches": branches} | self.image(self.scenes[index].image)
+        example = {"scene": index, "branches": branches} | self.image(self.scenes[index].image)
+        return share_beginning(example) if self.share else example
 
     def image(self, path: str) -> dict:
         """What a scene needs of its image: the prefix with room for it, and its tokens or its patches."""
@@ -952,6 +1096,21 @@ class QuestionDataset(Dataset):
             made = pixel_batch([self.store[path]], self.processor)
             part["pixel_values"], part["grid"] = made["pixel_values"], tuple(made["image_grid_thw"][0].tolist())
         return part | {"prefix": self.prompt.prefix(part["grid"])}
+
+
+def share_beginning(scene: dict) -> dict:
+    """A scene (as for `pack`) with the tokens that all of its branches begin with, as far as none is a target, moved to the
+    end of its prefix: they are then run once."""
+    branches = scene["branches"]
+    room = min(len(ids) - targets for ids, targets in branches)
+    same = np.all([ids[:room] == branches[0][0][:room] for ids, _ in branches], axis=0)
+    count = room if same.all() else int(same.argmin())
+    ids, positions = scene["prefix"]
+    more = np.tile(positions.max() + 1 + np.arange(count), (3, 1))
+    return scene | {
+        "prefix": (np.concatenate([ids, branches[0][0][:count]]), np.concatenate([positions, more], axis=1)),
+        "branches": [(ids[count:], targets) for ids, targets in branches],
+    }
 
 
 class QuestionCollator:
@@ -984,9 +1143,14 @@ class QuestionCollator:
 
 
 def pixel_batch(images: list[np.ndarray], processor) -> dict[str, torch.Tensor]:
-    """Resized (H, W, 3) uint8 images -> pixel_values (P, C) float32 and image_grid_thw (B, 3) int64."""
-    made = processor(images=images, do_resize=False, return_tensors="pt")
-    return {"pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
+    """Resized (H, W, 3) uint8 images -> what a vision tower takes. Qwen-VL: pixel_values (P, C) float32 and image_grid_thw
+    (B, 3) int64; CLIP, SigLIP: pixel_values (B, 3, S, S), and a grid that says one image each."""
+    made = processor(images=images, do_resize=False, do_center_crop=False, return_tensors="pt")
+    grid = made.get("image_grid_thw")
+    return {
+        "pixel_values": made["pixel_values"],
+        "image_grid_thw": torch.ones(len(images), 3, dtype=torch.long) if grid is None else grid,
+    }
 
 
 def token_batch(rows: list[np.ndarray], pad_id: int) -> dict[str, torch.Tensor]:

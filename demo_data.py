@@ -6,7 +6,7 @@
 A scene is first a *truth* (a JSON dictionary: land cover, lines, every object with its place and size) and only then a
 picture, captions and questions, each derived from that truth alone. Facts are shared words put together anew in every
 scene, while season, soil, sensor gain, white balance, haze and noise differ from scene to scene: shape and layout carry
-the text, colour does not. `histogram_features` is the baseline that has to lose.
+the text, colour does not. `imagery.colour_histogram` is the baseline that has to lose.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from rasterio.warp import transform as reproject
 
 from config import InputError, user_errors
 
-VERSION = 5  # raise it whenever the same seed gives other bytes: folders of an older version are then not 'done'
+VERSION = 6  # raise it whenever the same seed gives other bytes: folders of an older version are then not 'done'
 MANY = 9  # from nine on, captions say 'many'; seven and eight are never drawn, so no word is ever borderline
 PAIRS = 60  # scenes of val and test that get a second date
 
@@ -643,6 +643,20 @@ def captions(truth: dict, language: str = "en") -> list[str]:
     return [phrase(facts, i, language) for i, facts in enumerate(caption_facts(truth))]
 
 
+# What is asked for the second wording, which lists all there is; for the others it is what every captioner is asked.
+DETAIL = {"en": "Describe the image in detail.", "zh": "详细描述这幅图像。"}
+
+
+def object_words() -> dict:
+    """How captions name objects, for `caption.py eval --objects`: {object: words}, and phrases that name none."""
+    words = {kind: [*dict.fromkeys(v[:2]), v[3]] for kind, v in KINDS.items()}
+    words |= {kind: [v[0], v[1]] for kind, v in LINES.items()}
+    covers = [name for v in COVERS.values() for name in v[:2]]
+    negated = [f"no {kind}" for kind in LINES] + [f"没有{v[1]}" for v in LINES.values()]
+    places = [_at_en("road").strip(), _at_zh("road")]  # vehicles 'on the road': the road is named elsewhere, or not
+    return {"words": words, "ignore": [*covers, *negated, *places]}
+
+
 def _misses(t: dict, fact: tuple) -> list[tuple]:
     """What a fact may be changed into so that it becomes plainly false of the scene."""
     what, *v = fact
@@ -1216,15 +1230,6 @@ def _sensed(c: _Canvas, image: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def histogram_features(rgb: np.ndarray) -> np.ndarray:
-    """The colour baseline: joint 8 x 8 x 8 histogram of uint8 (H, W, 3) -> float32 (512,), square roots of shares.
-
-    Its dot product is the Bhattacharyya similarity; the text of a test image is that of its nearest training image.
-    """
-    cell = (rgb[..., :3].astype(np.int64) >> 5) @ np.array([64, 8, 1])
-    return np.sqrt(np.bincount(cell.ravel(), minlength=512) / cell.size).astype(np.float32)
-
-
 # ---------------------------------------------------------------- files ----------------------------------------------
 def write_geotiff(path: Path, t: dict, pixels: np.ndarray):
     """Pixels (H, W, bands) with their place on Earth and the time of the picture."""
@@ -1354,7 +1359,9 @@ def _write_texts(folder: Path, made: list[dict]) -> dict:
     for m in made:
         t = m["truth"]
         for language in ("en", "zh"):
-            texts[language] += [{"image": t["image"], "caption": c, "split": t["split"]} for c, _ in m[language]]
+            rows = [{"image": t["image"], "caption": c, "split": t["split"]} for c, _ in m[language]]
+            rows[1]["prompt"] = DETAIL[language]
+            texts[language] += rows
             triplets[t["split"]] += [{"image_name": t["image"], "positive": c, "negative": n} for c, n in m[language]]
         for q in m["questions"]:
             n = len(asked)
@@ -1374,6 +1381,8 @@ def _write_texts(folder: Path, made: list[dict]) -> dict:
         _dump(folder / f"triplets_{split}.json", rows)
     for language, rows in texts.items():
         _dump(folder / f"captions_{language}.json", rows)
+    present = {m["truth"]["image"]: sorted(k for k, n in m["truth"]["counts"].items() if n) for m in made}
+    _dump(folder / "objects.json", object_words() | {"images": present})
     first = [m for m in made if m["truth"]["split"] == "test"][:20]
     pairs = [(m["truth"]["image"], text) for m in first for language in ("en", "zh") for text in m[language][0]]
     _dump(folder / "pairs_test.json", [{"image_path": f"images/{image}", "text": text} for image, text in pairs])

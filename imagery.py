@@ -658,6 +658,12 @@ def _read(scene, settings, window, max_side) -> Picture:
     )
 
 
+def colour_histogram(rgb: np.ndarray) -> np.ndarray:
+    """What colour alone says of (H, W, 3) uint8: shares of the 8 x 8 x 8 cells of RGB, (512,) float32."""
+    counts = np.bincount((rgb.reshape(-1, 3) >> 5) @ np.array([64, 8, 1]), minlength=512).astype(np.float32)
+    return counts / counts.sum()
+
+
 def tile_windows(height: int, width: int, tile: int, stride: int) -> Iterator[tuple[int, int, int, int]]:
     """Windows (col_off, row_off, w, h) of `tile` pixels a side, row by row, that cover the whole: the last of a row
     or column is shifted inside. A side shorter than `tile` gives one window of that side."""

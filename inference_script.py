@@ -15,7 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from config import InputError, user_errors
+from config import InputError, add_device_flags, user_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,11 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--image_root", help="folder that relative image paths start from (default: the input file's, then here)"
     )
     parser.add_argument("--base_model", help="folder of the base, if it is not where it was in training")
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1 ...")
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto: bfloat16 on CUDA, float32 on a CPU",
-    )  # fmt: skip
+    add_device_flags(parser)
     parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once; texts: four times as many")
     return parser
 
@@ -47,8 +43,8 @@ def score_rows(
     """
     import torch
 
-    from data import PixelStore, QwenResize
-    from imagery import ImageError, ImageSettings
+    from imagery import ImageError
+    from model import pixel_store
 
     if not isinstance(rows, list):
         raise InputError(f'input: expected a list of {{"image_path", "text"}}, found {type(rows).__name__}')
@@ -65,7 +61,7 @@ def score_rows(
     good = [i for i, result in enumerate(results) if "error" not in result]
     paths = {path: k for k, path in enumerate(dict.fromkeys(rows[i]["image_path"] for i in good))}
     texts = {text: k for k, text in enumerate(dict.fromkeys(rows[i]["text"].strip() for i in good))}
-    store = PixelStore(QwenResize(model.processor), ImageSettings.from_dict(model.settings.images))
+    store = pixel_store(model)
 
     def read(path):
         try:

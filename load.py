@@ -475,8 +475,9 @@ def main(argv=None) -> None:
         print("building the demo bases (about two minutes on two cores) ...", flush=True)
         built = build_demo_bases(args.data, root / "models" / "demo", args.seed)
         for name, found in built["measured"].items():
-            before, after = found["nats_per_token"]
-            print(f"{name:10s} language loss {before:.2f} -> {after:.2f} nats per token")
+            if "nats_per_token" in found:
+                before, after = found["nats_per_token"]
+                print(f"{name:10s} language loss {before:.2f} -> {after:.2f} nats per token")
             if "cover_accuracy" in found:
                 print(f"{name:10s} land cover named in {found['cover_accuracy']:.0%} of validation scenes")
         print(f"built in {built['seconds']} s" if built["rebuilt"] else "already built from the same texts and seed")

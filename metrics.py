@@ -534,3 +534,50 @@ def majority_answers(answers, kinds) -> dict:
         for kind in (pair[1], None):
             counts.setdefault(kind, Counter())[normalise_answer(*pair)] += times
     return {kind: min(said, key=lambda text: (-said[text], text)) for kind, said in counts.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Objects that captions name
+
+
+def object_mentions(captions, present, words: dict[str, list[str]], ignore=(), *, samples=1000, seed=0) -> dict:
+    """Whether captions name the objects that are there: CHAIR (Rohrbach et al. 2018, "Object hallucination in image
+    captioning"), turned round, and recall.
+
+    captions (N texts); present (N lists of the objects in each image); words: {object: words that name it}; ignore: phrases
+    taken out of a caption first ("no road", "parking lot"). A word counts once a caption, whole words in scripts that have
+    spaces. Returns precision (1 - CHAIR_i: named objects that are there), recall (objects that are named), hallucinating
+    (CHAIR_s: captions that name one that is not there), named and present (counts), and the intervals of precision and
+    recall over images; precision is None where nothing is named. Raises ValueError: other lengths, an object without words.
+    """
+    captions = _strings(captions, "captions")
+    if len(captions) != len(present):
+        raise ValueError(f"object_mentions: {len(captions)} captions, {len(present)} lists of objects")
+    if unknown := {name for row in present for name in row} - words.keys():
+        raise ValueError(f"object_mentions: no words for {sorted(unknown)}")
+
+    def pattern(phrases):
+        ordered = sorted(phrases, key=len, reverse=True)  # "storage tank" before "tank"
+        bounded = (rf"\b{re.escape(p)}\b" if p.isascii() else re.escape(p) for p in ordered)
+        return re.compile("|".join(bounded) or r"(?!)", re.IGNORECASE)
+
+    owner = {word.lower(): name for name, listed in words.items() for word in listed}
+    dropped, wanted = pattern(ignore), pattern(owner)
+    counts = []  # right, named, present of each image
+    for text, there in zip(captions, present):
+        named = {owner[word.lower()] for word in wanted.findall(dropped.sub(" | ", text))}
+        counts.append((len(named & set(there)), len(named), len(set(there))))
+    right, named, there = np.array(counts, dtype=float).reshape(-1, 3).T
+    draw = np.random.default_rng(seed).integers(0, len(counts), (samples, len(counts)))
+
+    def share(total):
+        if not total.sum():
+            return None, None
+        drawn = right[draw].sum(1) / np.maximum(total[draw].sum(1), 1)
+        return float(right.sum() / total.sum()), _percentiles(drawn, 0.95)
+
+    (precision, precision_interval), (recall, recall_interval) = share(named), share(there)
+    return {
+        "precision": precision, "precision_interval": precision_interval, "recall": recall, "recall_interval": recall_interval,
+        "hallucinating": float((named > right).mean()), "named": int(named.sum()), "present": int(there.sum()),
+    }  # fmt: skip

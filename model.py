@@ -1,10 +1,11 @@
-"""The models: `DualEncoder` (match, search) and `VQA` (questions). The captioner joins them here.
+"""The models: `DualEncoder` (match, search), `VQA` (questions) and `Captioner` (descriptions).
 
 A checkpoint holds the tensors that were trained and nothing else; it names its base and the base's
 fingerprint, and brings tokenizer, image processor and every setting that use must share with training.
 Loading is strict: a missing, unexpected or misshapen tensor is an error, never a warning.
 """
 
+import contextlib
 import hashlib
 import heapq
 import json
@@ -20,27 +21,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoConfig, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLTextModel,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
 from config import InputError
 from data import (
+    CaptionPrompt,
     ChatPrompt,
     PixelStore,
     Question,
     QuestionDataset,
     QuestionScene,
     QwenResize,
+    SquareResize,
     TokenStore,
     image_settings,
     pack,
+    pad_questions,
     pixel_batch,
     split_work,
     token_batch,
@@ -77,7 +85,8 @@ LORA_TARGETS = {
 def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a model folder, shards in order. Raises InputError if one is not there."""
     folder = Path(folder)
-    command = f"run `python load.py {folder}`" if not str(folder).startswith("models/demo") else "run `make demo`"
+    demo = folder.parent.parts[-2:] == ("models", "demo")
+    command = "run `python load.py --preset demo`" if demo else f"run `python load.py {folder}`"
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no model here (config.json is missing); {command}")
     index = folder / "model.safetensors.index.json"
@@ -115,29 +124,59 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+def refuse_other_base(root: Path, settings, folder: Path, flag: str) -> None:
+    """Raises InputError, naming the `flag` that helps, unless the base in `root` is the one `folder` was trained on."""
+    found = fingerprint(root)
+    if found != settings.base_fingerprint:
+        raise InputError(
+            f"{root}: this base (fingerprint {found}) is not the one {folder} was trained on"
+            f" ({settings.base_fingerprint}, {settings.base_model}); give the right one with {flag}"
+        )
+
+
 def load_tower(folder: str | Path, side: str, config, dtype: torch.dtype = torch.float32) -> nn.Module:
     """One tower (`side`: "image" or "text") of a Qwen-VL folder, reading only that tower's tensors.
 
     Raises InputError naming every missing or unexpected key.
     """
-    tensors, strangers = {}, []
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - a safe_open handle is no mapping
-                    match = KEYS[side].match(key)
-                    if match:
-                        tensors[match[1]] = file.get_tensor(key)
-                    elif not any(pattern.match(key) for pattern in KEYS.values()):
-                        strangers.append(key)
-        except SafetensorError as error:
-            raise InputError(f"{path}: cannot be read ({error}); load the base again") from None
+    tensors, strangers = _part_of(folder, KEYS[side], [pattern for name, pattern in KEYS.items() if name != side])
     part = config.vision_config if side == "image" else config.text_config
     tower, info = TOWERS[config.model_type][side == "text"].from_pretrained(
         None, config=part, state_dict=tensors, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )  # what does not fit is refused below, all of it at once
     _refuse_keys(folder, info["missing_keys"], [*info["unexpected_keys"], *strangers], info["mismatched_keys"])
     return tower
+
+
+def _part_of(folder: str | Path, wanted: re.Pattern, unused: list[re.Pattern]) -> tuple[dict, list[str]]:
+    """({name within the part: tensor}, keys that are neither `wanted` nor `unused`) of a model folder."""
+    tensors, strangers = {}, []
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - a safe_open handle is no mapping
+                    if any(pattern.match(key) for pattern in unused):
+                        continue
+                    if match := wanted.match(key):
+                        tensors[match[1]] = file.get_tensor(key)
+                    else:
+                        strangers.append(key)
+        except SafetensorError as error:
+            raise InputError(f"{path}: cannot be read ({error}); load the base again") from None
+    return tensors, strangers
+
+
+def load_exactly(model: nn.Module, path: Path) -> None:
+    """Copy a file's tensors into `model`. Raises InputError unless they are those of `model.trained_names()`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    expected, own = set(model.trained_names()), model.state_dict()
+    shapes = [name for name in expected & set(tensors) if tensors[name].shape != own[name].shape]
+    _refuse_keys(path, expected - set(tensors), set(tensors) - expected, shapes)
+    model.load_state_dict(tensors, strict=False)
 
 
 def _refuse_keys(where, missing, unexpected, mismatched=()) -> None:
@@ -308,12 +347,7 @@ class DualEncoder(nn.Module):
                 towers.append(TOWERS[base.model_type][side == "text"]._from_config(part, dtype=dtype))
                 continue
             root = base_folder(base_model or settings.base_model)
-            found = fingerprint(root)
-            if found != settings.base_fingerprint:
-                raise InputError(
-                    f"{root}: this base (fingerprint {found}) is not the one {folder} was trained on"
-                    f" ({settings.base_fingerprint}); give the right one with --base_model"
-                )
+            refuse_other_base(root, settings, folder, "--base_model")
             towers.append(load_tower(root, side, base, dtype))
         processor, tokenizer = load_processor(folder)
         model = cls(settings, *towers, tokenizer, processor, base)
@@ -327,16 +361,7 @@ class DualEncoder(nn.Module):
 
     def load_trained(self, folder: str | Path) -> None:
         """Copy a checkpoint's tensors into this model. Raises InputError unless they are exactly the expected ones."""
-        path = Path(folder) / WEIGHTS
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: cannot be read ({error})") from None
-        expected, own = set(self.trained_names()), self.state_dict()
-        shapes = [name for name in expected & set(tensors) if tensors[name].shape != own[name].shape]
-        _refuse_keys(path, expected - set(tensors), set(tensors) - expected, shapes)
-        self.load_state_dict(tensors, strict=False)
+        load_exactly(self, Path(folder) / WEIGHTS)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **_) -> None:
         """Recompute activations in the backward pass, in towers that are trained (called by the Trainer)."""
@@ -462,7 +487,7 @@ class DualEncoder(nn.Module):
         imagery.ImageError for a file that cannot be read.
         `pool_only` stops before the projection (features of a frozen tower).
         """
-        store = store or PixelStore(QwenResize(self.processor), ImageSettings.from_dict(self.settings.images))
+        store = store or pixel_store(self)
         made = []
         for start in _batches(len(images), batch_size, "images", progress):
             chunk = [images[i] for i in range(start, min(start + batch_size, len(images)))]
@@ -803,7 +828,7 @@ class VQA(nn.Module):
 
         Raises InputError: not an adapter, base missing or another one, tensors that do not fit, an adapter without effect.
         """  # fmt: skip
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import LoraConfig, get_peft_model
 
         folder = Path(folder)
         tensors, record = read_adapter(folder)
@@ -817,23 +842,19 @@ class VQA(nn.Module):
         if not named:
             raise InputError(f"{folder}: the adapter names no base; give its folder with --base")
         root = base_folder(named)
-        found = fingerprint(root)
         if settings is None:
             from config import VQAConfig
 
             config = config or VQAConfig()
             settings = VQASettings(
-                base_model=str(root), base_fingerprint=found, merger="frozen", prompt=config.prompt,
+                base_model=str(root), base_fingerprint=fingerprint(root), merger="frozen", prompt=config.prompt,
                 vision_tower="lora" if any(".visual." in key for key in tensors) else "frozen",
                 max_answer_tokens=config.max_answer_tokens, images=image_settings(config).to_dict(), answers={},
             )  # fmt: skip
             processor, tokenizer = load_processor(root, config.min_pixels, config.max_pixels)
         else:
-            if found != settings.base_fingerprint:
-                raise InputError(
-                    f"{root}: this base (fingerprint {found}) is not the one {folder} was trained on"
-                    f" ({settings.base_fingerprint}, {settings.base_model}); give the right one with --base"
-                )
+            refuse_other_base(root, settings, folder, "--base (train_vqa.py: --base_model)")
+            settings = replace(settings, base_model=str(root))  # where it lies now
             processor, tokenizer = load_processor(folder)
         base = load_qwen(root, dtype, quantize, device)
         # The modules that have LoRA are read off the tensors: a pattern written for 4.x names would find others, or none.
@@ -846,10 +867,10 @@ class VQA(nn.Module):
         try:
             lora = LoraConfig(**{key: value for key, value in record.items() if key in LoraConfig.__dataclass_fields__})
             lora.target_modules, lora.inference_mode = modules, not trainable
+            lora.base_model_name_or_path = str(root)
             model = cls(settings, get_peft_model(base, lora), tokenizer, processor)
         except (TypeError, ValueError) as error:
             raise InputError(f"{folder / ADAPTER_CONFIG}: {str(error).splitlines()[0]}") from None
-        assert isinstance(model.peft, PeftModel)
         model.set_tensors(folder / ADAPTER, tensors)
         model = model if quantize != "none" else model.to(device)
         model.eval().check_alive(folder)
@@ -1028,8 +1049,7 @@ class VQA(nn.Module):
             QuestionScene(str(path), [q if isinstance(q, Question) else Question(q, "") for q in asked])
             for path, asked in scenes
         ]
-        if store is None:
-            store = PixelStore(QwenResize(self.processor), ImageSettings.from_dict(self.settings.images))
+        store = pixel_store(self) if store is None else store
         return QuestionDataset(
             listed, self.prompt, processor=self.processor, store=store, tokens=tokens, blind=blind, answers=False
         )
@@ -1056,7 +1076,6 @@ class VQA(nn.Module):
         items = self.scene_items(scenes, store, tokens, blind)
         answers: list[list[str]] = [[""] * len(scene.questions) for scene in items.scenes]
         room = max_tokens or self.settings.max_answer_tokens
-        first = len(self.prompt.heads[False])
         lengths = [[len(ids) + room for ids, _ in branches] for branches in items.branches]
         # Without reading an image its length is not known: scenes are taken a few at a time and cut to the budget then.
         training = self.training
@@ -1064,7 +1083,7 @@ class VQA(nn.Module):
         for start in _batches(len(items), 16, "answering", progress):
             part = [items[0, i] for i in range(start, min(start + 16, len(items)))]
             prefixes = [len(item["prefix"][0]) for item in part]
-            for piece in split_work(prefixes, lengths[start : start + 16], max(budget, first + 1)):
+            for piece in split_work(prefixes, lengths[start : start + 16], budget):
                 chosen = [part[s] | {"branches": [part[s]["branches"][b] for b in own]} for s, own in piece]
                 if decode == "candidates":
                     kinds = [[items.scenes[start + s].questions[b].kind for b in own] for s, own in piece]
@@ -1149,7 +1168,7 @@ class VQA(nn.Module):
                 (following, whole), heap = trees[kinds[place[0]][place[1]]], heaps[place]
                 score, _ = heapq.heappop(heap)
                 for token, more in zip(following[path], said[place][following[path]].tolist()):
-                    heapq.heappush(heap, (-(-score + more), (*path, token)))
+                    heapq.heappush(heap, (score - more, (*path, token)))
                 asked[place] = heap[0][1]
                 if heap[0][1] in whole:
                     result[place[0]][place[1]] = whole[asked.pop(place)]
@@ -1166,6 +1185,478 @@ class VQA(nn.Module):
                 last = torch.tensor([len(asked[place]) for place in places], device=ids.device).cumsum(0) - 1
                 said = dict(zip(places, self.qwen.lm_head(hidden[last]).float().log_softmax(-1)))
         return result
+
+
+# ----------------------------------------------------------------------------------------------------
+# Captions
+
+CAPTIONER, PROJECTOR = "captioner.json", "captioner.safetensors"
+VISION = {  # model_type -> (vision encoder, image processor, tokens before the patches)
+    "clip": (CLIPVisionModel, CLIPImageProcessorPil, 1),
+    "siglip": (SiglipVisionModel, SiglipImageProcessorPil, 0),
+}
+# A vision encoder's tensors in a whole CLIP or SigLIP folder, and in one that holds the encoder alone; and the rest of the
+# whole: position_ids are buffers of old files.
+VISION_KEY = re.compile(r"^(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm|head)\..+)$")
+VISION_UNUSED = re.compile(
+    r"^(text_model\..+|logit_scale|logit_bias|(visual|text)_projection\.weight|.*\.position_ids)$"
+)
+THINKING = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
+
+
+@dataclass
+class CaptionerSettings:
+    """What a captioner's folder records; the fields are those of `config.CaptionConfig`."""
+
+    vision_model: str
+    vision_fingerprint: str
+    language_model: str
+    language_fingerprint: str
+    vision_layer: int
+    projector: str
+    freeze_vision_model: bool
+    freeze_language_model_except_layers: int
+    lora_rank: int
+    lora_alpha: int
+    lora_dropout: float
+    max_caption_tokens: int
+    prompts: dict
+    """{language: prompt}, "en" and "zh"; the language trained on first."""
+    images: dict
+    """`ImageSettings` of training: bands and stretch."""
+    stage: int = 2
+    """1 in a checkpoint of the first stage, which holds the projector alone."""
+
+
+class Projector(nn.Module):
+    """Patch features (B, N, V) -> tokens (B, M, D) as wide as a language model's word embeddings.
+
+    "linear" or "mlp" (two layers with GELU: LLaVA-1.5, Liu et al. 2023b), M = N; "pixel_shuffle" joins 2 x 2 patches of the
+    `side` x `side` before the two layers, M = N / 4 (InternVL 1.5, Chen et al. 2024, which also begins with a LayerNorm).
+    """
+
+    def __init__(self, kind: str, vision_width: int, language_width: int, side: int):
+        super().__init__()
+        self.kind, self.side = kind, side
+        if kind == "pixel_shuffle" and side % 2:
+            raise InputError(f"--projector pixel_shuffle: {side} x {side} patches cannot be joined 2 x 2; use mlp")
+        width = vision_width * (4 if kind == "pixel_shuffle" else 1)
+        layers = [nn.LayerNorm(width), nn.Linear(width, language_width)]
+        if kind != "linear":
+            layers += [nn.GELU(), nn.Linear(language_width, language_width)]
+        self.layers = nn.Sequential(*layers)
+        self.tokens = side * side // (4 if kind == "pixel_shuffle" else 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.kind == "pixel_shuffle":
+            b, _, v = features.shape
+            half = self.side // 2
+            features = features.view(b, half, 2, half, 2, v).transpose(2, 3).reshape(b, half * half, 4 * v)
+        return self.layers(features.to(self.layers[1].weight.dtype))
+
+
+class Captioner(nn.Module):
+    """A vision encoder (CLIP, SigLIP), a projector and a causal language model that describes what the encoder sees.
+
+    ```python
+    model = Captioner.from_pretrained("outputs/final")
+    model.caption(["a.tif", "b.png"])                                     # ["a port with two ships .", ...]
+    model.caption(["a.tif"], prompt="描述这幅图像。", num_beams=4)
+    ```
+    """
+
+    def __init__(self, settings: CaptionerSettings, vision, language, tokenizer, processor):
+        super().__init__()
+        self.settings, self.tokenizer, self.processor = settings, tokenizer, processor
+        self.vision, self.language = vision.requires_grad_(False), language.requires_grad_(False)
+        side = vision.config.image_size // vision.config.patch_size
+        width = language.get_input_embeddings().embedding_dim
+        self.projector = Projector(settings.projector, vision.config.hidden_size, width, side)
+        with torch.no_grad():  # images begin as loud as words
+            words = language.get_input_embeddings().weight.float().std()
+            noise = torch.randn(8, side * side, vision.config.hidden_size, generator=torch.Generator().manual_seed(0))
+            last = self.projector.layers[-1]
+            last.bias.zero_()
+            last.weight.mul_(words.cpu() / self.projector(noise).std())
+        if settings.lora_rank:
+            add_lora(language, "all-linear", settings)
+        depth = len(self.layers)
+        if not 0 <= settings.freeze_language_model_except_layers <= depth:
+            raise InputError(
+                f"--freeze_language_model_except_layers {settings.freeze_language_model_except_layers}: expected 0 to {depth},"
+                f" the layers of {settings.language_model}"
+            )
+        stage = settings.stage
+        self.set_stage(2)
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # updates of 1e-5 vanish in bf16
+        self.set_stage(stage)
+        self.prompt = CaptionPrompt(tokenizer, self.projector.tokens)
+        ends = language.generation_config.eos_token_id
+        self.ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends else [])})
+        thoughts = {t: tokenizer.convert_tokens_to_ids(t) for t in ("<think>", "</think>")}
+        self.never = [
+            i for t, i in thoughts.items() if i is not None and tokenizer.convert_ids_to_tokens(i) == t
+        ] or None
+
+    @property
+    def device(self) -> torch.device:
+        return self.projector.layers[1].weight.device
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers of the language model, whatever it calls them."""
+        count = self.language.config.get_text_config().num_hidden_layers
+        lists = (m for m in self.language.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+        return next(lists)
+
+    def set_stage(self, stage: int) -> None:
+        """What is trained from now on: 1, the projector; 2, with it the language model's last layers or LoRA, and the
+        vision encoder unless it is frozen."""
+        self.settings.stage = stage
+        self.language.requires_grad_(False)
+        if stage == 2 and self.settings.lora_rank:
+            for name, parameter in self.language.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+        elif stage == 2:
+            for layer in self.layers[len(self.layers) - self.settings.freeze_language_model_except_layers :]:
+                layer.requires_grad_(True)
+        self.vision.requires_grad_(stage == 2 and not self.settings.freeze_vision_model)
+        if stage == 2 and not self.settings.freeze_vision_model:  # layers after the one that is read get no gradient
+            read = self.settings.vision_layer % (self.vision.config.num_hidden_layers + 1)
+            self.vision.encoder.layers[read:].requires_grad_(False)
+            for name in ("post_layernorm", "head"):
+                if hasattr(self.vision, name):
+                    getattr(self.vision, name).requires_grad_(False)
+
+    # -- making, saving, loading
+
+    @classmethod
+    def from_base(
+        cls, config, *, seed: int = 0, dtype: torch.dtype = torch.float32, prompts: dict | None = None
+    ) -> "Captioner":
+        """A new projector between two bases (`config`: `config.CaptionConfig`). `dtype`: of what is frozen; what is trained
+        is float32. Raises InputError: a base that is missing or of another kind, tensors that do not fit."""
+        vision, processor = load_vision(config.vision_model_name, dtype)
+        language, tokenizer = load_language(config.language_model_name, dtype)
+        if config.image_fit == "squash":
+            side = vision.config.image_size
+            processor.size, processor.do_center_crop = {"height": side, "width": side}, False
+        depth = vision.config.num_hidden_layers
+        if not -depth - 1 <= config.vision_layer <= depth:
+            raise InputError(f"--vision_layer {config.vision_layer}: expected {-depth - 1} to {depth}")
+        settings = CaptionerSettings(
+            vision_model=str(config.vision_model_name), vision_fingerprint=fingerprint(config.vision_model_name),
+            language_model=str(config.language_model_name), language_fingerprint=fingerprint(config.language_model_name),
+            prompts=prompts or {"en": config.prompt, "zh": config.prompt_zh}, images=image_settings(config).to_dict(),
+            **{name: getattr(config, name) for name in (
+                "vision_layer", "projector", "freeze_vision_model", "freeze_language_model_except_layers", "lora_rank",
+                "lora_alpha", "lora_dropout", "max_caption_tokens")},
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(settings, vision, language, tokenizer, processor)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "Captioner":
+        """Load a captioner: `final/`, which holds all of it, or a checkpoint, which needs its two bases.
+
+        Raises InputError: not such a folder, a base missing or changed since training, tensors that do not fit.
+        """
+        folder = Path(folder)
+        try:
+            settings = CaptionerSettings(**json.loads((folder / CAPTIONER).read_text()))
+        except (FileNotFoundError, NotADirectoryError):
+            hint = "; did you mean its final/?" if (folder / "final").is_dir() else ""
+            raise InputError(f"{folder}: not a captioner ({CAPTIONER} is missing){hint}") from None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{folder / CAPTIONER}: not readable: {error}") from None
+        roots = {}
+        for side, name in (("vision", settings.vision_model), ("language", settings.language_model)):
+            own = folder / side
+            roots[side] = own if own.is_dir() else base_folder(name)
+            found, recorded = fingerprint(roots[side]), getattr(settings, f"{side}_fingerprint")
+            if found != recorded:
+                raise InputError(
+                    f"{roots[side]}: this {side} model (fingerprint {found}) is not the one of {folder} ({recorded})"
+                )
+        vision, processor = load_vision(roots["vision"], dtype, processor_from=folder)
+        language, tokenizer = load_language(roots["language"], dtype, tokenizer_from=folder)
+        model = cls(settings, vision, language, tokenizer, processor)
+        model.load_trained(folder)
+        return model.to(device=device, dtype=dtype).eval()
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict | None = None) -> None:
+        """Write the trained tensors and all that use must share with training; the bases are named, not copied."""
+        self._save(Path(folder), self.settings, self.trained_names(), state_dict)
+
+    def _save(
+        self, folder: Path, settings: CaptionerSettings, names: list[str], state_dict: dict | None = None
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        source = self.state_dict() if state_dict is None else state_dict
+        tensors = {name: source[name].detach().contiguous().cpu() for name in names}
+        save_file(tensors, folder / PROJECTOR, {"format": "pt"})
+        (folder / CAPTIONER).write_text(json.dumps(asdict(settings), indent=2, ensure_ascii=False) + "\n")
+        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def save_whole(self, folder: str | Path) -> None:
+        """Write a folder that needs no other: vision/ and language/ as plain transformers loads them, LoRA merged, and the
+        projector."""
+        folder = Path(folder)
+        self.vision.save_pretrained(folder / "vision")
+        self.processor.save_pretrained(folder / "vision")
+        state = {key: value for key, value in self.language.state_dict().items() if "lora_" not in key}
+        for name, module in self.language.named_modules():
+            if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
+                key, delta = f"{name}.base_layer.weight", module.get_delta_weight("default")
+                state[key] = (state[key].float() + delta.float()).to(state[key].dtype)
+        state = {key.replace(".base_layer.", "."): value for key, value in state.items()}
+        self.language.save_pretrained(folder / "language", state_dict=state)
+        self.tokenizer.save_pretrained(folder / "language")
+        settings = replace(
+            self.settings, vision_model="vision", language_model="language", lora_rank=0, freeze_vision_model=True,
+            freeze_language_model_except_layers=0, stage=2, vision_fingerprint=fingerprint(folder / "vision"),
+            language_fingerprint=fingerprint(folder / "language"),
+        )  # fmt: skip
+        self._save(folder, settings, [name for name in self.state_dict() if name.startswith("projector.")])
+
+    def trained_names(self) -> list[str]:
+        """Names of the tensors a checkpoint holds: the projector's, and whatever else is in training."""
+        return [name for name, p in self.named_parameters() if p.requires_grad or name.startswith("projector.")]
+
+    def load_trained(self, folder: str | Path) -> None:
+        """Copy a checkpoint's tensors into this model. Raises InputError unless they are exactly the expected ones."""
+        load_exactly(self, Path(folder) / PROJECTOR)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **_) -> None:
+        """Recompute activations in the backward pass (called by the Trainer)."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.language.gradient_checkpointing_enable(options)
+        if not self.settings.freeze_vision_model:
+            self.vision.gradient_checkpointing_enable(options)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **_) -> None:
+        """The name newer transformers call."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """{"projector", "language", "vision": names of trained parameters}: each may have its own learning rate."""
+        groups: dict[str, list[str]] = {"projector": [], "language": [], "vision": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups[name.split(".")[0]].append(name)
+        return groups
+
+    # -- images
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) -> patch features (B, N, V) of layer `vision_layer`, without the class token."""
+        train = not self.settings.freeze_vision_model and torch.is_grad_enabled()
+        with torch.set_grad_enabled(train):
+            weight = next(self.vision.parameters())
+            states = self.vision(pixel_values.to(weight.dtype), output_hidden_states=True).hidden_states
+            skip = VISION[self.vision.config.model_type.removesuffix("_vision_model")][2]
+            return states[self.settings.vision_layer][:, skip:]
+
+    @torch.inference_mode()
+    def embed_images(self, paths: list[str], store: PixelStore, batch_size: int = 32) -> np.ndarray:
+        """(N, V) float32: the vision encoder's pooled output of each image (CLIP: its class token), of unit length."""
+        made = []
+        for start in range(0, len(paths), batch_size):
+            batch = pixel_batch([store[path] for path in paths[start : start + batch_size]], self.processor)
+            weight = next(self.vision.parameters())
+            pooled = self.vision(batch["pixel_values"].to(self.device, weight.dtype)).pooler_output
+            made.append(F.normalize(pooled.float(), dim=-1).cpu().numpy())
+        return np.concatenate(made)
+
+    def token_store(self, cache_dir: str, store: PixelStore) -> TokenStore:
+        """Where the patch features of this model's vision encoder are kept."""
+        weight = next(self.vision.parameters())
+        parts = (self.settings.vision_fingerprint, self.settings.vision_layer, store.recipe, weight.dtype)
+        return TokenStore(cache_dir, " ".join(map(str, parts)))
+
+    @torch.no_grad()
+    def prepare_tokens(self, tokens: TokenStore, store: PixelStore, paths: list[str], batch_size: int = 32) -> None:
+        """Encode every image that `tokens` does not hold yet."""
+
+        def encode(chunk):
+            batch = pixel_batch([store[path] for path in chunk], self.processor)
+            return [(row, (1, 1, 1)) for row in self.encode_images(batch["pixel_values"].to(self.device))]
+
+        tokens.prepare(paths, encode, batch_size)
+
+    def embed(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Word embeddings (B, L, D) of ids (B, L), with the projected patch features where ids are -1."""
+        images = self.projector(features).flatten(0, 1)
+        words = self.language.get_input_embeddings()(input_ids.clamp(min=0))
+        return words.masked_scatter((input_ids < 0)[..., None], images.to(words.dtype))
+
+    # -- training
+
+    def forward(
+        self, labels, input_ids, label_rows=None, image_tokens=None, pixel_values=None, attention_mask=None, **batch
+    ) -> torch.Tensor:
+        """Sum of the cross entropies (nats) of all targets: of a packed row (`data.pack`), where only the positions that
+        predict a target meet the vocabulary, or of padded rows (`data.pad_questions`) through transformers' own forward."""
+        features = self.encode_images(pixel_values) if image_tokens is None else image_tokens
+        embedded = self.embed(input_ids, features.reshape(-1, self.projector.side**2, features.shape[-1]))
+        if label_rows is None:
+            logits = self.language(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False).logits[
+                :, :-1
+            ]
+            return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
+        tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
+        hidden = self._packed(tree, embedded, batch["position_ids"][0]).index_select(0, label_rows)
+        return F.cross_entropy(self.language.get_output_embeddings()(hidden).float(), labels, reduction="sum")
+
+    def _packed(self, tree: SceneTree, embedded: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Last layer (L, D) of a packed row (1, L, D) at positions (1, L)."""
+        nothing = embedded.new_zeros(
+            1, 1, 1, 1
+        )  # a mask made by hand, which transformers leaves alone; the tree is the mask
+        body = self.language.base_model
+        made = body(
+            inputs_embeds=embedded, position_ids=position_ids, attention_mask=nothing, use_cache=False, tree=tree
+        )
+        return made.last_hidden_state[0]
+
+    def mixed(self):
+        """Autocast to bfloat16 where frozen weights are of 16 bits and trained ones of 32; else nothing."""
+        several = len({p.dtype for p in self.parameters()}) > 1
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=several)
+
+    @torch.no_grad()
+    def can_pack(self) -> bool:
+        """Whether the language model runs a packed row as it runs the rows apart. One whose attention does something of its
+        own (a sliding window, a cap on scores, positions that are no rotary ones) does not, and is trained row by row."""
+        draw = torch.Generator().manual_seed(0)
+        words = self.language.get_input_embeddings()
+        ids = torch.randint(0, words.num_embeddings, (16,), generator=draw)
+        scene = {"prefix": (ids[:6].numpy(), np.tile(np.arange(6), (3, 1))),
+                 "branches": [(ids[6:10].numpy(), 4), (ids[10:].numpy(), 6)]}  # fmt: skip
+        batch = {name: value.to(self.device) for name, value in pack([scene]).items()}
+        rows = pad_questions([scene], 0)
+        training = self.training
+        self.eval()
+        with self.mixed():
+            try:
+                tree = SceneTree(**{name: batch[name] for name in TREE_KEYS})
+                hidden = self._packed(tree, words(batch["input_ids"]), batch["position_ids"][0])
+                packed = self.language.get_output_embeddings()(hidden[batch["label_rows"]]).float()
+            except (TypeError, ValueError, RuntimeError, AttributeError):
+                return False
+            finally:
+                self.train(training)
+            whole = self.language(
+                inputs_embeds=words(rows["input_ids"].to(self.device)),
+                attention_mask=rows["attention_mask"].to(self.device),
+            ).logits.float()
+        plain = whole[:, :-1][(rows["labels"][:, 1:] >= 0).to(self.device)]
+        close = 1e-3 if words.weight.dtype == torch.float32 else 0.05
+        return bool((packed - plain).norm() <= close * plain.norm())
+
+    # -- writing captions
+
+    def default_prompt(self) -> str:
+        return next(iter(self.settings.prompts.values()))
+
+    @torch.inference_mode()
+    def caption(
+        self, images, *, prompt: str | None = None, store: PixelStore | None = None, tokens: TokenStore | None = None,
+        batch_size: int = 32, max_tokens: int | None = None, num_beams: int = 1, temperature: float = 0.0,
+        top_p: float = 1.0, streamer=None, progress: bool = False,
+    ) -> list[str]:  # fmt: skip
+        """Paths of images -> a caption of each, in order.
+
+        Greedy; a beam search with `num_beams`; drawn where `temperature` is above 0 (Holtzman et al. 2020 for `top_p`). At
+        most `max_tokens` tokens. All prompts of a call are equally long, so nothing is padded and a caption does not depend
+        on the images beside it. `streamer`: a transformers streamer, for one image. Raises imagery.ImageError.
+        """
+        store = store or pixel_store(self)
+        ids = np.concatenate([self.prompt.prefix()[0], self.prompt.branches([prompt or self.default_prompt()])[0][0]])
+        how = {"do_sample": temperature > 0, "num_beams": num_beams}
+        how |= {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+        how |= {"max_new_tokens": max_tokens or self.settings.max_caption_tokens, "eos_token_id": self.ends}
+        plain = GenerationConfig(**how, pad_token_id=self.ends[0], suppress_tokens=self.never)
+        training, own = self.training, self.language.generation_config
+        made = []
+        try:
+            self.eval()
+            self.language.generation_config = plain  # what the base's file says about sampling is not ours
+            for start in _batches(len(images), batch_size, "captions", progress):
+                chunk = [str(image) for image in images[start : start + batch_size]]
+                if tokens is not None:
+                    features = torch.stack([tokens[path][0] for path in chunk]).to(self.device)
+                else:
+                    batch = pixel_batch([store[path] for path in chunk], self.processor)
+                    features = self.encode_images(batch["pixel_values"].to(self.device))
+                rows = torch.from_numpy(np.tile(ids, (len(chunk), 1))).to(self.device)
+                with self.mixed():
+                    said = self.language.generate(
+                        inputs_embeds=self.embed(rows, features), generation_config=plain,
+                        attention_mask=torch.ones_like(rows), streamer=streamer,
+                    )  # fmt: skip
+                made += self.tokenizer.batch_decode(said, skip_special_tokens=True)
+        finally:
+            self.language.generation_config = own
+            self.train(training)
+        return [" ".join(THINKING.sub(" ", text).split()) for text in made]
+
+
+def load_vision(folder: str | Path, dtype: torch.dtype = torch.float32, processor_from: str | Path | None = None):
+    """(vision encoder, image processor) of a CLIP or SigLIP folder. Raises InputError."""
+    folder = base_folder(folder)
+    weight_files(folder)
+    config = AutoConfig.from_pretrained(folder)
+    kind = config.model_type.removesuffix("_vision_model")
+    if kind not in VISION:
+        raise InputError(
+            f"{folder / 'config.json'}: model_type {config.model_type!r}: expected one of {', '.join(VISION)}"
+        )
+    part = getattr(config, "vision_config", config)
+    tower_class, processor_class, _ = VISION[kind]
+    tensors, strangers = _part_of(folder, VISION_KEY, [VISION_UNUSED])
+    tower, info = tower_class.from_pretrained(
+        None, config=part, state_dict=tensors, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    _refuse_keys(folder, info["missing_keys"], [*info["unexpected_keys"], *strangers], info["mismatched_keys"])
+    try:
+        processor = processor_class.from_pretrained(processor_from or folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: the image processor is missing: {str(error).splitlines()[0]}") from None
+    return tower, processor
+
+
+def load_language(folder: str | Path, dtype: torch.dtype = torch.float32, tokenizer_from: str | Path | None = None):
+    """(causal language model with attention over packed scenes, tokenizer) of a folder. Raises InputError."""
+    folder = base_folder(folder)
+    weight_files(folder)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: not a language model that can be read: {str(error).splitlines()[0]}") from None
+    _refuse_keys(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{folder}: the tokenizer names no end-of-text token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    with contextlib.suppress(ValueError):  # a model with attention of its own: `Captioner.can_pack` says no
+        model.set_attn_implementation("scene")
+    return model, tokenizer
+
+
+def pixel_store(model: DualEncoder | VQA | Captioner, cache_dir: str | None = None) -> PixelStore:
+    """Pixels as a model's vision tower takes them, read as in its training."""
+    resize = SquareResize if isinstance(model, Captioner) else QwenResize
+    return PixelStore(resize(model.processor), ImageSettings.from_dict(model.settings.images), cache_dir)
 
 
 def pick_device(device: str, dtype: str):

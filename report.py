@@ -199,6 +199,11 @@ def _width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
+def span_text(low_high) -> str:
+    """An interval of scores: "0.712 to 0.755"."""
+    return f"{low_high[0]:.3f} to {low_high[1]:.3f}"
+
+
 def table_text(rows: list[dict], columns: dict[str, str]) -> str:
     """The same table for a terminal. Control characters (a caption may hold any) become spaces."""
     lines: list[list[str]] = [[] for _ in range(len(rows) + 2)]
@@ -439,6 +444,32 @@ def samples_html(samples: list[dict], picture) -> str:
         )
     none = '<p class="none">No sample of this type has such answers.</p>'
     return f'<style>{"".join(rules)}</style>{choices}{none}<div class="gallery answers">{figures}</div>'
+
+
+# ---------------------------------------------------------------------------------------------
+# Captions
+
+
+def caption_sections(rows: list[dict], picture, number: int = 12) -> list[tuple[str, str]]:
+    """Sections of a page: the `number` best and worst captions by CIDEr, or the first ones where there is no score.
+
+    row: image, caption, and references and CIDEr where they are known; picture(path) -> (H, W, 3) uint8."""
+
+    def cards(chosen):
+        items = []
+        for row in chosen:
+            lines = [(row["caption"], row.get("CIDEr"), True)] + [
+                (text, None, None) for text in row.get("references", ())
+            ]
+            items.append({"image": thumbnail(picture(row["image"])), "title": Path(row["image"]).name, "lines": lines})
+        return gallery_html(items)
+
+    if not rows or "CIDEr" not in rows[0]:
+        return [("Captions", cards(rows[: 2 * number]))]
+    ranked = sorted(rows, key=lambda row: -row["CIDEr"])
+    worst = ranked[number:][-number:][::-1]
+    note = "<p>The caption with its CIDEr, then the references.</p>"
+    return [("Best", note + cards(ranked[:number]))] + ([("Worst", note + cards(worst))] if worst else [])
 
 
 def _quoted(text: str) -> str:

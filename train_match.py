@@ -30,17 +30,15 @@ from data import (
     FeatureStore,
     MatchCollator,
     MatchDataset,
-    PixelStore,
-    QwenResize,
     Scene,
     describe,
     drop_unreadable,
     load_json,
     load_splits,
 )
-from imagery import ImageSettings, read_image
+from imagery import ImageSettings, colour_histogram, read_image
 from losses import Relations, backward_through_embeddings, count_terms, match_loss, mine_negatives
-from model import DualEncoder
+from model import DualEncoder, pixel_store
 from trainer import SceneTrainer, gather_rows, read_history, write_json
 
 IDS = ("scene_ids", "scene_texts", "text_ids", "triplets")
@@ -203,13 +201,11 @@ def evaluate_scenes(
 
 def histogram_baseline(train: list[Scene], test: list[Scene], settings: ImageSettings, margin: float) -> dict:
     """The same metrics for a matcher that knows colour alone: a test image is described by the words of the captions of
-    its 5 nearest training images by joint RGB histogram (8 x 8 x 8 bins, histogram intersection, Swain & Ballard 1991);
+    its 5 nearest training images by `imagery.colour_histogram` (histogram intersection, Swain & Ballard 1991);
     words are weighted by inverse document frequency. What a model adds must lie above this."""
 
     def histogram(path):
-        rgb = read_image(path, settings, max_side=256).rgb.reshape(-1, 3) >> 5
-        counts = np.bincount(rgb @ np.array([64, 8, 1]), minlength=512).astype(np.float32)
-        return counts / counts.sum()
+        return colour_histogram(read_image(path, settings, max_side=256).rgb)
 
     def words(text):
         return re.findall(r"[a-z]+|\d+", text.lower()) + re.findall(r"(?=([\u4e00-\u9fff]{2}))", text)
@@ -257,8 +253,7 @@ def main(argv: list[str] | None = None) -> dict:
     # ---- data and model
     splits = load_splits(config, args.seed, run / "rejected.jsonl" if main_process else None)
     model = DualEncoder.from_base(config, seed=args.seed, dtype=torch.bfloat16 if args.bf16 else torch.float32)
-    settings = ImageSettings.from_dict(model.settings.images)
-    store = PixelStore(QwenResize(model.processor), settings, config.cache_dir)
+    store = pixel_store(model, config.cache_dir)
     splits = drop_unreadable(splits, store, config.max_rejected, run / "rejected.jsonl" if main_process else None)
     say(f"data: {describe(splits)}")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -344,11 +339,11 @@ def main(argv: list[str] | None = None) -> dict:
     found, image, text, texts = score(model, splits[tested])
     results["trained"] = flat(found)
     if main_process:
-        results["histogram"] = flat(histogram_baseline(splits["train"], splits[tested], settings, config.margin))
+        results["histogram"] = flat(histogram_baseline(splits["train"], splits[tested], store.settings, config.margin))
         results |= {"split": tested, "steps": outcome.global_step, "best_step": trainer.state.best_global_step,
                     "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
         write_json(run / "results.json", results)
-        write_report(run, results, splits[tested], image, text, texts, settings)
+        write_report(run, results, splits[tested], image, text, texts, store.settings)
         print(summary(results, best))
         print(f"report  {run / 'report.html'}")
     return results
@@ -366,9 +361,7 @@ def mined_negatives(model, scenes, config, args) -> list[list[str | None]]:
     """For each scene and each of its rows, the text to tell apart from the row's own (None: none qualifies)."""
     if config.mine_model:
         miner = DualEncoder.from_pretrained(config.mine_model, device=str(args.device)).eval()
-        own_store = PixelStore(
-            QwenResize(miner.processor), ImageSettings.from_dict(miner.settings.images), config.cache_dir
-        )
+        own_store = pixel_store(miner, config.cache_dir)
         _, image, text, texts = evaluate_scenes(miner, scenes, own_store, {}, config, args.eval_batch_size)
         place = {t: i for i, t in enumerate(texts)}
     else:
@@ -387,8 +380,7 @@ def mined_negatives(model, scenes, config, args) -> list[list[str | None]]:
 def evaluate_only(config: MatchConfig, args) -> dict:
     """`--eval_only`: the table of a checkpoint on the test split (else the validation split), printed and returned."""
     model = DualEncoder.from_pretrained(config.eval_only, device=str(args.device))
-    settings = ImageSettings.from_dict(model.settings.images)
-    store = PixelStore(QwenResize(model.processor), settings, config.cache_dir)
+    store = pixel_store(model, config.cache_dir)
     splits = drop_unreadable(load_splits(config, args.seed), store, config.max_rejected)
     print(f"data: {describe(splits)}")
     tested = "test" if splits["test"] else "val"
@@ -398,7 +390,7 @@ def evaluate_only(config: MatchConfig, args) -> dict:
         "split": tested,
         "trained": flat(found),
     }
-    results["histogram"] = flat(histogram_baseline(splits["train"], splits[tested], settings, config.margin))
+    results["histogram"] = flat(histogram_baseline(splits["train"], splits[tested], store.settings, config.margin))
     print(summary(results, config.eval_only))
     return results
 
@@ -470,7 +462,8 @@ def summary(results: dict, best) -> str:
         f"({int(trained['duplicate_texts'])} of them equal to another image's, counted right for both; strict mR "
         f"{trained['strict_mR']:.3f})",
         report.table_text(table_rows(results), columns),
-        f"95% intervals by image: accuracy {_span(trained['interval'])}, mR {_span(trained['mR_interval'])}",
+        f"95% intervals by image: accuracy {report.span_text(trained['interval'])}, "
+        f"mR {report.span_text(trained['mR_interval'])}",
     ]
     by_language = [f"{k[:2]} {trained[k]:.3f}" for k in ("en_mR", "zh_mR") if k in trained]
     if by_language:
@@ -478,10 +471,6 @@ def summary(results: dict, best) -> str:
     if "steps" in results:
         lines.append(f"best step {results['best_step']} of {results['steps']}, {results['seconds']:.0f} s in all")
     return "\n".join([*lines, f"model   {best}"])
-
-
-def _span(pair) -> str:
-    return f"{pair[0]:.3f} to {pair[1]:.3f}"
 
 
 def write_report(run, results, scenes, image, text, texts, settings) -> None:
@@ -511,9 +500,9 @@ def write_report(run, results, scenes, image, text, texts, settings) -> None:
     columns = {k: v.strip() for k, v in COLUMNS.items()}
     sections = [
         ("Scores", report.table_html(table_rows(results), columns, best={k: "max" for k in COLUMNS if k != "model"})
-         + f"<p>{results['split']} split; 95% intervals by image: accuracy {_span(results['trained']['interval'])}, "
-           f"mR {_span(results['trained']['mR_interval'])}. A text equal to another image's caption counts as right for both; "
-           f"strict mR is {results['trained']['strict_mR']:.3f}.</p>"),
+         + f"<p>{results['split']} split; 95% intervals by image: accuracy {report.span_text(results['trained']['interval'])}, "
+           f"mR {report.span_text(results['trained']['mR_interval'])}. A text equal to another image's caption counts as "
+           f"right for both; strict mR is {results['trained']['strict_mR']:.3f}.</p>"),
         ("Best retrievals", gallery(cards[:6])),
         ("Worst retrievals", gallery(cards[-6:][::-1])),
     ]  # fmt: skip

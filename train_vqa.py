@@ -11,12 +11,12 @@ results.json, samples.jsonl (every test question with its answers before and aft
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,84 +24,22 @@ import transformers
 
 import metrics
 import report
-from config import InputError, VQAConfig, parse, user_errors
+from config import InputError, VQAConfig, flag_value, parse, user_errors
 from data import (
-    PixelStore,
     QuestionCollator,
     QuestionDataset,
     QuestionScene,
-    QwenResize,
+    drop_too_long,
     drop_unreadable,
     load_splits,
     read_conversations,
 )
 from imagery import ImageSettings, read_image
-from model import VQA, read_config
-from trainer import SceneTrainer, read_history, write_json
+from model import VQA, pixel_store, read_config
+from trainer import PackedTask, SceneTrainer, read_history, write_json
 
 # ----------------------------------------------------------------------------------------------------
-# The task
-
-
-class VQATask:
-    """Loss and metrics of visual question answering, for `trainer.SceneTrainer`."""
-
-    def __init__(self, evaluate):
-        self.evaluate = evaluate
-
-    def count(self, batch) -> int:
-        return batch["targets"]
-
-    def step(self, trainer, model, batch, terms) -> torch.Tensor:
-        """Forward and backward of one micro-batch, a piece at a time: the sum over its targets, divided by the targets of
-        the whole optimizer step (`terms`), so that neither pieces nor micro-batches nor processes weigh."""
-        accelerator, pieces = trainer.accelerator, batch["pieces"]
-        total = torch.zeros((), device=terms.device)
-        for number, piece in enumerate(pieces):
-            last = number + 1 == len(pieces)
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                loss = model(**piece) / terms
-                accelerator.backward(loss * accelerator.num_processes)  # DDP averages gradients: this makes it the sum
-            total += loss.detach()
-        return total
-
-
-def left_out(splits: dict[str, list[QuestionScene]], prompt, config: VQAConfig, path: Path | None) -> dict:
-    """Splits without the questions that are too long and, except in the test split, the answers that are: listed in `path`
-    and counted. A test answer that is too long stays: no model can be right on it, and that is part of the score."""
-    rejected, kept = [], {}
-    for name, scenes in splits.items():
-        kept[name] = []
-        for scene in scenes:
-            listed = scene.questions
-            asked = prompt.tokenizer([q.text for q in listed], add_special_tokens=False)["input_ids"]
-            said = prompt.tokenizer([q.answer for q in listed], add_special_tokens=False)["input_ids"]
-            chosen = []
-            for question, a, b in zip(listed, asked, said):
-                reason = None
-                if len(a) > config.max_question_tokens:
-                    reason = f"question of {len(a)} tokens: above --max_question_tokens {config.max_question_tokens}"
-                elif len(b) > config.max_answer_tokens and name != "test":
-                    reason = f"answer of {len(b)} tokens: above --max_answer_tokens {config.max_answer_tokens}"
-                if reason:
-                    rejected.append({"file": scene.image, "row": question.id, "reason": reason})
-                else:
-                    chosen.append(question)
-            if chosen:
-                kept[name].append(QuestionScene(scene.image, chosen, scene.split))
-    total = sum(len(scene.questions) for scenes in splits.values() for scene in scenes)
-    if len(rejected) > config.max_rejected * total:
-        raise InputError(
-            f"{len(rejected)} of {total} questions or answers are too long (allowed: --max_rejected {config.max_rejected:g}),"
-            f" e.g. row {rejected[0]['row']}: {rejected[0]['reason']}"
-        )
-    if rejected:
-        print(f"data: {len(rejected)} questions left out as too long" + (f", listed in {path}" if path else ""))
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
-    return kept
+# Data
 
 
 def describe(splits: dict[str, list[QuestionScene]]) -> str:
@@ -191,12 +129,13 @@ def summary(results: dict, best) -> str:
         )
     for protocol, title in protocols.items():
         lines += [title, report.table_text(*table(results, protocol))]
-        spans = [f"{name} {_span(results[name][protocol]['micro_interval'])}" for name, _ in ROWS if name in results]
+        intervals = {name: results[name][protocol]["micro_interval"] for name, _ in ROWS if name in results}
+        spans = [f"{name} {report.span_text(interval)}" for name, interval in intervals.items()]
         lines += ["95% intervals of overall, by image: " + ", ".join(spans), ""]
     change = results["change"]
     lines.append(
         f"after against before: {change['gained']} gained, {change['lost']} lost, difference {change['difference']:+.3f}"
-        f" ({_span(change['difference_interval'])} by image), McNemar p {change['p']:.2g}"
+        f" ({report.span_text(change['difference_interval'])} by image), McNemar p {change['p']:.2g}"
     )
     if after.get("count_mae") is not None:
         errors = [f"{name} {results[name]['count_mae']:.2f}" for name, _ in ROWS
@@ -208,10 +147,6 @@ def summary(results: dict, best) -> str:
     if "steps" in results:
         lines.append(f"best step {results['best_step']} of {results['steps']}, {results['seconds']:.0f} s in all")
     return "\n".join([*lines, f"adapter {best}"])
-
-
-def _span(pair) -> str:
-    return f"{pair[0]:.3f} to {pair[1]:.3f}"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -239,20 +174,26 @@ def main(argv: list[str] | None = None) -> dict | None:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     options = {"dtype": dtype, "device": str(args.device)}
     if config.lora:
-        base = config.base_model if "base_model" in changed and "--preset" not in argv else None
+        # The adapter names its base; a flag, or the record of the run that is resumed, says where it lies now.
+        moved = flag_value("--base_model", argv) or args.resume_from_checkpoint
         model = VQA.from_pretrained(
             config.lora,
-            base_model=base,
+            base_model=config.base_model if moved else None,
             config=config,
             trainable=not config.eval_only,
             quantize=config.quantize,
             **options,
         )
+        changed["base_model"] = model.settings.base_model
         model.settings.answers = model.settings.answers or known_answers(splits["train"])
     else:
         model = VQA.from_base(config, seed=args.seed, answers=known_answers(splits["train"]), **options)
-    splits = left_out(splits, model.prompt, config, rejected)
-    store = PixelStore(QwenResize(model.processor), ImageSettings.from_dict(model.settings.images), config.cache_dir)
+    limits = {
+        "question": ("--max_question_tokens", config.max_question_tokens),
+        "answer": ("--max_answer_tokens", config.max_answer_tokens),
+    }
+    splits = drop_too_long(splits, model.tokenizer, config.max_rejected, rejected, **limits)
+    store = pixel_store(model, config.cache_dir)
     splits = drop_unreadable(splits, store, config.max_rejected, rejected)
     say(f"data: {describe(splits)}")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -304,7 +245,7 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     watched = watched_scenes(splits["val"], config.max_eval_questions)
 
-    def evaluate(_, blind=False):
+    def evaluate(_, blind):
         found = score(ask(watched, blind=blind), watched, samples=1)
         kinds = {f"accuracy_{kind}": value["accuracy"] for kind, value in found["exact"]["types"].items()}
         return {"accuracy": found["exact"]["micro"], "accuracy_bucketed": found["bucketed"]["micro"]} | kinds
@@ -312,7 +253,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     def trainer_of(arguments, blind=False):
         return SceneTrainer(
             model=model,
-            task=VQATask(lambda current: evaluate(current, blind)),
+            task=PackedTask(partial(evaluate, blind=blind)),
             args=arguments,
             train_dataset=dataset_of(blind),
             collator=QuestionCollator(config.pack_tokens, packing=config.packing, pad_id=model.tokenizer.pad_token_id),
@@ -352,7 +293,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         report.write_atomic(
             run / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         )
-        write_report(run, results, samples, ImageSettings.from_dict(model.settings.images))
+        write_report(run, results, samples, store.settings)
         print(summary(results, best))
         print(f"report  {run / 'report.html'}")
     return results
@@ -379,7 +320,7 @@ def write_report(run: Path, results: dict, samples: list[dict], settings: ImageS
     for protocol, title in (("exact", "Scores, exact"), ("bucketed", "Scores, count and area by class")):
         rows, columns = table(results, protocol)
         best = {key: "max" for key in columns if key != "model"}
-        interval = _span(results["after"][protocol]["micro_interval"])
+        interval = report.span_text(results["after"][protocol]["micro_interval"])
         sections.append((title, report.table_html(rows, columns, best=best)
                          + f"<p>95% interval of overall after training, by image: {interval}.</p>"))  # fmt: skip
     change = results["change"]

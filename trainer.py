@@ -6,6 +6,7 @@ Everything else - scene batches, learning rate per module, atomic checkpoints, e
 logs - is here, and is the same for all.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -178,14 +179,18 @@ class SceneTrainer(Trainer):
             return super()._load_best_model()
         self.accelerator.unwrap_model(self.model).load_trained(self.state.best_model_checkpoint)
 
-    def save_best(self) -> Path:
-        """Write the model as it stands (after training: the best one) to `best_model/`, whole or not at all."""
-        final = Path(self.args.output_dir) / "best_model"
+    def save_best(self, name: str = "best_model", write=None) -> Path:
+        """Write the model as it stands (after training: the best one) to the run's folder `name`, whole or not at all.
+        `write(folder)` writes another form of it than a checkpoint's."""
+        final = Path(self.args.output_dir) / name
         partial = final.with_name(final.name + PARTIAL)
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.save_model(str(partial), _internal_call=True)
+        if write is None:
+            self.save_model(str(partial), _internal_call=True)
+        elif self.args.should_save:
+            write(partial)
         if self.args.should_save:
             if final.exists():
                 shutil.rmtree(str(final) + DOOMED, ignore_errors=True)
@@ -194,6 +199,29 @@ class SceneTrainer(Trainer):
             shutil.rmtree(str(final) + DOOMED, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         return final
+
+
+class PackedTask:
+    """Next-token loss of texts about images (`data.QuestionCollator`), for `SceneTrainer`; `evaluate(model)` -> metrics."""
+
+    def __init__(self, evaluate):
+        self.evaluate = evaluate
+
+    def count(self, batch) -> int:
+        return batch["targets"]
+
+    def step(self, trainer, model, batch, terms) -> torch.Tensor:
+        """Forward and backward of one micro-batch, a piece at a time: the sum over its targets, divided by the targets of
+        the whole optimizer step (`terms`), so that neither pieces nor micro-batches nor processes weigh."""
+        accelerator, pieces = trainer.accelerator, batch["pieces"]
+        total = torch.zeros((), device=terms.device)
+        for number, piece in enumerate(pieces):
+            last = number + 1 == len(pieces)
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                loss = model(**piece) / terms
+                accelerator.backward(loss * accelerator.num_processes)  # DDP averages gradients: this makes it the sum
+            total += loss.detach()
+        return total
 
 
 class EpochOfSampler(TrainerCallback):

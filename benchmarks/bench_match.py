@@ -27,8 +27,6 @@ import json
 import logging
 import os
 import random
-import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -46,14 +44,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import transformers
+from common import peak_memory
 from PIL import Image
 from transformers import PrinterCallback, Qwen2_5_VLConfig, TrainerCallback, TrainingArguments
 
 from config import InputError, MatchConfig, user_errors
-from data import MatchCollator, MatchDataset, PixelStore, QwenResize, Scene, SceneSampler, image_settings, read_scenes
+from data import MatchCollator, MatchDataset, PixelStore, Scene, SceneSampler, image_settings, read_scenes
 from data import token_batch as pad_tokens
 from imagery import ImageSettings, read_image
-from model import COPIED_SETTINGS, TOWERS, DualEncoder, DualEncoderSettings, load_processor
+from model import COPIED_SETTINGS, TOWERS, DualEncoder, DualEncoderSettings, load_processor, pixel_store
 from train_match import MatchTask
 from trainer import SceneTrainer
 
@@ -342,7 +341,7 @@ class Bench:
         self.peer = None
 
     def pixel_store(self, name: str) -> PixelStore:
-        return PixelStore(QwenResize(self.model.processor), self.settings, f"{self.folder.name}/{name}")
+        return pixel_store(self.model, f"{self.folder.name}/{name}")
 
     def common(self, steps: int, batch: int) -> dict:
         options = self.options
@@ -454,7 +453,7 @@ def make_peer(model: DualEncoder, settings: ImageSettings, device: str):
             return features | {"sentence_embedding": made}
 
         def save(self, output_path, *args, **kwargs):
-            raise NotImplementedError("a benchmark saves nothing")
+            raise NotImplementedError("a benchmark saves nothing")  # abstract in the base class: it must be there
 
     return SentenceTransformer(modules=[Towers(model)], device=device)
 
@@ -547,26 +546,13 @@ def profile(bench: Bench, work: Work) -> dict:
     return result
 
 
-def peak_memory(options) -> int:
-    """Highest memory of this process so far, in bytes: resident on a CPU, allocated by torch on CUDA.
-
-    Linux: VmHWM, because ru_maxrss of a child starts at its parent's.
-    """
-    if options.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def measure_child(options) -> None:
     """In a fresh process: train a few steps of one side and print the peak."""
     bench = Bench(options)
     work = Work(bench.model, read_rows(options), bench.store, batch=options.scenes, texts=options.texts, steps=2)
-    before = peak_memory(options)
+    before = peak_memory(options.device)
     bench.run(options.measure, work)
-    print(json.dumps({"loaded": before, "peak": peak_memory(options)}))
+    print(json.dumps({"loaded": before, "peak": peak_memory(options.device)}))
 
 
 def measure_memory(argv: list[str]) -> dict:

@@ -8,7 +8,7 @@
 Sides, all with the same weights, questions in the same order, questions an optimizer step, LoRA, AdamW, pixels, prompt,
 threads and dtype, and a frozen vision tower:
 
-    ours    SceneTrainer, VQATask, QuestionCollator of this project; image tokens from the cache of the frozen tower
+    ours    SceneTrainer, PackedTask, QuestionCollator of this project; image tokens from the cache of the frozen tower
     tower   ours, but the vision tower runs in every step (what `--no_cache` costs)
     rows    transformers.Trainer with one padded row per question, as popular fine-tuning repositories write it: the
             processor opens and cuts the image of every row, model(**inputs) with labels, logits of every position
@@ -32,7 +32,6 @@ import io
 import json
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -48,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 import transformers
+from common import peak_memory
 from PIL import Image
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -57,19 +57,15 @@ import data2csv
 import demo_bases
 from config import InputError, VQAConfig, user_errors
 from data import (
-    PixelStore,
     QuestionCollator,
     QuestionDataset,
     QuestionScene,
-    QwenResize,
     SceneSampler,
     pad_rows,
     read_conversations,
 )
-from imagery import ImageSettings
-from model import TREE_KEYS, VQA, SceneTree
-from train_vqa import VQATask
-from trainer import SceneTrainer
+from model import TREE_KEYS, VQA, SceneTree, pixel_store
+from trainer import PackedTask, SceneTrainer
 
 SEED = 0
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,8 +205,7 @@ class Bench:
             self.model.gradient_checkpointing_enable()
         self.start = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         self.train, self.held = read_questions(options.data, folder)
-        settings = ImageSettings.from_dict(self.model.settings.images)
-        self.store = PixelStore(QwenResize(self.model.processor), settings, self.config.cache_dir)
+        self.store = pixel_store(self.model, self.config.cache_dir)
         self.tokens = self.model.token_store(self.config.cache_dir, self.store)
         paths = [scene.image for scene in self.train + self.held]
         self.store.prepare(paths)
@@ -262,7 +257,7 @@ class Bench:
     def ours(self, dataset: QuestionDataset, arguments) -> Trainer:
         budget = getattr(self.options, "pack_tokens", VQAConfig.pack_tokens)
         return type("Ours", (KeepsLosses, SceneTrainer), {})(
-            model=self.model, task=VQATask(None), args=arguments, train_dataset=dataset, collator=QuestionCollator(budget),
+            model=self.model, task=PackedTask(None), args=arguments, train_dataset=dataset, collator=QuestionCollator(budget),
             settings={}, rates={},
         )  # fmt: skip
 
@@ -617,17 +612,6 @@ def work_table(bench: Bench, work: Work) -> dict:
     )  # fmt: skip
     found = {"measured": counted_work(*own, t.vocab_size, rank, work)}
     return found | {name: counted_work(*shape, 151936, rank, work) for name, shape in SHAPES.items()}
-
-
-def peak_memory(device: str) -> int:
-    """Highest memory of this process so far, in bytes: resident on a CPU (Linux: VmHWM, because ru_maxrss of a child
-    starts at its parent's), allocated by torch on CUDA."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure_child(options) -> None:

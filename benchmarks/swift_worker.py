@@ -6,25 +6,18 @@ read; then for each number N on stdin it runs N steps and prints their seconds a
 
 import functools
 import json
-import re
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import transformers
+from common import peak_memory
 from transformers import TrainerCallback
 
 
 def reply(**found) -> None:
     print("@@" + json.dumps(found), flush=True)
-
-
-def peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 class Rounds(TrainerCallback):
@@ -79,7 +72,8 @@ class Rounds(TrainerCallback):
             return
         self.left -= 1
         if self.left == 0:
-            reply(seconds=time.perf_counter() - self.start, steps=self.total, peak=peak_memory())
+            seconds, device = time.perf_counter() - self.start, "cuda" if torch.cuda.is_available() else "cpu"
+            reply(seconds=seconds, steps=self.total, peak=peak_memory(device))
             self._wait()
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from config import MatchConfig, VQAConfig
-from tests.official_layout import write_qwen_vl
+from config import CaptionConfig, MatchConfig, VQAConfig, user_errors
+from tests.official_layout import write_clip, write_qwen3, write_qwen_vl
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -71,6 +71,22 @@ def drawn(tmp_path_factory) -> Drawn:
         (root / f"{split}.json").write_text(json.dumps(rows, ensure_ascii=False))
     (root / "captions.json").write_text(json.dumps(captions, ensure_ascii=False))
     return Drawn(root, images, *(root / f"{name}.json" for name in ("train", "val", "test", "captions")))
+
+
+@pytest.fixture
+def call_main(capsys):
+    """`call_main(script.main, "--flag", ...) -> (exit code, stdout, stderr)`."""
+
+    def run(main, *words):
+        try:
+            with user_errors():
+                code = main([str(word) for word in words]) or 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -169,5 +185,36 @@ def answerer(vqa_settings):
                 if "lora_B" in name:
                     parameter.normal_(0, strength)
         return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def clip_base(tmp_path_factory) -> Path:
+    """A tiny CLIP with random weights: 4 x 4 patches."""
+    return write_clip(tmp_path_factory.mktemp("base") / "clip")
+
+
+@pytest.fixture(scope="session")
+def siglip_base(tmp_path_factory) -> Path:
+    """A tiny SigLIP with random weights: 4 x 4 patches."""
+    return write_clip(tmp_path_factory.mktemp("base") / "siglip", "siglip")
+
+
+@pytest.fixture(scope="session")
+def qwen3_base(tmp_path_factory) -> Path:
+    """A tiny Qwen3 with random weights, in two shards."""
+    return write_qwen3(tmp_path_factory.mktemp("base") / "qwen3")
+
+
+@pytest.fixture(scope="session")
+def captioner(clip_base, qwen3_base):
+    """`captioner(field=value, ...)`: a new Captioner on the tiny bases."""
+    from model import Captioner
+
+    def make(seed=0, dtype=torch.float32, **changed) -> Captioner:
+        small = {"vision_model_name": str(clip_base), "language_model_name": str(qwen3_base), "cache_dir": None,
+                 "lora_alpha": 8, "lora_dropout": 0.0, "max_caption_tokens": 12}  # fmt: skip
+        return Captioner.from_base(CaptionConfig(**(small | changed)), seed=seed, dtype=dtype)
 
     return make

@@ -42,3 +42,59 @@ def write_qwen_vl(folder, family="qwen2_5_vl", shards=2, seed=0, vocab=None, **s
         model = getattr(transformers, config["architectures"][0])(transformers.AutoConfig.from_pretrained(folder))
     demo_bases.write_weights(model, folder, shards)
     return folder
+
+
+def write_qwen3(folder, shards=2, seed=0, vocab=None) -> Path:
+    """Write a tiny Qwen3 to `folder` and return it."""
+    import torch
+    import transformers
+
+    import demo_bases
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = demo_bases.write_qwen_tokenizer(folder, *(vocab or demo_bases.train_bpe(TEXT * 2, 320)), "qwen3")
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "heads": 4, "kv_heads": 2}
+    demo_bases.write_qwen_settings(folder, demo_bases.qwen_config(tokenizer, "qwen3", text))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.Qwen3ForCausalLM(transformers.AutoConfig.from_pretrained(folder))
+    demo_bases.write_weights(model, folder, shards)
+    return folder
+
+
+def write_clip(folder, family="clip", seed=0, image_size=56, shards=1) -> Path:
+    """Write a tiny whole CLIP ("clip") or SigLIP ("siglip") to `folder`, with the buffers that old files hold."""
+    import json
+
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tower = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    eye = tower | {"image_size": image_size, "patch_size": 14}
+    reader = tower | {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "projection_size": 32}
+    config_class, model_class = {"clip": (transformers.CLIPConfig, transformers.CLIPModel),
+                                 "siglip": (transformers.SiglipConfig, transformers.SiglipModel)}[family]  # fmt: skip
+    config = config_class(text_config=reader, vision_config=eye)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+    model.save_pretrained(folder, max_shard_size="100GB" if shards == 1 else "60KB")
+    if family == "clip" and shards == 1:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["vision_model.embeddings.position_ids"] = torch.arange((image_size // 14) ** 2 + 1)[None]
+        tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    sizes = {"do_resize": True, "do_normalize": True, "resample": 3}
+    if family == "clip":
+        sizes |= {"crop_size": image_size, "size": image_size, "do_center_crop": True,
+                  "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                  "image_std": [0.26862954, 0.26130258, 0.27577711]}  # fmt: skip
+    else:
+        sizes |= {"size": {"height": image_size, "width": image_size}, "image_processor_type": "SiglipImageProcessor",
+                  "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_rescale": True}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(sizes))
+    return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from official_layout import write_qwen_vl
+from official_layout import write_clip, write_qwen3, write_qwen_vl
 from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -137,6 +137,37 @@ def test_vqa_answers_are_the_same(tiny_questions, tmp_path):
     assert found["equal"] == {"ours": 1, "tower": 1, "rows 1": 1, "rows 3": 1}
     assert set(found["ratios"]) == {"ours / rows 1", "tower / rows 1", "ours / rows 3", "tower / rows 3"}
     assert "same answers to 8 questions of 2 images" in done.stdout
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_caption_training_compares_equal_work(frozen, tmp_path):
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(6):
+        Image.fromarray(random.integers(0, 256, (60, 70, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        captions = [f"image {i}", f"image {i} shows {i + 1} farm fields", f"two roads and a river in image {i}"]
+        rows += [{"image": f"{i}.png", "caption": text, "split": "val" if i > 3 else "train"} for text in captions]
+    (tmp_path / "captions.json").write_text(json.dumps(rows))
+    out = tmp_path / "result.json"
+    files = ["--data", str(tmp_path / "captions.json"), "--json", str(out)]
+    files += ["--bases", str(write_clip(tmp_path / "clip")), str(write_qwen3(tmp_path / "qwen3"))]
+    sizes = ["--captions", "3", "--rows", "2", "6", "--rounds", "1", "--our_steps", "2", "--threads", "1"]
+    sizes += ["--parts"] if frozen else ["--no_freeze_vision_model", "--projector", "pixel_shuffle", "--no_memory"]
+    race = ["--target_loss", "0", "--limit", "0", "--eval_every", "1", "--sweep", "3x2"]
+    done = run(*files, *sizes, *race, script=FOLDER / "bench_caption.py")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    sides = {"ours", "rows"} | (set() if frozen else {"rows, head"})
+    assert set(found["equal"]) == set(found["compare"]["rates"]) == sides
+    assert found["equal"]["ours"]["loss_difference"] <= 1e-4
+    assert 0 < found["equal"]["ours"]["gradient_difference"] <= 1e-4
+    assert set(found["tuned"]["rows"]) == {"2", "6"} and len(found["compare"]["ratios"]["rows"]) == 1
+    assert set(found["memory"]) == (sides if frozen else set())
+    assert all(memory["peak"] >= memory["loaded"] > 0 for memory in found["memory"].values())
+    assert list(found["race"]) == ["ours 2x3", "ours 3x2", "rows"]
+    assert all(side["step"] == 1 and not side["reached"] for side in found["race"].values())
+    for line in ("same work: loss", "captions/s by rows a micro-batch", "ours / it", "not reached in 0 s"):
+        assert line in done.stdout, line
 
 
 @pytest.mark.parametrize("name", ["bench_vqa", "bench_vqa_eval"])

@@ -97,7 +97,7 @@ def model(world) -> VQA:
 
 
 @pytest.fixture
-def call(world, capsys, monkeypatch, model):
+def call(world, call_main, monkeypatch, model):
     """`call("--flag", ...) -> (exit code, stdout, stderr)` of the script, with the adapter loaded once for all tests."""
     load = VQA.from_pretrained
 
@@ -109,15 +109,8 @@ def call(world, capsys, monkeypatch, model):
     monkeypatch.setattr(VQA, "from_pretrained", loaded)
 
     def run(*words):
-        code = 0
-        words = ["--lora", world.lora, "--data", world.data, "--device", "cpu", *words]
-        try:
-            with user_errors():
-                code = compare_before_after.main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
+        given = ["--lora", world.lora, "--data", world.data, "--device", "cpu"]
+        return call_main(compare_before_after.main, *given, *words)
 
     return run
 

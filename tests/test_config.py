@@ -11,7 +11,9 @@ from config import (
     TRAINING_DEFAULTS,
     InputError,
     MatchConfig,
+    VQAConfig,
     field_help,
+    flag_value,
     parse,
     resolve_checkpoint,
     user_errors,
@@ -86,6 +88,15 @@ def test_dashes_and_equal_signs():
     assert read("--projection-dim=64", "--preset=demo")[0].projection_dim == 64
     assert read("--percentiles", "1", "99")[0].percentiles == [1.0, 99.0]
     assert read("--cache_dir", "none")[0].cache_dir is None
+
+
+def test_flag_value_is_what_the_command_line_itself_gives(capsys):
+    for words in (["--base_model", "x"], ["--base-model=x"], ["--preset", "demo", "--base_model=x", "--lora=y"]):
+        assert flag_value("--base_model", words) == "x", words
+    assert flag_value("--base_model", ["--preset", "demo"]) is None
+    with pytest.raises(SystemExit):  # it would miss a flag cut short
+        read("--base_mod=x")
+    assert "--base_mod" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -179,5 +190,8 @@ def test_resolve_checkpoint(tmp_path):
 def test_new_run_into_a_used_folder(tmp_path):
     checkpoint(tmp_path, 4, {})
     refused(lambda: read(out=tmp_path), tmp_path, "--resume_from_checkpoint")
+    for cls, words in ((MatchConfig, ["--eval_only", str(tmp_path)]), (VQAConfig, ["--eval_only"])):  # writes nothing
+        assert parse(cls, [f"--output_dir={tmp_path}", "--use_cpu=true", *words])[0].eval_only
+    refused(lambda: parse(VQAConfig, [f"--output_dir={tmp_path}", "--eval_only=false", "--use_cpu=true"]), tmp_path)
     _, args, _ = parse(MatchConfig, ["--use_cpu=true"])
     assert Path(args.output_dir).parent.name == "output" and TRAINING_DEFAULTS["output_dir"] is None

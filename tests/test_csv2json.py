@@ -11,7 +11,6 @@ import pytest
 
 import csv2json
 import data2csv
-from config import user_errors
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data"
@@ -44,20 +43,9 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def call(capsys):
+def call(call_main):
     """`call("--flag", ...) -> (exit code, stdout, stderr)`."""
-
-    def run(*words):
-        code = 0
-        try:
-            with user_errors():
-                csv2json.main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return lambda *words: call_main(csv2json.main, *words)
 
 
 def ten(here: Path, asked=3) -> Path:

@@ -69,6 +69,8 @@ def captions(count=10, start=0, **more) -> list[dict]:
 
 def test_missing_file_and_folder(tmp_path):
     refused(lambda: read_scenes(tmp_path / "none.json"), tmp_path / "none.json", "no such file")
+    refused(lambda: read_scenes(tmp_path), tmp_path / "captions.json", "no such file")
+    (tmp_path / "captions.json").mkdir()
     refused(lambda: read_scenes(tmp_path), "is a folder")
 
 
@@ -268,6 +270,9 @@ def test_truncated_image_is_found_before_training(folder):
     assert sum(map(len, kept.values())) == 9
     assert not any(s.image.endswith("a3.png") for scenes in kept.values() for s in scenes)
     assert "a3.png" in json.loads(report.read_text())["file"]
+    for _ in range(2):  # a second start of the run lists it once, too
+        drop_unreadable(load_splits(DataConfig(train_file=str(folder / "c.json")), report=report), store, 0.1, report)
+        assert "a3.png" in json.loads(report.read_text())["file"]
     only = {"train": splits["train"], "val": [Scene(str(folder / "a3.png"))], "test": []}
     refused(lambda: drop_unreadable(only, store, 1.0), "no image of the val split")
 

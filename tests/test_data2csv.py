@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import data2csv
-from config import user_errors
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data"
@@ -49,20 +48,9 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def call(capsys):
+def call(call_main):
     """`call("--flag", ...) -> (exit code, stdout, stderr)`."""
-
-    def run(*words):
-        code = 0
-        try:
-            with user_errors():
-                data2csv.main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return lambda *words: call_main(data2csv.main, *words)
 
 
 def test_single_files(here, call):

@@ -16,6 +16,7 @@ import rasterio
 
 import demo_data
 from config import InputError
+from imagery import colour_histogram
 
 SCENES, SEED = 30, 3
 ROOT = Path(demo_data.__file__).parent
@@ -229,7 +230,8 @@ def test_captions_are_the_triplets_positives(data, truths):
     }
     for language in ("en", "zh"):
         rows = load(data / f"captions_{language}.json")
-        assert len(rows) == 5 * SCENES and all(set(r) == {"image", "caption", "split"} for r in rows)
+        assert len(rows) == 5 * SCENES and all(set(r) - {"prompt"} == {"image", "caption", "split"} for r in rows)
+        assert [r.get("prompt") for r in rows] == [None, demo_data.DETAIL[language], None, None, None] * SCENES
         assert all((r["image"], r["caption"]) in positives and truths[r["image"]]["split"] == r["split"] for r in rows)
 
 
@@ -460,7 +462,7 @@ def test_colour_alone_does_not_tell_the_land_cover():
     """Nearest neighbour by colour histogram: above chance (1 in 13), far from an answer."""
     scenes = [demo_data.scene_truth(0, i) for i in range(78)]
     pixels = [demo_data.draw({**t, "bits": 8, "bands": 3}) for t in scenes]
-    features = np.stack([demo_data.histogram_features(p) for p in pixels])
+    features = np.sqrt([colour_histogram(p) for p in pixels])  # their products: Bhattacharyya similarity
     assert features.shape == (78, 512) and np.allclose((features**2).sum(1), 1, atol=1e-5)
     similar = features @ features.T - 2 * np.eye(78)
     right = np.mean([scenes[i]["cover"] == scenes[j]["cover"] for i, j in enumerate(similar.argmax(1))])

@@ -23,7 +23,7 @@ from rasterio.transform import Affine, from_origin
 
 import imagery
 from config import InputError
-from imagery import ImageError, ImageSettings, image_size, read_image, read_tiles, tile_windows
+from imagery import ImageError, ImageSettings, colour_histogram, image_size, read_image, read_tiles, tile_windows
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -538,6 +538,14 @@ def test_threads_agree(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         got = list(pool.map(lambda i: read_image(paths[i % 4]).rgb, range(64)))
     assert all(np.array_equal(got[i], expected[i % 4]) for i in range(64))
+
+
+def test_colour_histogram_counts_cells_of_32_levels():
+    rgb = np.zeros((2, 4, 3), np.uint8)
+    rgb[0, :2], rgb[1, 3] = (255, 40, 31), (0, 0, 32)
+    found = colour_histogram(rgb)
+    assert found.shape == (512,) and found.dtype == np.float32
+    assert {int(i): float(found[i]) for i in found.nonzero()[0]} == {0: 0.625, 7 * 64 + 8: 0.25, 1: 0.125}
 
 
 # ---------------------------------------------------------------------------------------------- footprint

@@ -14,6 +14,7 @@ TIERS = [
     ["config"],
     ["imagery"],
     ["losses", "metrics", "report"],
+    ["caption_scores"],
     ["data"],
     ["store"],
     ["model"],

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import inference_script
-from config import InputError, user_errors
+from config import InputError
 from inference_script import score_rows
 from model import DualEncoder
 
@@ -39,19 +39,12 @@ def matcher(checkpoint) -> DualEncoder:
 
 
 @pytest.fixture
-def call(checkpoint, capsys, monkeypatch):
+def call(checkpoint, call_main, monkeypatch):
     """`call("--flag", ...) -> (exit code, stdout, stderr)` of the script, `stdin` in bytes."""
 
     def run(*words, stdin: bytes = b"", folder=checkpoint):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        code = 0
-        try:
-            with user_errors():
-                code = inference_script.main(["--checkpoint", str(folder), "--device", "cpu", *map(str, words)])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
+        return call_main(inference_script.main, "--checkpoint", folder, "--device", "cpu", *words)
 
     return run
 

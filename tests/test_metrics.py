@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import metrics
-from metrics import bootstrap_interval, retrieval, triplet_accuracy
+from metrics import bootstrap_interval, object_mentions, retrieval, triplet_accuracy
 
 # ---------------------------------------------------------------------------------------------
 # Uncertainty
@@ -225,3 +225,20 @@ def test_what_cannot_be_scored_is_refused_with_a_reason():
     }.items():
         with pytest.raises(ValueError, match=pattern):
             call()
+
+
+def test_objects_named_by_captions():
+    words = {"ship": ["ship", "ships", "船"], "tank": ["storage tank", "storage tanks"], "road": ["road", "公路"], "car": ["车"]}
+    captions = ["Two ships and a ship, no road.", "A storage tank beside a railroad", "公路上有一辆车", "停车场", ""]
+    present = [["ship"], ["tank", "road"], ["road", "car"], [], ["ship"]]
+    found = object_mentions(captions, present, words, ["no road", "停车场"])
+    # named: {ship}, {tank} ("railroad" is no road), {road, car}, {}, {}: 4, all there; present 6
+    assert (found["precision"], found["recall"], found["hallucinating"]) == (1.0, 4 / 6, 0.0)
+    assert found["named"] == 4 and found["present"] == 6
+    loose = object_mentions(captions, present, words)
+    assert loose["precision"] == 4 / 6 and loose["hallucinating"] == 2 / 5
+    low, high = loose["precision_interval"]
+    assert 0 <= low <= loose["precision"] <= high <= 1
+    assert object_mentions(["nothing"], [["ship"]], words)["precision"] is None
+    with pytest.raises(ValueError, match="no words for"):
+        object_mentions(["x"], [["plane"]], words)

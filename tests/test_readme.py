@@ -31,11 +31,16 @@ def test_every_command_names_a_script_and_flags_that_exist(name):
 
     from transformers import TrainingArguments
 
-    from config import MatchConfig, VQAConfig
+    from config import ALIASES, CaptionConfig, MatchConfig, VQAConfig
 
     training = {}
-    for script, config in (("train_match.py", MatchConfig), ("train_vqa.py", VQAConfig)):
+    for script, config in (
+        ("train_match.py", MatchConfig),
+        ("train_vqa.py", VQAConfig),
+        ("train_caption.py", CaptionConfig),
+    ):
         fields = set(config.__dataclass_fields__) | set(TrainingArguments.__dataclass_fields__)
+        fields |= {flag.lstrip("-") for flag in ALIASES.get(config.__name__, {})}
         training[script] = fields | {f"no_{field}" for field in fields} | {"help", "help_all"}
     seen = commands(name)
     assert len(seen) > 8
@@ -130,3 +135,33 @@ def test_the_readme_path_from_rsvqa_to_a_merged_model(base, asked, tmp_path, mon
     for said in ("data_vl_test.json", "before: adapter off", "blind: trained without images", "gained", "merged"):
         assert said in printed, said
     assert (tmp_path / "merged" / "model.safetensors").is_file() and (run / "compare" / "report.html").is_file()
+
+
+def test_the_readme_path_from_captions_to_a_described_image(clip_base, qwen3_base, drawn, tmp_path, monkeypatch, capsys):
+    """`train_caption.py --data_path ./data --output_dir ./outputs ...`, `caption.py eval` and `generate`."""
+    import json
+    import shutil
+
+    import caption
+    import train_caption
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(drawn.images, "data/images")
+    rows = [row for row in json.loads(drawn.captions.read_text()) if row["split"] != "test"]
+    (tmp_path / "data" / "captions.json").write_text(json.dumps(rows, ensure_ascii=False))
+    (tmp_path / "test_images").mkdir()
+    tested = [row for row in json.loads(drawn.captions.read_text()) if row["split"] == "test"]
+    for name in {row["image"] for row in tested}:
+        shutil.move(f"data/images/{name}", f"test_images/{name}")
+    (tmp_path / "captions.json").write_text(json.dumps(tested, ensure_ascii=False))
+    bases = ["--vision_model_name", str(clip_base), "--language_model_name", str(qwen3_base), "--learning_rate", "0.003"]
+    small = ["--use_cpu", "true", "--dataloader_num_workers", "0", "--disable_tqdm", "true", "--max_caption_tokens", "32"]
+    train_caption.main(
+        ["--data_path", "./data", "--output_dir", "./outputs", "--batch_size", "4", "--num_epochs", "3", *bases, *small]
+    )
+    out = ["--output_file", "./eval_results.json", "--references", "captions.json"]
+    assert caption.main(["eval", "--model_path", "./outputs/final", "--test_dir", "./test_images", *out]) == 0
+    image = next((tmp_path / "test_images").iterdir())
+    said = ["--image_path", str(image), "--prompt", "Describe the image.", "--max_length", "64"]
+    assert caption.main(["generate", "--model_path", "./outputs/final", *said]) == 0
+    assert "CIDEr" in capsys.readouterr().out and len(json.loads(Path("eval_results.json").read_text())["captions"]) == 6

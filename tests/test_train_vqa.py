@@ -140,6 +140,26 @@ def test_training_goes_on_from_an_adapter(run, tmp_path):
     assert first.keys() == second.keys() and any(not torch.equal(first[key], second[key]) for key in first)
 
 
+def test_the_base_is_the_adapters_unless_a_flag_says_otherwise(run, base, asked, tmp_path):
+    """With --preset, whose own base is another; a resumed run keeps to what it began with."""
+    moved, lora = tmp_path / "moved", f"--lora={tmp_path / 'run' / 'best_model'}"
+    shutil.copytree(base, moved)
+    run("--no_blind_baseline", f"--base_model={moved}", "--num_train_epochs=1")
+    rest = [*SMALL, *asked.flags(), lora, "--no_blind_baseline", "--cache_dir=none"]
+    assert train_vqa.main([*rest, "--eval_only"])["config"]["base_model"] == str(moved)
+    moved.rename(tmp_path / "away")
+    with pytest.raises(InputError, match="no model here"):
+        train_vqa.main([*rest, "--eval_only"])
+    more = [f"--output_dir={tmp_path / 'more'}", f"--base_model={tmp_path / 'away'}"]
+    train_vqa.main([*rest, *more])
+    settings = json.loads((tmp_path / "more" / "best_model" / "vqa.json").read_text())
+    assert settings["base_model"] == str(tmp_path / "away")
+    for leftover in (sorted((tmp_path / "more").glob("checkpoint-*"))[-1], tmp_path / "more" / "best_model"):
+        shutil.rmtree(leftover)
+    train_vqa.main([f"--resume_from_checkpoint={tmp_path / 'more'}"])
+    assert (tmp_path / "more" / "best_model" / "vqa.json").is_file()
+
+
 def test_merge_command(run, tmp_path, capsys):
     run("--no_blind_baseline")
     train_vqa.main(["merge", f"--lora={tmp_path / 'run' / 'best_model'}", f"--output={tmp_path / 'merged'}"])

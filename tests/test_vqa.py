@@ -418,6 +418,22 @@ def test_another_base_is_an_error(answerer, tmp_path):
         VQA.from_pretrained(tmp_path / "a", base_model=str(tmp_path / "nowhere"))
 
 
+def test_a_base_that_was_moved_is_found_by_its_flag(base, answerer, tmp_path):
+    """From then on the model knows where it lies: merging and saving again need no flag."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(base, first)
+    (first / "vocab.json").write_text("{}")  # merge copies from the base what the tokenizer does not write
+    answerer(base_model=str(first)).save_pretrained(tmp_path / "a")
+    first.rename(second)
+    with pytest.raises(InputError, match="no model here"):
+        VQA.from_pretrained(tmp_path / "a")
+    model = VQA.from_pretrained(tmp_path / "a", base_model=str(second))
+    model.save_pretrained(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "vqa.json").read_text())["base_model"] == str(second)
+    model.merge(tmp_path / "merged")
+    assert (tmp_path / "merged" / "vocab.json").is_file() and load_qwen(tmp_path / "merged", torch.float32)
+
+
 def test_base_with_tensors_that_do_not_fit_is_an_error(base, vqa_settings, tmp_path):
     folder = tmp_path / "b"
     shutil.copytree(base, folder)

@@ -1,0 +1,300 @@
+"""Use a trained captioner: write captions of images, and score them.
+
+    python caption.py generate --model_path outputs/final --image_path image.tif --prompt "Describe the image."
+    python caption.py generate --model_path outputs/final --image_path images/ --output_file captions.json
+    python caption.py eval --model_path outputs/final --test_dir test_images --output_file eval_results.json
+    python caption.py eval --model_path outputs/final --test_dir test_images --references captions.json ...
+
+eval writes captions of every image; with --references also their scores, and a page with the best and the worst beside
+--output_file. An image that cannot be read is listed with its reason, the others are captioned, and the exit code is 1
+(0: all done; 2: nothing was done).
+"""
+
+import argparse
+import html
+import json
+import re
+import sys
+from pathlib import Path
+
+from config import InputError, add_device_flags, user_errors
+
+DEMO = {
+    "model_path": "output/demo_caption/final",
+    "test_dir": "data/demo/images",
+    "references": "data/demo/captions_en.json",
+    "training": "data/demo/captions_en.json",
+    "objects": "data/demo/objects.json",
+    "output_file": "output/demo_caption/eval/results.json",
+    "prompt": "Describe the image in detail.",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="eval|generate")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--preset", default="full", choices=["full", "demo"], help="demo: the model and data of make demo"
+    )
+    shared.add_argument("--model_path", help="final/ or checkpoint-N/ of a train_caption.py run")
+    shared.add_argument("--prompt", help="what the model is asked (default: the prompt it was trained with)")
+    shared.add_argument("--max_length", type=int, help="most tokens of a caption (default: as in training)")
+    shared.add_argument("--num_beams", type=int, default=1, help="beam search over so many captions (1: greedy)")
+    shared.add_argument("--temperature", type=float, default=0.0, help="above 0: draw words instead of the best ones")
+    shared.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest words of this total share")
+    shared.add_argument("--seed", type=int, default=0, help="another seed draws other words")
+    shared.add_argument("--batch_size", type=int, default=32, help="images captioned at once")
+    add_device_flags(shared)
+
+    generate = commands.add_parser("generate", parents=[shared], help="write captions", description="Write captions.")
+    generate.add_argument("--image_path", nargs="+", help="images, or folders of them")
+    generate.add_argument("--output_file", help='file for [{"image", "caption"}] (default: the terminal)')
+
+    score = commands.add_parser(
+        "eval", parents=[shared], help="caption a folder and score", description="Score captions."
+    )
+    score.add_argument("--test_dir", help="folder of images, searched in depth")
+    score.add_argument("--output_file", help="JSON file for captions and scores; its page is beside it")
+    score.add_argument("--references", help="captions to score against, in any form train_caption.py reads")
+    score.add_argument("--split", default="test", help="split of the references to score, where they have splits")
+    score.add_argument("--language", choices=["en", "zh"], help="language of the references (default: the prompt's)")
+    score.add_argument("--training", help="captions of training: adds the baselines and the share of copied captions")
+    score.add_argument(
+        "--objects", help='{"words": {object: [word]}, "images": {image: [object]}}: are they named rightly?'
+    )
+    score.add_argument(
+        "--max_rejected", type=float, default=0.01, help="share of references that may be unusable (0 to 1)"
+    )
+    return parser
+
+
+def checked(args) -> None:
+    """Fill in a preset's defaults and refuse what no run can use. Raises InputError."""
+    if args.preset == "demo":
+        for name, value in DEMO.items():
+            if getattr(args, name, "") is None:
+                setattr(args, name, value)
+    needed = ["model_path", "image_path"] if args.command == "generate" else ["model_path", "test_dir", "output_file"]
+    for name in needed:
+        if not getattr(args, name):
+            raise InputError(f"{args.command} needs --{name}")
+    for name, low, high in (("max_length", 1, 4096), ("num_beams", 1, 64), ("temperature", 0, 100), ("top_p", 0.01, 1),
+                            ("batch_size", 1, 4096)):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name} {value}: expected a number from {low} to {high}")
+    if args.temperature and args.num_beams > 1:
+        raise InputError("--num_beams searches and --temperature draws: give one of them")
+    output = args.output_file and Path(args.output_file)
+    if output and output.is_dir():
+        raise InputError(f"--output_file {output}: is a folder, expected a file")
+
+
+def load(args):
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    from model import Captioner, pick_device
+
+    logging.disable_progress_bar()
+    device, dtype = pick_device(args.device, args.dtype)
+    model = Captioner.from_pretrained(args.model_path, device=device, dtype=dtype)
+    set_seed(args.seed)
+    return model
+
+
+def write_captions(model, paths: list[str], args, streamer=None) -> tuple[dict[str, str], dict[str, str]]:
+    """({image: caption}, {image: why it has none})."""
+    from imagery import ImageError
+    from model import pixel_store
+
+    store = pixel_store(model)
+    captions, broken = {}, {}
+    for start in range(0, len(paths), args.batch_size):
+        whole, pixels = [], {}
+        for path in paths[start : start + args.batch_size]:
+            try:
+                pixels[path] = store[path]
+                whole.append(path)
+            except ImageError as error:
+                broken[path] = str(error)
+        if whole:
+            made = model.caption(
+                whole, prompt=args.prompt, store=pixels, batch_size=args.batch_size, max_tokens=args.max_length,
+                num_beams=args.num_beams, temperature=args.temperature, top_p=args.top_p, streamer=streamer,
+            )  # fmt: skip
+            captions |= dict(zip(whole, made))
+        if len(paths) > args.batch_size and sys.stderr.isatty():
+            print(f"\r{min(start + args.batch_size, len(paths))} of {len(paths)} images", end="", file=sys.stderr)
+    if len(paths) > args.batch_size and sys.stderr.isatty():
+        print(file=sys.stderr)
+    return captions, broken
+
+
+def say_broken(broken: dict[str, str]) -> int:
+    """Print what could not be read; the exit code."""
+    for reason in list(broken.values())[:5]:
+        print(f"error: {reason}", file=sys.stderr)
+    if len(broken) > 5:
+        print(f"error: and {len(broken) - 5} more images", file=sys.stderr)
+    return 1 if broken else 0
+
+
+# ----------------------------------------------------------------------------------------------------
+# generate
+
+
+def generate(args) -> int:
+    from data import image_files
+    from report import write_atomic
+
+    paths = []
+    for given in args.image_path:
+        paths += [str(path) for path in image_files(given)] if Path(given).is_dir() else [given]
+    model = load(args)
+    streamer = None
+    if len(paths) == 1 and not args.output_file and sys.stdout.isatty() and args.num_beams == 1:
+        from transformers import TextStreamer
+
+        streamer = TextStreamer(model.tokenizer, skip_special_tokens=True)
+    captions, broken = write_captions(model, paths, args, streamer)
+    if args.output_file:
+        rows = [{"image": path, "caption": captions[path]} for path in paths if path in captions]
+        rows += [{"image": path, "error": reason} for path, reason in broken.items()]
+        write_atomic(args.output_file, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+        print(f"{len(captions)} captions -> {args.output_file}")
+    elif len(paths) == 1 and captions and streamer is None:
+        print(captions[paths[0]])
+    elif len(paths) > 1:
+        for path, caption in captions.items():
+            print(f"{path}\t{caption}")
+    return (say_broken(broken) and 2) if not captions else say_broken(broken)
+
+
+# ----------------------------------------------------------------------------------------------------
+# eval
+
+
+def reference_scenes(args, language: str) -> dict[str, list[str]]:
+    """{image: its references} of the split asked for."""
+    from data import read_scenes
+
+    found = read_scenes(args.references, image_root=args.test_dir, language=language, max_rejected=args.max_rejected)
+    for bad in found.rejected[:5]:
+        print(f"warning: {bad.file}: row {bad.row}: {bad.reason}", file=sys.stderr)
+    splits = {scene.split for scene in found.scenes}
+    if splits != {None} and args.split not in splits:
+        raise InputError(f"{args.references}: no row of split {args.split!r}; there are {sorted(map(str, splits))}")
+    chosen = {
+        scene.image: [text for text in scene.texts if re.search(r"\w", text)]
+        for scene in found.scenes
+        if splits == {None} or scene.split == args.split
+    }
+    return {image: texts for image, texts in chosen.items() if texts}
+
+
+def read_objects(path: str, images: list[str]) -> tuple[dict, list, list[list[str]]]:
+    """(words of each object, phrases to ignore, objects in each image) of an --objects file. Raises InputError."""
+    from data import load_json
+
+    content = load_json(path)
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in ("words", "images")):
+        raise InputError(f'{path}: expected {{"words": {{object: [word]}}, "images": {{image: [object]}}}}')
+    words, listed = content["words"], content["images"]
+    present = []
+    for image in images:
+        if Path(image).name not in listed:
+            raise InputError(f"{path}: field 'images': {Path(image).name} is missing")
+        present.append(listed[Path(image).name])
+        if unknown := set(present[-1]) - set(words):
+            raise InputError(f"{path}: field 'words': {sorted(unknown)[0]!r} of {Path(image).name} is missing")
+    return words, content.get("ignore", []), present
+
+
+def objects_line(found: dict) -> str:
+    """`metrics.object_mentions` in one line."""
+    parts = []
+    for name in ("precision", "recall"):
+        low, high = found[f"{name}_interval"] or (0, 0)
+        parts.append(f"{name} {found[name]:.3f} ({low:.3f} to {high:.3f})" if found[name] is not None else f"{name} –")
+    return (
+        f"objects named: {', '.join(parts)} of {found['present']} in the images;"
+        f" captions that name one that is not there: {found['hallucinating']:.1%}"
+    )
+
+
+def evaluate(args) -> int:
+    import caption_scores
+    import metrics
+    import report
+    from data import image_files, is_chinese, read_scenes
+    from imagery import ImageSettings, read_image
+    from model import pixel_store
+    from trainer import write_json
+
+    model = load(args)
+    prompt = args.prompt = args.prompt or model.default_prompt()
+    language = args.language or ("zh" if is_chinese(prompt) else "en")
+    images = [str(path) for path in image_files(args.test_dir)]
+    references = reference_scenes(args, language) if args.references else {}
+    if references:
+        same = {str(Path(path).resolve()): path for path in references}
+        unscored = [path for path in images if str(Path(path).resolve()) not in same]
+        images = list(references)
+        if unscored:
+            print(f"{len(unscored)} images of {args.test_dir} have no reference in split or language and are left out")
+    captions, broken = write_captions(model, images, args)
+    if not captions:
+        raise InputError(f"{args.test_dir}: no image could be read; {next(iter(broken.values()))}")
+    images = list(captions)
+    rows = [{"image": image, "caption": captions[image]} for image in images]
+    result = {"model": str(args.model_path), "prompt": prompt, "language": language, "images": len(images)}
+    sections, settings = [], ImageSettings.from_dict(model.settings.images)
+
+    if references:
+        truths = [references[image] for image in images]
+        made, texts = {"captioner": [captions[image] for image in images]}, []
+        if args.training:
+            found = read_scenes(args.training, image_root=args.test_dir, language=language)
+            known = [scene for scene in found.scenes if scene.split in (None, "train")]
+            texts = [scene.texts for scene in known]
+            store = pixel_store(model)
+            pooled = [model.embed_images(paths, store) for paths in (images, [scene.image for scene in known])]
+            made = {
+                "frequent": [caption_scores.most_frequent_caption(texts)] * len(images),
+                "nearest": caption_scores.nearest_captions(*pooled, texts),
+            } | made
+        found = caption_scores.compare(made, truths, texts, language=language)
+        for row, truth, scores in zip(rows, truths, caption_scores.per_image(found["captioner"])):
+            row |= {"references": truth} | scores
+        result["scores"] = caption_scores.without_images(found)
+        for title, table, columns, notes in caption_scores.tables(found):
+            print(f"{title}, prompt {prompt!r}", report.table_text(table, columns), notes, "", sep="\n")
+            sections.append((title, report.table_html(table, columns) + f"<p>{html.escape(notes)}</p>"))
+    if args.objects:
+        words, ignore, present = read_objects(args.objects, images)
+        found = result["objects"] = metrics.object_mentions(list(captions.values()), present, words, ignore)
+        line = objects_line(found)
+        print(line)
+        sections.append(("Objects named", f"<p>{html.escape(line)}</p>"))
+
+    output = Path(args.output_file)
+    result["captions"] = rows
+    result["errors"] = broken
+    write_json(output, result)
+    sections += report.caption_sections(rows, lambda path: read_image(path, settings, max_side=448).rgb)
+    page = report.page("Captions", sections, output.with_suffix(".html"), subtitle=f"{args.model_path}: {prompt}")
+    print(f"{len(rows)} captions -> {output}, {page}")
+    return say_broken(broken)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    checked(args)
+    return generate(args) if args.command == "generate" else evaluate(args)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        sys.exit(main())

@@ -1,0 +1,407 @@
+"""The search index: both engines against plain numpy, filters, refusals, and kills at any moment.
+
+No Qdrant server can be had from a package registry, so the server's engine runs on qdrant-client's local mode, whose
+calls and models are those a server takes.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import store
+from config import InputError
+from store import Filter, Point
+
+ROOT = Path(__file__).parents[1]
+DIM = 16
+RECORD = {"model": "demo", "fingerprint": "abc", "image": {"stretch": "auto", "bands": "auto"}, "tile": 256}
+
+
+def unit(*shape, seed=0):
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return values / np.linalg.norm(values, axis=-1, keepdims=True)
+
+
+def made(count, seed=0):
+    """Points all over the Earth, some across the antimeridian, some without place or time; four tiles a file."""
+    rng, vectors, points = np.random.default_rng(seed), unit(count, DIM, seed=seed), []
+    for i in range(count):
+        west, south = float(rng.uniform(-180, 180)), float(rng.uniform(-85, 80))
+        width, height = rng.uniform(0.1, 20), rng.uniform(0.1, 5)
+        east = (west + width + 180) % 360 - 180
+        points.append(
+            Point(
+                f"region {i % 3}/scene_{i // 4}.tif", vectors[i], window=(i % 4 * 64, 0, 64, 64),
+                footprint=None if i % 10 == 9 else (west, south, east, south + height),
+                time=[None, f"20{10 + i % 13}-0{1 + i % 9}-15", f"2020-06-{1 + i % 28:02d}T10:30:00+00:00"][i % 3],
+                attributes={"label": f"class {i % 5}", "split": "train" if i % 2 else "test"}, hash=f"h{i // 4}",
+                size=1000 + i // 4, mtime_ns=1_700_000_000_000_000_000 + i // 4, last=i % 4 == 3 or i == count - 1,
+                extra={"crs": "EPSG:32633"},
+            )
+        )  # fmt: skip
+    return points
+
+
+@pytest.fixture(params=["edge", "server"])
+def opened(request, tmp_path):
+    """Makes or opens the test's index: `opened(record=..., dim=...)` or `opened()`."""
+    if request.param == "edge":
+        yield lambda **new: store.create(tmp_path / "x.index", **new) if new else store.open(tmp_path / "x.index")
+        return
+    from qdrant_client import QdrantClient
+
+    client = QdrantClient(":memory:")
+    client.close, close = lambda: None, client.close
+
+    def server(**new):
+        url = "http://qdrant.invalid:6333/library"
+        return store.create(url, client=client, **new) if new else store.open(url, client=client)
+
+    yield server
+    close()
+
+
+def overlaps(footprint, bbox):
+    """By 0.05 degree steps of longitude, to share nothing with the code under test."""
+    if footprint is None or footprint[1] > bbox[3] or footprint[3] < bbox[1]:
+        return False
+
+    def steps(west, east):
+        return {round(x * 20) % 7200 for x in np.arange(west, (east if east >= west else east + 360) + 0.025, 0.05)}
+
+    return bool(steps(footprint[0], footprint[2]) & steps(bbox[0], bbox[2]))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Both engines
+
+
+def test_search_is_numpys(opened):
+    points = made(300)
+    with opened(record=RECORD, dim=DIM) as index:
+        index.upsert(points[:100])
+        index.upsert(points[100:])
+        matrix, queries = np.stack([p.vector for p in points]), unit(7, DIM, seed=5)
+        for exact in (False, True):
+            answers = index.search(3 * queries, 5, exact=exact)  # any length will do
+            for query, hits in zip(queries, answers):
+                best = np.argsort(-(matrix @ query))[:5]
+                assert [hit.id for hit in hits] == [points[i].id for i in best]
+                assert np.allclose([hit.score for hit in hits], (matrix @ query)[best], atol=1e-6)
+                found = hits[0].payload
+                point = points[best[0]]
+                assert (found["path"], tuple(found["window"]), found["time"]) == (point.path, point.window, point.time)
+                # Edge reads its JSON with an error of up to one unit in the last place.
+                assert (found["footprint"] or []) == pytest.approx(list(point.footprint or []), abs=1e-12)
+                assert found["extra"] == point.extra and found["attributes"] == point.attributes
+        assert [h.id for h in index.search(queries[0], 5)] == [h.id for h in answers[0]]
+        assert index.search(queries[0], 2, with_payload=["path"])[0].payload.keys() == {"path"}
+        assert index.search(queries[0], 1, with_payload=False)[0].payload in (None, {})
+        assert index.search(queries[:0]) == [] and index.recall(queries) == 1.0
+        ids = [p.id for p in points[:250:7]]
+        assert np.array_equal(index.vectors(ids), matrix[:250:7]) and index.vectors([]).shape == (0, DIM)
+        assert index.count() == 300 and {i for i, _ in index.scroll()} == {p.id for p in points}
+
+
+def test_filters(opened):
+    points = made(400, seed=1)
+    with opened(record=RECORD, dim=DIM) as index:
+        index.upsert(points)
+
+        def check(filter, wanted):
+            wanted = {p.id for p in points if wanted(p)}
+            assert {i for i, _ in index.scroll(filter, payload=["path"])} == wanted
+            assert index.count(filter) == len(wanted)
+            for exact in (True, False):
+                assert {h.id for h in index.search(unit(DIM), 400, filter=filter, exact=exact)} == wanted
+            return len(wanted)
+
+        boxes = [(-20, -30, 45, 30), (170, -60, -170, 60), (150, -90, -30, 90), (-180, -90, 180, 90), (179.9, 0, 180, 90),
+                 (-180, -90, -179.5, 90), (10, 10, 10, 10), (1, -90, 0.9, 90)]  # fmt: skip
+        sizes = [check(Filter(bbox=box), lambda p, box=box: overlaps(p.footprint, box)) for box in boxes]
+        assert sizes[3] == sum(p.footprint is not None for p in points) and min(sizes[:6]) > 0
+        assert check(
+            Filter(start="2020-06-10", end="2020-06-12"), lambda p: p.time and "2020-06-10" <= p.time < "2020-06-13"
+        )
+        assert check(Filter(end="2012-12-31"), lambda p: p.time and p.time < "2013")
+        assert check(Filter(start="2020-06-05T10:30:00Z"), lambda p: p.time and p.time >= "2020-06-05T10:30")
+        assert check(Filter(attributes={"label": "class 3"}), lambda p: p.attributes["label"] == "class 3")
+        several = {"label": ["class 1", "class 4"], "split": "train"}
+        assert check(
+            Filter(attributes=several, bbox=boxes[2], start="2011-01-01"),
+            lambda p: p.attributes["label"] in several["label"] and p.attributes["split"] == "train"
+            and overlaps(p.footprint, boxes[2]) and (p.time or "") >= "2011",
+        )  # fmt: skip
+        assert check(Filter(path=points[8].path), lambda p: p.path == points[8].path) == 4
+        assert not check(Filter(path="no such.tif"), lambda p: False)
+        for bad in (Filter(bbox=(0, 10, 1, 5)), Filter(bbox=(0, 0, 200, 5)), Filter(bbox=(0, 0, float("nan"), 5)),
+                    Filter(bbox=(0, 0)), Filter(start="last year"), Filter(attributes={"cloud": "no"})):  # fmt: skip
+            with pytest.raises(InputError):
+                index.count(bad)
+
+
+def test_second_run_changes_only_what_changed(opened):
+    points = made(12)
+    with opened(record=RECORD, dim=DIM) as index:
+        index.upsert(points[:6])  # the second file's last tile is missing
+        assert index.files() == {points[0].path: (1000, 1_700_000_000_000_000_000, "h0")}
+        index.upsert(points[4:])
+        assert index.count() == 12 and list(index.files()) == sorted({p.path for p in points})
+        again = made(12, seed=3)[:4]
+        for point in again:
+            point.hash, point.attributes = "changed", {"sensor": "S2"}
+        index.upsert(again)
+        assert index.count() == 12 and index.files()[points[0].path][2] == "changed"
+        assert np.array_equal(index.vectors([p.id for p in again]), np.stack([p.vector for p in again]))
+        assert index.count(Filter(attributes={"sensor": "S2"})) == 4
+        assert index.count(Filter(attributes={"label": "class 0"})) == 2  # of 5 and 10; 0 lost the attribute
+        index.remove(path=points[0].path)
+        index.remove([points[4].id, "00000000-0000-0000-0000-000000000000"])
+        index.remove([])
+        assert index.count() == 7 and points[0].path not in index.files()
+        index.upsert([])
+    with opened() as index:
+        assert index.count() == 7 and index.record == RECORD and index.dim == DIM
+        assert index.count(Filter(attributes={"sensor": "S2"})) == 0
+        assert index.build() in (True, False) and index.count() == 7
+
+
+def test_large_footprint_added_later_is_found(opened):
+    """The geographic prefilter widens the box by the largest footprint so far."""
+    with opened(record=RECORD, dim=DIM) as index:
+        small, large = (
+            Point("a", unit(DIM), footprint=(10, 10, 10.1, 10.1)),
+            Point("b", unit(DIM), footprint=(-60, -50, 80, 70)),
+        )
+        index.upsert([small])
+        assert index.count(Filter(bbox=(30, 30, 31, 31))) == 0
+        index.upsert([large])
+        assert index.count(Filter(bbox=(30, 30, 31, 31))) == 1
+        assert index.count(Filter(bbox=(79, 60, -100, 80))) == 1
+        assert index.count(Filter(bbox=(100, 60, -100, 80))) == 0
+
+
+def test_refusals(opened):
+    with opened(record=RECORD, dim=DIM) as index:
+        index.check({"fingerprint": "abc", "image": {"bands": "auto", "stretch": "auto"}, "model": "another folder"})
+        with pytest.raises(
+            InputError, match=r"demo \(fingerprint abc\), so other \(fingerprint xyz\) cannot.*--model demo"
+        ):
+            index.check({"fingerprint": "xyz", "model": "other", "image": {}})
+        with pytest.raises(InputError, match="'none' here; index the library again"):
+            index.check({"fingerprint": "abc", "image": "none"})
+        for bad in (unit(DIM + 1), unit(2, DIM - 1)):
+            with pytest.raises(InputError, match="holds vectors of 16"):
+                index.search(bad)
+        with pytest.raises(InputError, match="holds vectors of 16"):
+            index.upsert([Point("a", unit(DIM + 1))])
+        for bad in (unit(DIM) * 2, unit(DIM) * np.nan):
+            with pytest.raises(ValueError, match="unit length"):
+                index.upsert([Point("a", bad)])
+        with pytest.raises(ValueError, match="zero"):
+            index.search(np.zeros(DIM))
+        for wrong in (
+            {"footprint": (0, 0, 1, 91)},
+            {"time": "yesterday"},
+            {"attributes": {"a b": "c"}},
+            {"attributes": {"n": 3}},
+        ):
+            with pytest.raises(InputError, match=r"tile\.tif"):
+                index.upsert([Point("tile.tif", unit(DIM), **wrong)])
+        with pytest.raises(InputError, match="not in the index"):
+            index.vectors([Point("a", unit(DIM)).id])
+        assert index.count() == 0
+    with pytest.raises(InputError, match="already"):
+        opened(record=RECORD, dim=DIM)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The server
+
+
+def test_server_addresses():
+    from qdrant_client import QdrantClient
+
+    with pytest.raises(InputError, match="no Qdrant server answers"):
+        store.open("http://127.0.0.1:1/library")
+    with pytest.raises(InputError, match="names no collection"):
+        store.open("http://127.0.0.1:6333/")
+    client = QdrantClient(":memory:")
+    with pytest.raises(InputError, match="no collection library"):
+        store.open("https://host/library", client=client)
+    from qdrant_client import models
+
+    client.create_collection("library", vectors_config=models.VectorParams(size=4, distance=models.Distance.COSINE))
+    with pytest.raises(InputError, match="not a search index of this project"):
+        store.open("https://host", collection="library", client=client)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The folder
+
+
+def test_folders_that_are_no_index(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        store.open(tmp_path / "none")
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(InputError, match="holds no search index"):
+        store.open(tmp_path)
+    with pytest.raises(InputError, match="no empty folder"):
+        store.create(tmp_path, record={}, dim=4)
+    place = tmp_path / "x"
+    store.create(place, record={}, dim=4).close()
+    header = json.loads((place / "index.json").read_text())
+    for number, advice in ((store.FORMAT + 1, "update the project"), (store.FORMAT - 1, "index the library again")):
+        (place / "index.json").write_text(json.dumps(header | {"format": number}))
+        with pytest.raises(InputError, match=f"format {number}.*{advice}"):
+            store.open(place)
+    (place / "index.json").write_text('{"format"')
+    with pytest.raises(InputError, match="cannot be read"):
+        store.open(place)
+    (place / "index.json").unlink()  # as a kill during `create` leaves it
+    with pytest.raises(InputError, match="holds no search index"):
+        store.open(place)
+    store.create(place, record={"n": 1}, dim=8).close()
+    with store.open(place) as index:
+        assert index.dim == 8 and index.record == {"n": 1}
+    with pytest.raises(ValueError, match="closed"):
+        index.count()
+
+
+def child(code: str, *arguments) -> subprocess.Popen:
+    """A process of its own that runs `code` with numpy and store imported, and prints as it goes."""
+    start = "import sys, time, numpy as np, store\nfrom store import Point\n"
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", start + code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_one_process_at_a_time(tmp_path):
+    store.create(tmp_path / "x", record={}, dim=4).close()
+    other = child("index = store.open(sys.argv[1]); print('open'); time.sleep(60)", tmp_path / "x")
+    try:
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(InputError, match=rf"in use by another process \(pid {other.pid}\)"):
+            store.open(tmp_path / "x")
+    finally:
+        other.kill()
+        other.wait()
+    with store.open(tmp_path / "x") as index:  # the lock died with it
+        assert index.count() == 0
+        with pytest.raises(InputError, match=f"pid {os.getpid()}"):
+            store.open(tmp_path / "x")
+
+
+def test_threads_search_at_once(tmp_path):
+    points = made(200)
+    with store.create(tmp_path / "x", record={}, dim=DIM) as index, ThreadPoolExecutor(8) as pool:
+        index.upsert(points)
+        best = pool.map(lambda p: index.search(p.vector, 1, filter=Filter(path=p.path))[0].id, points * 2)
+        assert list(best) == [p.id for p in points * 2]
+
+
+WRITER = """
+store.GRAPH_FROM_KB = store.SCAN_BELOW_KB = 1
+def batch(b, version):  # one file of 200 tiles; the vector says which version it is
+    rows = np.random.default_rng([b, version]).standard_normal((200, 32)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return [Point(f"{b}", row, window=(i, 0, 1, 1), hash=str(version), last=i == 199) for i, row in enumerate(rows)]
+"""
+WRITE = (
+    WRITER
+    + """
+place, what, held = sys.argv[1], sys.argv[2], int(sys.argv[3])
+if what == "create":
+    print("go"); index = store.create(place, record={}, dim=32); print(0); time.sleep(60)
+index = store.open(place)
+work = [(what, batch(b, 1) if what == "upsert" else str(b)) for b in range(held if what == "remove" else 2 * held)]
+print("go")
+if what == "build":
+    index.build(); print(0)
+for n, (what, item) in enumerate(work if what != "build" else ()):
+    index.upsert(item) if what == "upsert" else index.remove(path=item)
+    print(n)
+time.sleep(60)
+"""
+)
+
+
+@pytest.mark.parametrize("what", ["upsert", "remove", "build"])
+def test_killed_at_any_moment(tmp_path, what):
+    """A writer over an index of some files replaces them and adds more, removes them, or builds the graph; SIGKILL.
+    What had been confirmed is there, a file in flight is there whole in one version or as it was, and work goes on."""
+    names = {"np": np, "store": store, "Point": Point}
+    before = store.GRAPH_FROM_KB, store.SCAN_BELOW_KB
+    exec(WRITER, names)  # sets the thresholds low here too, so that 2400 points make a graph
+    try:
+        held = 12
+        for moment in (0.0, 0.03, 0.1, 0.3):
+            place = tmp_path / f"{moment}"
+            with store.create(place, record={}, dim=32) as index:
+                for b in range(held):
+                    index.upsert(names["batch"](b, 0))
+                if what != "build":
+                    index.build()
+            writer = child(WRITE, place, what, held)
+            assert writer.stdout.readline() == "go\n"
+            time.sleep(moment)
+            writer.send_signal(signal.SIGKILL)
+            confirmed = len(writer.communicate()[0].split())
+            with store.open(place) as index:
+                assert not (place / "shard" / "temp_segments").exists()
+                seen = {}
+                for id, payload in index.scroll():
+                    seen.setdefault(payload["path"], {})[payload["window"][0]] = (payload["hash"], id)
+                assert sum(map(len, seen.values())) == index.count()
+                for b in range(2 * held):
+                    tiles = seen.get(str(b), {})
+                    versions = {version for version, _ in tiles.values()}
+                    if what == "upsert":
+                        wanted = (
+                            [{"1"}] if b < confirmed else [set() if b >= held else {"0"}] + [{"1"}] * (b == confirmed)
+                        )
+                    elif what == "remove":
+                        wanted = [set()] if b < confirmed or b >= held else [{"0"}] + [set()] * (b == confirmed)
+                    else:
+                        wanted = [{"0"}] if b < held else [set()]
+                    assert versions in wanted and len(tiles) == 200 * bool(versions)
+                    if tiles:  # vector and payload of the same version
+                        points = names["batch"](b, int(*versions))
+                        kept = index.vectors([tiles[i][1] for i in range(200)])
+                        assert np.array_equal(kept, np.stack([p.vector for p in points]))
+                        assert index.count(Filter(path=str(b))) == 200
+                        assert index.search(points[7].vector, 1)[0].id == points[7].id
+                assert set(index.files()) == set(seen)
+                total = index.count()
+                index.upsert(names["batch"](99, 0))
+                index.build()
+                assert index.count() == total + 200
+                assert index.recall(unit(20, 32), 10) > 0.9
+    finally:
+        store.GRAPH_FROM_KB, store.SCAN_BELOW_KB = before
+
+
+def test_killed_in_create(tmp_path):
+    for moment in (0.0, 0.02, 0.1):
+        place = tmp_path / f"{moment}"
+        writer = child(WRITE, place, "create", 0)
+        assert writer.stdout.readline() == "go\n"
+        time.sleep(moment)
+        writer.send_signal(signal.SIGKILL)
+        confirmed = writer.communicate()[0]
+        if not (place / "index.json").exists():
+            assert not confirmed
+            with pytest.raises(InputError, match=r"holds no search index|does not exist"):
+                store.open(place)
+            store.create(place, record={}, dim=32).close()
+        with store.open(place) as index:
+            index.upsert([Point("a", unit(32))])
+            assert index.count() == 1

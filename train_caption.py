@@ -1,0 +1,290 @@
+"""Train a captioner of remote-sensing images: CLIP or SigLIP, a projector, and any causal language model.
+
+    python train_caption.py --data_path ./data --output_dir ./outputs --batch_size 4 --num_epochs 3
+    python train_caption.py --preset demo                   # small models on drawn scenes, two CPU cores
+    python train_caption.py --resume_from_checkpoint outputs
+
+Two stages, as LLaVA has them: the projector alone (outputs/projector/), then the projector with the language model's last
+layers or LoRA. Leaves in the output folder: final/ (a whole model), checkpoint-N/, config.json, metrics.jsonl,
+results.json, captions.jsonl (every test image with its references and captions), report.html, TensorBoard events.
+"""
+
+import copy
+import html
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils.data import DataLoader
+
+import caption_scores
+import report
+from config import PROJECTOR_STAGE, CaptionConfig, parse, user_errors
+from data import (
+    QuestionCollator,
+    QuestionDataset,
+    QuestionScene,
+    captions_as_answers,
+    drop_too_long,
+    drop_unreadable,
+    image_files,
+    load_splits,
+)
+from imagery import ImageSettings, read_image
+from model import Captioner, base_folder, pixel_store, weight_files
+from trainer import PackedTask, SceneTrainer, read_history, write_json
+
+# ----------------------------------------------------------------------------------------------------
+# Data
+
+
+def prompts_of(scenes: list[QuestionScene]) -> dict[str, str]:
+    """{language: its most frequent prompt}, the language with the most captions first."""
+    asked: dict[str, dict[str, int]] = {}
+    for scene in scenes:
+        for question in scene.questions:
+            counts = asked.setdefault(question.kind, {})
+            counts[question.text] = counts.get(question.text, 0) + 1
+    languages = sorted(asked, key=lambda language: -sum(asked[language].values()))
+    return {language: max(asked[language], key=asked[language].get) for language in languages}
+
+
+def in_language(scenes: list[QuestionScene], language: str) -> tuple[list[str], list[list[str]]]:
+    """(images, captions of each) of the scenes that have captions in a language."""
+    listed = [(scene.image, [q.answer for q in scene.questions if q.kind == language]) for scene in scenes]
+    listed = [(image, texts) for image, texts in listed if texts]
+    return [image for image, _ in listed], [texts for _, texts in listed]
+
+
+def describe(splits: dict[str, list[QuestionScene]]) -> str:
+    parts = []
+    for name, scenes in splits.items():
+        kinds: dict[str, int] = {}
+        for question in (q for scene in scenes for q in scene.questions):
+            kinds[question.kind] = kinds.get(question.kind, 0) + 1
+        if scenes:
+            parts.append(f"{name} {len(scenes)} images, {' + '.join(f'{n} {k}' for k, n in kinds.items())} captions")
+    return "; ".join(parts)
+
+
+def without_caption(config: CaptionConfig, splits: dict[str, list[QuestionScene]]) -> int:
+    """How many images of a data folder no caption is about (0 where the data is a file)."""
+    folder = Path(config.train_file)
+    if not folder.is_dir():
+        return 0
+    described = {Path(scene.image).resolve() for scenes in splits.values() for scene in scenes}
+    images = image_files(folder / "images") if (folder / "images").is_dir() else []
+    return sum(path.resolve() not in described for path in images)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Scores
+
+
+def baselines(model: Captioner, store, train: list[QuestionScene], images: list[str], language: str) -> dict:
+    """{name: a caption for each of `images`} that need no captioner: the training split's most frequent one, and the first
+    of the training image whose pooled vision features are nearest."""
+    known, texts = in_language(train, language)
+    frequent = caption_scores.most_frequent_caption(texts)
+    nearest = caption_scores.nearest_captions(
+        model.embed_images(images, store), model.embed_images(known, store), texts
+    )
+    return {"frequent": [frequent] * len(images), "nearest": nearest}
+
+
+def summary(results: dict, final) -> str:
+    lines = []
+    for found in results["scores"].values():
+        for title, rows, columns, notes in caption_scores.tables(found["models"]):
+            lines += ["", f"{results['split']} split, {title}, prompt {found['prompt']!r}"]
+            lines += [report.table_text(rows, columns), notes]
+    if "steps" in results:
+        lines.append(f"best step {results['best_step']} of {results['steps']}, {results['seconds']:.0f} s in all")
+    return "\n".join([*lines, f"model  {final}"])
+
+
+# ----------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(argv: list[str] | None = None) -> dict:
+    config, args, changed = parse(CaptionConfig, argv, description=__doc__.split("\n")[0])
+    transformers.utils.logging.disable_progress_bar()  # of weights: seconds at most
+    run = Path(args.output_dir)
+    main_process = args.process_index == 0
+    say = print if main_process else (lambda *_: None)
+    started = time.perf_counter()
+    rejected = run / "rejected.jsonl" if main_process else None
+
+    # ---- data and model
+    for name in (config.vision_model_name, config.language_model_name):
+        weight_files(base_folder(name))  # a missing base is said before the data is read
+    splits = {
+        name: captions_as_answers(scenes, config.prompt, config.prompt_zh)
+        for name, scenes in load_splits(config, args.seed, rejected).items()
+    }
+    if count := without_caption(config, splits):
+        say(f"data: {count} images of {config.train_file} have no caption and are left out")
+    prompts = prompts_of(splits["train"])
+    model = Captioner.from_base(
+        config, seed=args.seed, dtype=torch.bfloat16 if args.bf16 else torch.float32, prompts=prompts
+    ).to(args.device)
+    splits = drop_too_long(
+        splits,
+        model.tokenizer,
+        config.max_rejected,
+        rejected,
+        answer=("--max_caption_tokens", config.max_caption_tokens),
+    )
+    store = pixel_store(model, config.cache_dir)
+    splits = drop_unreadable(splits, store, config.max_rejected, rejected)
+    say(f"data: {describe(splits)}")
+    packing = config.packing and model.can_pack()
+    if config.packing and not packing:
+        say(f"model: {config.language_model_name} has attention of its own: every caption runs as a row by itself")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(
+        f"model: {config.vision_model_name} + {config.projector} + {config.language_model_name},"
+        f" {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained,"
+        f" {model.projector.tokens} tokens an image"
+    )
+
+    # ---- a frozen vision encoder's features are constants
+    tokens = None
+    if config.freeze_vision_model and config.cache_dir and packing:
+        tokens = model.token_store(config.cache_dir, store)
+        if main_process:
+            paths = [scene.image for scenes in splits.values() for scene in scenes]
+            model.prepare_tokens(tokens, store, paths, args.eval_batch_size)
+        if args.world_size > 1:
+            torch.distributed.barrier()
+
+    def write(images, prompt, progress=False):
+        return model.caption(
+            images, prompt=prompt, store=store, tokens=tokens, batch_size=args.eval_batch_size, progress=progress
+        )
+
+    # ---- training
+    collator = QuestionCollator(config.pack_tokens, packing=packing, pad_id=model.tokenizer.pad_token_id)
+
+    def dataset_of(scenes, texts_per_scene=0):
+        return QuestionDataset(
+            scenes, model.prompt, processor=model.processor, store=store, tokens=tokens,
+            texts_per_scene=texts_per_scene, seed=args.seed, share=packing,
+        )  # fmt: skip
+
+    watched = random.Random(0).sample(splits["val"], min(len(splits["val"]), config.max_eval_scenes))
+    held_out = dataset_of(watched)
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        """Nats per token of the watched captions."""
+        total, terms = 0.0, 0
+        rows = [(0, i) for i in range(len(held_out))]
+        for batch in DataLoader(held_out, args.eval_batch_size, sampler=rows, collate_fn=collator):
+            for piece in batch["pieces"]:
+                total += float(model(**{name: value.to(args.device) for name, value in piece.items()}))
+            terms += batch["targets"]
+        return total / terms
+
+    def evaluate(_):
+        found = {"loss": held_out_loss()}
+        for language, prompt in prompts.items():
+            images, references = in_language(watched, language)
+            if images:
+                found[f"CIDEr_{language}"] = caption_scores.cider(write(images, prompt), references, language=language)
+        values = [value for name, value in found.items() if name != "loss"]
+        return found | {"CIDEr": sum(values) / max(1, len(values))}
+
+    def trainer_of(arguments, rates, patience=0):
+        return SceneTrainer(
+            model=model, task=PackedTask(evaluate), args=arguments, collator=collator, rates=rates,
+            train_dataset=dataset_of(splits["train"], config.texts_per_scene),
+            settings={"task": "caption", "settings": changed}, early_stopping=patience,
+        )  # fmt: skip
+
+    if main_process:
+        write_json(run / "config.json", {"task": "caption", "settings": changed})
+    resume = args.resume_from_checkpoint
+    first_stage = not resume or Path(resume).parent.name == PROJECTOR_STAGE
+    if config.projector_epochs and first_stage:
+        twin = copy.copy(args)
+        twin.output_dir, twin.num_train_epochs = str(run / PROJECTOR_STAGE), config.projector_epochs
+        twin.learning_rate, twin.load_best_model_at_end, twin.eval_strategy = (
+            config.projector_stage_learning_rate,
+            False,
+            "no",
+        )
+        model.set_stage(1)
+        say("stage 1: the projector")
+        trainer_of(twin, {}).train(resume_from_checkpoint=resume)
+        model.set_stage(2)
+        resume = None
+    say(
+        "stage 2: the projector and the language model"
+        + ("" if config.freeze_vision_model else " and the vision encoder")
+    )
+    rates = {"projector": config.projector_learning_rate, "vision": config.vision_learning_rate}
+    trainer = trainer_of(args, rates, config.early_stopping_patience)
+    outcome = trainer.train(resume_from_checkpoint=resume)
+    final = trainer.save_best("final", model.save_whole)
+
+    # ---- results
+    tested = "test" if splits["test"] else "val"
+    results: dict = {
+        "config": changed, "split": tested, "images": {name: len(scenes) for name, scenes in splits.items()},
+        "scores": {}, "steps": outcome.global_step, "best_step": trainer.state.best_global_step,
+    }  # fmt: skip
+    if main_process:
+        rows: list[dict] = []
+        for language, prompt in prompts.items():
+            images, references = in_language(splits[tested], language)
+            if not images:
+                continue
+            made = baselines(model, store, splits["train"], images, language)
+            made["captioner"] = write(images, prompt, progress=True)
+            found = caption_scores.compare(
+                made, references, in_language(splits["train"], language)[1], language=language
+            )
+            for image, text, truths, scores in zip(
+                images, made["captioner"], references, caption_scores.per_image(found["captioner"])
+            ):
+                row = {"image": image, "language": language, "prompt": prompt, "caption": text, "references": truths}
+                rows.append(row | scores)
+            models = caption_scores.without_images(found)
+            results["scores"][language] = {"prompt": prompt, "images": len(images), "models": models}
+        results["seconds"] = round(time.perf_counter() - started, 1)
+        write_json(run / "results.json", results)
+        listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        report.write_atomic(run / "captions.jsonl", "".join(listed))
+        write_report(run, results, rows, ImageSettings.from_dict(model.settings.images))
+        print(summary(results, final))
+        print(f"report  {run / 'report.html'}")
+    return results
+
+
+def write_report(run: Path, results: dict, rows: list[dict], settings: ImageSettings) -> None:
+    """`report.html`: scores beside the baselines, curves, and pictures with their captions, best and worst first."""
+    sections = [
+        (f"{found['prompt']} {title}", report.table_html(rows_, columns) + f"<p>{html.escape(notes)}</p>")
+        for found in results["scores"].values()
+        for title, rows_, columns, notes in caption_scores.tables(found["models"])
+    ]
+    history = read_history(run)
+    curves = {"loss": "training loss", "eval_loss": "held-out loss", "eval_CIDEr": "CIDEr"}
+    if any(key in row for row in history for key in curves):
+        sections.append(("Curves", report.figure_html(report.curves_figure(history, curves), "training curves")))
+
+    def picture(path):
+        return read_image(path, settings, max_side=448).rgb
+
+    sections += report.caption_sections(rows, picture)
+    report.page("Captions", sections, run / "report.html", subtitle=f"{run}")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
