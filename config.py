@@ -463,11 +463,12 @@ PRESETS: dict[str, dict[str, dict]] = {
             "stretch": "percentile",  # drawn haze and light differ from scene to scene
             "projector": "pixel_shuffle",
             "freeze_language_model_except_layers": 4,  # all of them: the small base knows words, not images
-            "projector_epochs": 1,
-            "per_device_train_batch_size": 8,
+            "projector_epochs": 0.5,
+            "per_device_train_batch_size": 4,  # many small steps, as in the questions' preset
             "per_device_eval_batch_size": 64,
-            "learning_rate": 2e-3,
-            "num_train_epochs": 3,
+            "max_eval_scenes": 60,
+            "learning_rate": 3e-3,
+            "num_train_epochs": 4,
             "logging_steps": 50,
             "metric_for_best_model": "CIDEr",
             "dataloader_num_workers": 0,

@@ -5,7 +5,6 @@ that every path of preset `full` runs on them. The language side is trained on t
 vision tower on what lies where in them, then the language side on reading the tower; held-out scenes are not seen.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -15,6 +14,7 @@ import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError
@@ -29,6 +29,10 @@ SPECIAL = {"qwen2_vl": [f"<|{tag}|>" for tag in TAGS.split()]}  # numbered in th
 SPECIAL["qwen2_5_vl"] = SPECIAL["qwen2_vl"] + PLAIN.split()
 SPECIAL["qwen3"] = SPECIAL["qwen2_5_vl"] + THINK.split()
 SYSTEM = "You are a helpful assistant."
+DESCRIBE = {
+    "en": "Describe the image.",
+    "zh": "描述这幅图像。",
+}  # what a caption answers, unless its row says otherwise
 QWEN_SPLIT = (  # the official pre-tokenizer: words, single digits, punctuation, spaces
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -64,14 +68,16 @@ QWEN3_CHAT = (  # prints what the official one prints where there are no tools: 
 )
 PIXELS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 DEMO_SIZES = {  # changing anything here rebuilds the demo bases: it is part of their fingerprint
-    "version": 4,
+    "version": 5,
     "vocab": {"qwen": 2000, "clip": 1500},
     "text": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "heads": 4, "kv_heads": 2},
     "vision": {"depth": 3, "hidden_size": 128, "num_heads": 4, "intermediate_size": 384, "fullatt": [0, 2]},
-    "train": {"steps": 80, "batch": 16, "length": 64, "lr": 3e-3},
-    "qwen3_steps": 30,  # its training proper comes with the captioner
-    "grounding": {"steps": 450, "scenes": 6, "short": 20, "chat": 10, "lr": 2e-3, "muon_lr": 0.02},
-    "vision_train": {"steps": 600, "batch": 32, "side": 112, "lr": 1e-3, "muon_lr": 0.02},
+    "train": {"steps": 80, "batch": 16, "length": 64, "lr": 1e-2, "muon_lr": 0.02},
+    "grounding": {"steps": 450, "batch": 6, "short": 20, "chat": 10, "lr": 2e-3, "muon_lr": 0.02},
+    "side": 112,  # pixels of the pictures that the vision towers learn from
+    "vision_train": {"steps": 600, "batch": 32, "lr": 1e-3, "head_lr": 1e-2, "muon_lr": 0.02},
+    "clip": {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8},
+    "clip_train": {"steps": 450, "batch": 32, "lr": 1e-3, "head_lr": 1e-2, "muon_lr": 0.02},
 }
 
 
@@ -226,7 +232,7 @@ def write_qwen_settings(folder: Path, config: dict, max_pixels: int = 168 * 168)
 
 
 def demo_texts(data_dir: Path) -> dict[str, list]:
-    """`{"en": captions, "zh": captions, "qa": [[question, answer]]}` of the demo data.
+    """`{"en": captions, "zh": captions, "asked": [[prompt, caption]], "qa": [[question, answer]]}` of the demo data.
 
     Raises InputError if a file is missing or not of the demo data's form."""
     files = ["captions_en.json", "captions_zh.json", "rsvqa_questions.json", "rsvqa_answers.json"]
@@ -237,9 +243,11 @@ def demo_texts(data_dir: Path) -> dict[str, list]:
         en, zh, questions, answers = (json.loads((data_dir / name).read_text(encoding="utf-8")) for name in files)
         answer_of = {row["question_id"]: str(row["answer"]) for row in answers["answers"] if row.get("active", True)}
         seen = [r for r in questions["questions"] if r["id"] in answer_of and r.get("split", "train") == "train"]
-        texts = {"qa": [[r["question"], answer_of[r["id"]]] for r in seen]}
+        texts = {"qa": [[r["question"], answer_of[r["id"]]] for r in seen], "asked": []}
         for language, rows in (("en", en), ("zh", zh)):  # held-out scenes' texts stay unseen by the bases too
-            texts[language] = [row["caption"] for row in rows if row.get("split", "train") == "train"]
+            rows = [row for row in rows if row.get("split", "train") == "train"]
+            texts[language] = [row["caption"] for row in rows]
+            texts["asked"] += [[row.get("prompt", DESCRIBE[language]), row["caption"]] for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{data_dir} is not demo data ({error!r}): run `python demo_data.py` again") from None
     if not all(texts.values()):
@@ -247,27 +255,31 @@ def demo_texts(data_dir: Path) -> dict[str, list]:
     return texts
 
 
-def _documents(texts: dict, think: str, seed: int) -> list[str]:
-    """Training text: captions alone; captions and answers as the chat in which the model is asked later."""
-
-    def chat(turns):
-        user, end = "<|im_start|>user\n", "<|im_end|>\n"
-        body = "".join(f"{user}{q}{end}<|im_start|>assistant\n{think}{a}{end}" for q, a in turns)
-        return f"<|im_start|>system\n{SYSTEM}{end}{body}"
-
+def _documents(texts: dict, family: str, seed: int) -> list[str]:
+    """Training text: captions and answers, as the chat in which the model is asked later. The captioner's language model
+    reads captions only."""
+    user, answer, end = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
     shuffle = random.Random(seed)
-    qa = texts["qa"][:]
-    shuffle.shuffle(qa)
-    documents = [chat(qa[i : i + 4]) for i in range(0, len(qa), 4)]
-    documents += [f"{caption}<|endoftext|>" for caption in texts["en"] + texts["zh"]]
-    documents += [chat([["Describe the image.", caption]]) for caption in texts["en"][::2]]
-    documents += [chat([["描述这幅图像。", caption]]) for caption in texts["zh"][::2]]
+    if family == "qwen3":
+        documents = [
+            f"{user}{prompt}{end}{answer}<think>\n\n</think>\n\n{said}{end}" for prompt, said in texts["asked"]
+        ]
+    else:
+        qa = texts["qa"][:]
+        shuffle.shuffle(qa)
+        chats = [qa[i : i + 4] for i in range(0, len(qa), 4)] + [[turn] for turn in texts["asked"][::2]]
+        system = f"<|im_start|>system\n{SYSTEM}{end}"
+        documents = [system + "".join(f"{user}{q}{end}{answer}{a}{end}" for q, a in turns) for turns in chats]
+        documents += [f"{caption}<|endoftext|>" for caption in texts["en"] + texts["zh"]]
     shuffle.shuffle(documents)
     return documents
 
 
-def train_language(model, body, tokenizer, documents, seed, *, steps, batch, length, lr) -> tuple[float, float]:
+def train_language(
+    model, body, tokenizer, documents, seed, *, steps, batch, length, lr, muon_lr
+) -> tuple[float, float]:
     """Plain causal language modelling on packed text -> loss on rows left out (nats per token) before and after."""
+    import numpy as np
     import torch
 
     ids = [token for ids in tokenizer(documents)["input_ids"] for token in ids]
@@ -275,41 +287,46 @@ def train_language(model, body, tokenizer, documents, seed, *, steps, batch, len
     rows = rows.view(-1, min(length, len(rows)))  # (N, T)
     left_out = rows[: max(1, min(32, len(rows) // 10))]
     rows = rows[len(left_out) :] if len(rows) > len(left_out) else rows
-    generator = torch.Generator().manual_seed(seed)
-    parameters = [*body.parameters()]  # the tied embedding is among them
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
     def loss_of(x):
         logits = model.lm_head(body(input_ids=x, use_cache=False).last_hidden_state[:, :-1])  # (B, T-1, V)
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten())
 
-    model.train()
-    with torch.no_grad():
-        before = loss_of(left_out).item()
-    for step in range(steps):
-        rate = min(1, (step + 1) / 10) * (0.55 + 0.45 * math.cos(math.pi * step / steps))  # warm up, then cosine
-        optimizer.param_groups[0]["lr"] = lr * rate
-        loss = loss_of(rows[torch.randint(len(rows), (batch,), generator=generator)])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        return before, loss_of(left_out).item()
+    def measure():
+        with torch.no_grad():
+            return loss_of(left_out).item()
+
+    before, draw, named = measure(), np.random.default_rng(seed), body.named_parameters()  # the tied embedding is there
+    rates = {"lr": lr, "muon_lr": muon_lr}
+    _train(lambda chosen: loss_of(rows[chosen]), named, [], len(rows), draw, steps=steps, batch=batch, **rates)
+    return before, measure()
 
 
-def _init_vision(visual, seed: int) -> None:
+def _init_vision(visual, seed: int, residual: float) -> None:
     """Random weights that tell images apart: with the usual std of 0.02 a tower this narrow maps every image to nearly
-    one vector; 1/sqrt(fan-in) keeps the signal."""
+    one vector; 1/sqrt(fan-in) keeps the signal. What writes to the residual stream is `residual` times as large."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    generator, writes = torch.Generator().manual_seed(seed), ("attn.proj", "down_proj", "out_proj", "fc2")
     with torch.no_grad():
         for name, weight in visual.named_parameters():
             if weight.dim() > 1:
-                scale = weight[0].numel() ** -0.5 * (0.5 if "attn.proj" in name or "down_proj" in name else 1)
+                scale = weight[0].numel() ** -0.5 * (residual if any(w in name for w in writes) else 1)
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+
+
+def _init_places(weight, seed: int) -> None:
+    """Position embeddings (1 + n * n, D) of a CLIP start as waves along rows and columns, so that neighbours are alike
+    from the first step (rotary towers have this built in)."""
+    import torch
+
+    n = math.isqrt(len(weight) - 1)
+    angle = torch.arange(n)[:, None] * torch.tensor([0.4, 0.8, 1.6])
+    wave = torch.cat([angle.sin(), angle.cos()], 1)  # (n, 6)
+    wave = torch.cat([wave[:, None].expand(n, n, -1), wave[None].expand(n, n, -1)], 2).flatten(0, 1)
+    places = wave @ torch.randn(wave.shape[1], weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        weight.zero_()[1:] = 0.5 * places / places.std()
 
 
 def _scale_vision(model, processor, seed: int) -> None:
@@ -333,112 +350,190 @@ def _scale_vision(model, processor, seed: int) -> None:
 
 
 class _Muon:
-    """Momentum orthogonalised by Newton-Schulz iterations (Jordan et al. 2024), for matrices. Here it reached in 100
-    steps what AdamW did in 250. `torch.optim.Muon` iterates in bfloat16, six times slower on a CPU."""
+    """Momentum orthogonalised by Newton-Schulz iterations (Jordan et al. 2024), for matrices; those of one shape at once.
+    Here it reached in 100 steps what AdamW did in 250. `torch.optim.Muon` iterates in bfloat16, six times slower on a
+    CPU."""
 
     def __init__(self, matrices, lr: float):
-        self.pairs = [(matrix, matrix.new_zeros(matrix.shape)) for matrix in matrices]
+        shapes: dict = {}
+        for matrix in matrices:
+            shapes.setdefault(matrix.shape, []).append(matrix)
+        self.groups = [(alike, alike[0].new_zeros(len(alike), *shape)) for shape, alike in shapes.items()]
         self.lr = lr
 
     def step(self, share: float) -> None:
         """One update at `share` of the learning rate."""
-        for matrix, momentum in self.pairs:
-            momentum.lerp_(matrix.grad, 0.05)
-            update = matrix.grad.lerp(momentum, 0.95)
-            wide = update.shape[0] <= update.shape[1]
-            x = (update if wide else update.T) / (update.norm() + 1e-7)
-            for _ in range(5):
-                gram = x @ x.T
-                x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-            rate = self.lr * share
-            scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
-            matrix.mul_(1 - 0.01 * rate).sub_(x if wide else x.T, alpha=rate * scale)
+        import torch
+
+        rate = self.lr * share
+        for matrices, momentum in self.groups:
+            gradient = torch.stack([matrix.grad for matrix in matrices])  # (N, rows, columns)
+            update = gradient.lerp(momentum.lerp_(gradient, 0.05), 0.95)
+            rows, columns = update.shape[1:]
+            x = update if rows <= columns else update.mT
+            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            for _ in range(5):  # x = 3.4445 x + (-4.775 g + 2.0315 g g) x, g = x x'
+                gram = x @ x.mT
+                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+            for matrix, change in zip(matrices, x if rows <= columns else x.mT):
+                matrix.mul_(1 - 0.01 * rate).sub_(change, alpha=rate * max(1, rows / columns) ** 0.5)
 
 
-@functools.cache
-def _small_picture(path: Path, side: int):
-    """(side, side, 3) uint8; both stages of the training read it."""
+def _train(loss_of, named, heads, items, draw, *, steps, batch, lr, muon_lr, head_lr=None) -> None:
+    """Minimise `loss_of(chosen)` over batches of `items`, shuffled anew by `draw` whenever they run out: Muon for the
+    matrices among `named` (name, parameter), AdamW for embeddings, vectors and, at `head_lr`, `heads`; ten steps of
+    warm-up, then linearly down to a tenth of the rates."""
+    import torch
+
+    named = list(named)
+    matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in named if p.dim() != 2 or "embed" in name]
+    groups = [{"params": others, "rate": lr}] + [{"params": heads, "rate": head_lr}] * bool(heads)
+    muon, adam = _Muon(matrices, muon_lr), torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+    order: list[int] = []
+    for step in range(steps):
+        if len(order) < batch:
+            order = draw.permutation(items).tolist()
+        chosen, order = order[:batch], order[batch:]
+        for weight in [*matrices, *others, *heads]:
+            weight.grad = None
+        loss_of(chosen).backward()
+        share = min(1, (step + 1) / 10) * (1 - 0.9 * step / steps)
+        for group in adam.param_groups:
+            group["lr"] = group["rate"] * share
+        adam.step()
+        with torch.no_grad():
+            muon.step(share)
+
+
+LINES = {"road", "river", "railway", "runway"}  # kinds that cross the picture; the others are objects, and clouds
+
+
+@dataclass
+class Scenes:
+    """The training and validation scenes as the vision towers learn them; lists run over the scenes."""
+
+    rows: list[dict]
+    """Their truths, as demo_data.py wrote them."""
+    pictures: list
+    """(side, side, 3) uint8: the image, squeezed."""
+    cover: list[int]
+    """Land cover, as an index of `covers`."""
+    covers: list[str]
+    kinds: list[str]
+    train: list[int]
+    held: list[int]
+    """Indices of the training and of the validation scenes."""
+
+    def grid(self, index: int, cells: int):
+        """What lies in each cell of a scene, (cells, cells, 3, kinds) float32: whether a kind is there, how many of it
+        have their centre there, the share it covers. A line is there where it covers an eighth."""
+        import numpy as np
+        from PIL import Image, ImageDraw
+
+        row, side = self.rows[index], len(self.pictures[index])
+        grid, scale = (
+            np.zeros((cells, cells, 3, len(self.kinds)), np.float32),
+            (side / row["width"], side / row["height"]),
+        )
+        objects = [(o["kind"], o) for o in row["objects"]] + [("cloud", o) for o in row["clouds"]]
+        for number, kind in enumerate(self.kinds):
+            sheet = Image.new("L", (side, side))
+            pen = ImageDraw.Draw(sheet)
+            for o in (o for name, o in objects if name == kind):
+                column, line = (min(int(o[axis] * share / side * cells), cells - 1) for axis, share in zip("xy", scale))
+                grid[line, column, :2, number] += 1
+                turn = math.radians(o["angle"])  # clockwise from north; `w` across, `l` along
+                across = o["w"] / 2 * math.cos(turn), o["w"] / 2 * math.sin(turn)
+                along = o["l"] / 2 * math.sin(turn), -o["l"] / 2 * math.cos(turn)
+                ends = [[o[axis] + i * a + j * b for axis, a, b in zip("xy", across, along)]
+                        for i, j in ((-1, 1), (1, 1), (1, -1), (-1, -1))]  # fmt: skip
+                pen.polygon([(x * scale[0], y * scale[1]) for x, y in ends], fill=8)
+            for line in (line for line in row["lines"] if line["kind"] == kind):
+                points = [(x * scale[0], y * scale[1]) for x, y in line["points"]]
+                pen.line(points, fill=8, width=max(1, round(line["width"] * scale[0])))
+            if sheet.getbbox():
+                share = np.asarray(sheet, np.float32).reshape(cells, side // cells, cells, -1).mean((1, 3)) / 8
+                grid[:, :, 2, number] = share
+                grid[:, :, 0, number] += (share > 1 / 8) & (kind in LINES)
+        grid[:, :, 0] = grid[:, :, 0] > 0
+        return grid
+
+
+def demo_scenes(data_dir: Path, side: int) -> Scenes | None:
+    """None where the folder holds texts only."""
     import numpy as np
     from PIL import Image
 
-    rgb = read_image(path, ImageSettings(stretch="percentile")).rgb
-    return np.asarray(Image.fromarray(rgb).resize((side, side), Image.Resampling.BICUBIC))
-
-
-def _pictures(rows: list[dict], data_dir: Path, side: int) -> list:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the GIL
-        return list(pool.map(lambda row: _small_picture(data_dir / "images" / row["image"], side), rows))
-
-
-def train_vision(visual, processor, data_dir: Path, seed: int, *, steps, batch, side, lr, muon_lr) -> dict:
-    """Teach the demo vision tower to see, as the real one has been: each merged token says the land cover, which
-    objects, lines and clouds lie in its 28 x 28 pixels, and how many, by the truth of the training scenes, with turns,
-    flips and changes of light. Returns what it tells of the validation scenes: their cover, the cells each kind lies
-    in, and the number of each kind of object where there are any. A tower with random weights takes hours to learn
-    from captions alone what this gives in minutes."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageDraw
-    from torch.nn import functional as F
-
+    if not (data_dir / "scenes.jsonl").is_file():
+        return None
     rows = [json.loads(line) for line in (data_dir / "scenes.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row["split"] in ("train", "val")]
     covers = sorted({row["cover"] for row in rows})
     kinds = [*sorted({k for row in rows for k in row["counts"]}), "cloud"]
-    cells = side // 28
 
-    def labels(row):
-        """(cells, cells, 2, kinds): whether something of a kind lies in a cell, and how many have their centre there."""
-        grid, scale = np.zeros((cells, cells, 2, len(kinds)), np.float32), (side / row["width"], side / row["height"])
-        for kind, o in [(o["kind"], o) for o in row["objects"]] + [("cloud", o) for o in row["clouds"]]:
-            column, line_ = (min(int(o[axis] * share / 28), cells - 1) for axis, share in zip("xy", scale))
-            grid[line_, column, :, kinds.index(kind)] += 1
-        for line in row["lines"]:  # in a cell where it covers an eighth of it
-            sheet = Image.new("L", (side, side))
-            points = [(x * scale[0], y * scale[1]) for x, y in line["points"]]
-            ImageDraw.Draw(sheet).line(points, fill=8, width=max(1, round(line["width"] * scale[0])))
-            share = np.asarray(sheet, np.float32).reshape(cells, 28, cells, 28).mean((1, 3))
-            grid[:, :, 0, kinds.index(line["kind"])] += share > 1
-        grid[:, :, 0] = grid[:, :, 0] > 0
-        return grid
+    def picture(row):
+        rgb = read_image(data_dir / "images" / row["image"], ImageSettings(stretch="percentile")).rgb
+        return np.asarray(Image.fromarray(rgb).resize((side, side), Image.Resampling.BICUBIC))
 
-    pictures = _pictures(rows, data_dir, side)
-    grids, cover = [labels(row) for row in rows], [covers.index(row["cover"]) for row in rows]
-    train = [i for i, row in enumerate(rows) if row["split"] == "train"]
-    held = [i for i, row in enumerate(rows) if row["split"] == "val"]
-    draw, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the GIL
+        pictures = list(pool.map(picture, rows))
+    train, held = ([i for i, row in enumerate(rows) if row["split"] == split] for split in ("train", "val"))
+    return Scenes(rows, pictures, [covers.index(row["cover"]) for row in rows], covers, kinds, train, held)
 
-    def encode(images):
-        """-> cover logits (B, covers), presence logits and log numbers (B, cells, kinds)."""
-        inputs = processor(images, do_resize=False, return_tensors="pt")
-        tokens = visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
-        said = head(F.layer_norm(tokens, tokens.shape[-1:])).view(len(images), cells * cells, -1)
-        whole, there, number = said.split([len(covers), len(kinds), len(kinds)], -1)
-        return whole.mean(1), there, number
 
-    # The first patches' filters start as the principal components of patches, each at equal strength: brightness, nearly
-    # all of a patch's energy, would else drown texture.
-    some = processor([pictures[i] for i in train[:200]], do_resize=False, return_tensors="pt")["pixel_values"]
-    flat = some.view(len(some), 3, 2, -1)[:, :, 0].flatten(1).double()  # both frames of an image are the same
+def _init_filters(weight, patches) -> None:
+    """The first patches' filters start as the principal components of `patches` (N, 3 * 14 * 14), each at equal
+    strength: brightness, nearly all of a patch's energy, would else drown texture."""
+    import torch
+
+    flat, width = patches.double(), len(weight)
     values, vectors = torch.linalg.eigh(flat.T @ flat / len(flat))
-    width = visual.config.hidden_size
     filters = vectors.flip(1)[:, :width] * (values.flip(0)[:width] + 0.01 * values[-width:].mean()).rsqrt()
-    patch = visual.patch_embed.proj.weight
     with torch.no_grad():
-        patch.copy_((filters.T.view(width, 3, 1, *patch.shape[3:]) / 2).expand_as(patch))
+        if weight.dim() == 5:  # two frames of an image are the same: half of each
+            filters, weight = filters / 2, weight.movedim(2, 0)
+        weight.copy_(filters.T.view(width, 3, *weight.shape[-2:]))
 
-    head = torch.nn.Linear(visual.config.out_hidden_size, len(covers) + 2 * len(kinds))
+
+def train_vision(encode, named, scenes: Scenes, seed: int, *, steps, batch, lr, head_lr, muon_lr) -> dict:
+    """Teach a demo vision tower to see, as the real one has been: each token says of the square of the image that it
+    stands for the land cover, which objects, lines and clouds lie there, how many, and what share of it they cover, by
+    the truth of the training scenes, with turns, flips and changes of light. A tower with random weights takes hours to
+    learn from captions alone what this gives in minutes.
+
+    `encode` turns images (side, side, 3) uint8 into tokens (B, squares, D), row by row, and, if it has one, a vector of
+    the whole image (B, E), which says the cover and which kinds there are; `named` are the parameters that learn. Returns
+    what they tell of the validation scenes: their cover, the number of each kind of object where there are any, the
+    squares of 28 x 28 pixels (of the vector: the scenes) each kind lies in."""
+    import numpy as np
+    import torch
+    from torch.nn import functional as F
+
+    pictures, kinds, covers = scenes.pictures, scenes.kinds, scenes.covers
+    draw, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.02)
-        head.bias.zero_()[len(covers) :] = -2.5  # most cells hold nothing: what is rare need not be learnt first
-    matrices = [p for p in visual.parameters() if p.dim() == 2]
-    others = [p for p in visual.parameters() if p.dim() != 2] + [*head.parameters()]
-    muon, adam = _Muon(matrices, muon_lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    order: list[int] = []
-    for step in range(steps):
-        if len(order) < batch:
-            order = draw.permutation(train).tolist()
-        chosen, order = order[:batch], order[batch:]
+        shapes = [x.shape for x in encode(pictures[:1])]
+    cells = math.isqrt(shapes[0][1])
+    grids = [scenes.grid(i, cells) for i in range(len(pictures))]
+    heads = [torch.nn.Linear(shape[-1], len(covers) + n * len(kinds)) for shape, n in zip(shapes, (3, 1))]
+    for head in heads:
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.02)
+            head.bias.zero_()[len(covers) :] = -2.5  # most squares hold nothing: what is rare need not be learnt first
+
+    def say(images):
+        """-> cover logits (B, covers), presence logits, log numbers and share logits (B, squares, kinds); if there is a
+        vector, its cover and presence logits (B, kinds)."""
+        sizes = [len(covers), *[len(kinds)] * 3]
+        tokens, *vector = (head(F.layer_norm(x, x.shape[-1:])) for head, x in zip(heads, encode(images)))
+        whole, *found = tokens.split(sizes, -1)
+        return (whole.mean(1), *found), *(x.split(sizes[:2], -1) for x in vector)
+
+    def wrong(said, truth):
+        return F.binary_cross_entropy_with_logits(said, truth, reduction="none")
+
+    def loss_of(chosen):
         images, targets = [], []
         for i in chosen:
             turns, flip = int(draw.integers(4)), bool(draw.integers(2))
@@ -446,31 +541,39 @@ def train_vision(visual, processor, data_dir: Path, seed: int, *, steps, batch, 
             image, grid = (image[:, ::-1], grid[:, ::-1]) if flip else (image, grid)
             light = (image.astype(np.float32) - 128) * draw.uniform(0.7, 1.3) + 128 + draw.normal(0, 12, (1, 1, 3))
             images.append(np.clip(light, 0, 255).astype(np.uint8))
-            targets.append(grid.reshape(-1, 2, len(kinds)))
-        (whole, there, number), truth = encode(images), torch.from_numpy(np.stack(targets))
-        found = F.binary_cross_entropy_with_logits(there, truth[:, :, 0], reduction="none")
-        found = found + 0.3 * F.poisson_nll_loss(number, truth[:, :, 1], reduction="none")
-        loss = F.cross_entropy(whole, torch.tensor([cover[i] for i in chosen])) + found.sum(-1).mean()
-        visual.zero_grad(), head.zero_grad()
-        loss.backward()
-        share = min(1, (step + 1) / 10) * (1 - 0.9 * step / steps)
-        adam.param_groups[0]["lr"] = lr * share
-        adam.step()
-        with torch.no_grad():
-            muon.step(share)
+            targets.append(grid.reshape(-1, 3, len(kinds)))
+        cover = torch.tensor([scenes.cover[i] for i in chosen])
+        there, number, share = torch.from_numpy(np.stack(targets)).unbind(2)
+        (whole, *found), *vector = say(images)
+        apart = wrong(found[0], there) + wrong(found[2], share)
+        apart = apart + 0.3 * F.poisson_nll_loss(found[1], number, reduction="none")
+        loss = F.cross_entropy(whole, cover) + apart.sum((1, 2)).mean() / 16
+        for whole, found in vector:
+            loss = loss + F.cross_entropy(whole, cover) + wrong(found, there.amax(1)).sum(-1).mean()
+        return loss
+
+    def told(whole, found, truth):
+        """How often the cover is right, and each kind's F1: found (..., kinds) against truth."""
+        right, said, truth = whole.argmax(1) == cover, found.flatten(0, -2) > 0, truth.flatten(0, -2)
+        f1 = 2 * (truth * said).sum(0) / (truth.sum(0) + said.sum(0)).clamp(min=1)
+        return round(right.float().mean().item(), 3), dict(zip(kinds, [round(x, 2) for x in f1.tolist()]))
+
+    more, rates = [p for head in heads for p in head.parameters()], {"lr": lr, "muon_lr": muon_lr, "head_lr": head_lr}
+    _train(loss_of, named, more, scenes.train, draw, steps=steps, batch=batch, **rates)
+    cover = torch.tensor([scenes.cover[i] for i in scenes.held])
+    truth = torch.from_numpy(np.stack([grids[i] for i in scenes.held])).flatten(1, 2)  # (N, squares, 3, kinds)
     with torch.no_grad():
-        whole, there, number = encode([pictures[i] for i in held])
-        right = whole.argmax(1) == torch.tensor([cover[i] for i in held])
-        truth = torch.from_numpy(np.stack([grids[i] for i in held])).flatten(1, 2)  # (N, cells, 2, kinds)
-        count, said = truth[:, :, 1].sum(1), there > 0
-        counted = (number.exp().sum(1).round() == count)[count > 0]
-        truth = truth[:, :, 0]
-        f1 = 2 * (truth * said).sum((0, 1)) / (truth.sum((0, 1)) + said.sum((0, 1))).clamp(min=1)
-    return {
-        "cover_accuracy": round(right.float().mean().item(), 3),
-        "count_accuracy": round(counted.float().mean().item(), 3),
-        "object_f1": dict(zip(kinds, [round(x, 2) for x in f1.tolist()])),
-    }
+        (whole, there, number, _), *vector = say([pictures[i] for i in scenes.held])
+    count = truth[:, :, 1].sum(1)
+    counted = (number.exp().sum(1).round() == count)[count > 0]
+    part = cells // 4  # 28 pixels a side
+    there, truth = (x.unflatten(1, (4, part, 4, part)).amax((2, 4)) for x in (there, truth[:, :, 0]))
+    right, f1 = told(whole, there, truth)
+    measured = {"cover_accuracy": right, "count_accuracy": round(counted.float().mean().item(), 3), "object_f1": f1}
+    for whole, found in vector:
+        right, f1 = told(whole, found, truth.amax((1, 2)))
+        measured["vector"] = {"cover_accuracy": right, "object_f1": f1}
+    return measured
 
 
 NOUNS = {"tank": "storage tank", "field": "sports field"}  # other kinds are called what they are
@@ -480,7 +583,6 @@ def _facts(row: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """What the truth of a scene says, as (words, what follows them): short phrases, and as questions of a chat. Words and
     answers are other ones than those of the demo's RSVQA questions: the base knows the scenes, not the task."""
     draw, counts, objects = random.Random(row["img_id"]), row["counts"], {o["kind"] for o in row["objects"]}
-    lines = {"road", "river", "railway", "runway"}
     noun = {kind: NOUNS.get(kind, kind) for kind in counts}
     one = {kind: f"{'an' if kind == 'aircraft' else 'a'} {noun[kind]}" for kind in counts}
     many = {kind: noun[kind] if kind == "aircraft" else f"{noun[kind]}s" for kind in counts}
@@ -492,7 +594,7 @@ def _facts(row: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
     for kind, count in counts.items():
         there(one[kind], count > 0)
-        if kind in lines:
+        if kind in LINES:
             continue
         short.append((f" number of {many[kind]}", str(count)))
         chat.append((f"Count the {many[kind]}.", str(count)))
@@ -504,7 +606,7 @@ def _facts(row: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     there("clouds", bool(row["clouds"]))
     short += [(" area", row["rural_urban"]), (" cover", row["cover"])]
     chat.append(("Which kind of area, rural or urban?", row["rural_urban"]))
-    countable = [kind for kind in counts if kind not in lines]
+    countable = [kind for kind in counts if kind not in LINES]
     for form in range(6):
         a = draw.choice(sorted(objects) or countable)
         a, b = draw.sample([a, draw.choice([kind for kind in countable if kind != a])], 2)
@@ -518,7 +620,7 @@ def _facts(row: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     return short, chat
 
 
-def train_grounding(model, tokenizer, processor, data_dir: Path, seed: int, *, steps, scenes, short, chat, lr, muon_lr):
+def train_grounding(model, tokenizer, processor, scenes: Scenes, seed: int, *, steps, batch, short, chat, lr, muon_lr):
     """Teach the demo language model to read the vision tower's tokens, as the real one has been: facts of the training
     scenes, each scene packed once with `short` phrases and `chat` questions drawn anew. Without it LoRA would first have
     to learn what an image is. Returns the share of right answers to the validation scenes' chat questions.
@@ -531,21 +633,16 @@ def train_grounding(model, tokenizer, processor, data_dir: Path, seed: int, *, s
     from data import ChatPrompt, pack, pixel_batch
     from model import TREE_KEYS, SceneTree, packed_states
 
-    rows = [json.loads(line) for line in (data_dir / "scenes.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if row["split"] in ("train", "val")]
-    train = [i for i, row in enumerate(rows) if row["split"] == "train"]
-    held = [i for i, row in enumerate(rows) if row["split"] == "val"]
-    side = DEMO_SIZES["vision_train"]["side"]
-    pictures = _pictures(rows, data_dir, side)
     tokens = []
     with torch.no_grad():
-        for start in range(0, len(rows), 50):
-            inputs = pixel_batch(pictures[start : start + 50], processor)
+        for start in range(0, len(scenes.pictures), 50):
+            inputs = pixel_batch(scenes.pictures[start : start + 50], processor)
             made = model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
             tokens += made.chunk(len(inputs["image_grid_thw"]))
     prompt = ChatPrompt(tokenizer, "{question}", model.config.image_token_id, processor.merge_size)
-    prefix = prompt.prefix((1, side // 14, side // 14))
-    facts = [_facts(row) for row in rows]
+    side = len(scenes.pictures[0]) // 14
+    prefix = prompt.prefix((1, side, side))
+    facts = [_facts(row) for row in scenes.rows]
     asked = [prompt.branches(*map(list, zip(*chats))) for _, chats in facts]
     phrases = []
     for shorts, _ in facts:
@@ -561,28 +658,18 @@ def train_grounding(model, tokenizer, processor, data_dir: Path, seed: int, *, s
 
     body, draw = model.model.language_model, np.random.default_rng(seed)
     body.set_attn_implementation("scene")
-    matrices = [p for name, p in body.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
-    others = [p for name, p in body.named_parameters() if p.dim() != 2 or "embed_tokens" in name]
-    muon, adam = _Muon(matrices, muon_lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    order: list[int] = []
-    for step in range(steps):
-        if len(order) < scenes:
-            order = draw.permutation(train).tolist()
-        chosen, order = order[:scenes], order[scenes:]
+
+    def loss_of(chosen):
         drawn = [[phrases[i][k] for k in draw.permutation(len(phrases[i]))[:short]]
                  + [asked[i][k] for k in draw.permutation(len(asked[i]))[:chat]] for i in chosen]  # fmt: skip
-        said, labels = logits(chosen, drawn)
-        body.zero_grad()
-        F.cross_entropy(said, labels).backward()
-        share = min(1, (step + 1) / 10) * (1 - 0.9 * step / steps)
-        adam.param_groups[0]["lr"] = lr * share
-        adam.step()
-        with torch.no_grad():
-            muon.step(share)
+        return F.cross_entropy(*logits(chosen, drawn))
+
+    named = body.named_parameters()
+    _train(loss_of, named, [], scenes.train, draw, steps=steps, batch=batch, lr=lr, muon_lr=muon_lr)
     right = []
     with torch.no_grad():
-        for start in range(0, len(held), 25):
-            chosen = held[start : start + 25]
+        for start in range(0, len(scenes.held), 25):
+            chosen = scenes.held[start : start + 25]
             said, labels = logits(chosen, [asked[i] for i in chosen])
             hits = iter((said.argmax(-1) == labels).tolist())
             right += [all([next(hits) for _ in range(count)]) for i in chosen for _, count in asked[i]]
@@ -590,10 +677,12 @@ def train_grounding(model, tokenizer, processor, data_dir: Path, seed: int, *, s
     return {"chat_accuracy": round(float(np.mean(right)), 3)}
 
 
-def _write_qwen(folder: Path, family: str, vocab: dict, merges: list, texts: dict, data_dir: Path, seed: int) -> dict:
+def _write_qwen(folder: Path, family: str, vocab: dict, merges: list, texts: dict, scenes, seed: int) -> dict:
     import torch
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen3ForCausalLM
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from data import pixel_batch
 
     tokenizer = write_qwen_tokenizer(folder, vocab, merges, family)
     write_qwen_settings(folder, qwen_config(tokenizer, family, DEMO_SIZES["text"], DEMO_SIZES["vision"]))
@@ -601,28 +690,39 @@ def _write_qwen(folder: Path, family: str, vocab: dict, merges: list, texts: dic
     config = AutoConfig.from_pretrained(folder)
     model = (Qwen3ForCausalLM if family == "qwen3" else Qwen2_5_VLForConditionalGeneration)(config)
     body = model.model if family == "qwen3" else model.model.language_model
-    documents = _documents(texts, "<think>\n\n</think>\n\n" if family == "qwen3" else "", seed)
-    budget = DEMO_SIZES["train"] | ({"steps": DEMO_SIZES["qwen3_steps"]} if family == "qwen3" else {})
-    before, after = train_language(model, body, tokenizer, documents, seed, **budget)
+    before, after = train_language(model, body, tokenizer, _documents(texts, family, seed), seed, **DEMO_SIZES["train"])
     measured = {"nats_per_token": [round(before, 3), round(after, 3)]}
     if family != "qwen3":
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        _init_vision(model.model.visual, seed)
-        if (data_dir / "scenes.jsonl").is_file():
-            measured |= train_vision(model.model.visual, processor, data_dir, seed, **DEMO_SIZES["vision_train"])
+        _init_vision(model.model.visual, seed, residual=0.5)
+        if scenes:
+            visual = model.model.visual
+
+            def encode(images):
+                inputs = pixel_batch(images, processor)
+                tokens = visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+                return (tokens.view(len(images), -1, tokens.shape[-1]),)
+
+            some = pixel_batch([scenes.pictures[i] for i in scenes.train[:200]], processor)["pixel_values"]
+            some = some.view(len(some), 3, 2, -1)[:, :, 0].flatten(1)  # both frames of an image are the same
+            _init_filters(visual.patch_embed.proj.weight, some)
+            measured |= train_vision(encode, visual.named_parameters(), scenes, seed, **DEMO_SIZES["vision_train"])
         _scale_vision(model, processor, seed)
-        if (data_dir / "scenes.jsonl").is_file():
-            measured |= train_grounding(model, tokenizer, processor, data_dir, seed, **DEMO_SIZES["grounding"])
+        if scenes:
+            measured |= train_grounding(model, tokenizer, processor, scenes, seed, **DEMO_SIZES["grounding"])
     write_weights(model, folder, shards=1 if family == "qwen3" else 2)
     return measured
 
 
-def _write_clip(folder: Path, texts: list[str], seed: int) -> None:
-    """A CLIP with fresh weights: 128 px images, patches of 16, both towers 4 layers of 128. Its words are English:
-    other scripts fall to bytes, as in the original."""
+def _write_clip(folder: Path, texts: list[str], scenes: Scenes | None, seed: int) -> dict:
+    """A CLIP whose vision tower has learnt to see: images of 112 px, patches of 14. What reads its patches, as LLaVA's
+    kind of captioner does, reads them before the last layer; that one serves the vector of the image. The text tower has
+    fresh weights; its words are English: other scripts fall to bytes, as in the original."""
+    import numpy as np
     import torch
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+    side = DEMO_SIZES["side"]
     texts = [" ".join(text.lower().split()) for text in texts]
     vocab, merges = train_bpe(texts, DEMO_SIZES["vocab"]["clip"], suffix="</w>", split=CLIP_SPLIT)
     start, end = "<|startoftext|>", "<|endoftext|>"
@@ -635,23 +735,45 @@ def _write_clip(folder: Path, texts: list[str], seed: int) -> None:
     _write_json(folder / "tokenizer_config.json", {
         **roles, "do_lower_case": True, "errors": "replace", "model_max_length": 77, "tokenizer_class": "CLIPTokenizer",
     })
-    tower = {"hidden_act": "quick_gelu", "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4,
-             "num_hidden_layers": 4, "projection_dim": 128}
+    tower = {"hidden_act": "quick_gelu", "projection_dim": 128}
+    text = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 4}
     ids = {"bos_token_id": vocab[start], "eos_token_id": vocab[end], "pad_token_id": vocab[end]}
     _write_json(folder / "config.json", {
         "architectures": ["CLIPModel"], "model_type": "clip", "initializer_factor": 1.0,
         "logit_scale_init_value": 2.6592, "projection_dim": 128, "torch_dtype": "float32",
-        "text_config": {"model_type": "clip_text_model", **tower, **ids, "max_position_embeddings": 77,
+        "text_config": {"model_type": "clip_text_model", **tower, **text, **ids, "max_position_embeddings": 77,
                         "vocab_size": len(vocab)},
-        "vision_config": {"model_type": "clip_vision_model", **tower, "image_size": 128, "patch_size": 16},
+        "vision_config": {"model_type": "clip_vision_model", **tower, **DEMO_SIZES["clip"], "image_size": side,
+                          "patch_size": 14},
     })
     _write_json(folder / "preprocessor_config.json", {
-        "crop_size": 128, "do_center_crop": True, "do_normalize": True, "do_resize": True,
-        "feature_extractor_type": "CLIPFeatureExtractor", **PIXELS, "resample": 3, "size": 128,
+        "crop_size": side, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor", **PIXELS, "resample": 3, "size": side,
     })
     # fmt: on
     torch.manual_seed(seed)
-    write_weights(CLIPModel(CLIPConfig.from_pretrained(folder)), folder)
+    model = CLIPModel(CLIPConfig.from_pretrained(folder))
+    measured = {}
+    if scenes:
+        vision = model.vision_model
+        named = [*vision.named_parameters(), *model.visual_projection.named_parameters()]
+        _init_vision(vision, seed, residual=0.1)
+        _init_places(vision.embeddings.position_embedding.weight, seed)
+
+        def pixels(images):
+            scaled = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+            mean, std = (torch.tensor(PIXELS[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
+            return (scaled - mean) / std  # (B, 3, side, side)
+
+        def encode(images):
+            seen = vision(pixels(images), output_hidden_states=True)
+            return seen.hidden_states[-2][:, 1:], model.visual_projection(seen.pooler_output)  # no class token
+
+        some = torch.nn.functional.unfold(pixels([scenes.pictures[i] for i in scenes.train[:200]]), 14, stride=14)
+        _init_filters(vision.embeddings.patch_embedding.weight, some.transpose(1, 2).flatten(0, 1))
+        measured = train_vision(encode, named, scenes, seed, **DEMO_SIZES["clip_train"])
+    write_weights(model, folder)
+    return measured
 
 
 def build(data_dir, output_dir, seed: int, verify) -> dict:
@@ -692,13 +814,14 @@ def build(data_dir, output_dir, seed: int, verify) -> dict:
             temp = Path(temp)
             for name in DEMO:
                 (temp / name).mkdir()
+            scenes = demo_scenes(data_dir, DEMO_SIZES["side"])
             corpus = [*texts["en"], *texts["zh"], *(f"{q}\n{a}" for q, a in texts["qa"])]
-            corpus += [f"system\n{SYSTEM}", "user\nDescribe the image.", "assistant\n", "描述这幅图像。"] * 2
+            corpus += [f"system\n{SYSTEM}", "assistant\n", *{f"user\n{prompt}": 0 for prompt, _ in texts["asked"]}] * 2
             vocab, merges = train_bpe(corpus, DEMO_SIZES["vocab"]["qwen"])
             measured = {
-                f: _write_qwen(temp / f, f, vocab, merges, texts, data_dir, seed) for f in ("qwen2_5_vl", "qwen3")
+                f: _write_qwen(temp / f, f, vocab, merges, texts, scenes, seed) for f in ("qwen2_5_vl", "qwen3")
             }
-            _write_clip(temp / "clip", texts["en"], seed)
+            measured["clip"] = _write_clip(temp / "clip", texts["en"], scenes, seed)
             for name in DEMO:
                 verify(temp / name)
             record.unlink(missing_ok=True)  # from here to the last line nothing vouches for the folder

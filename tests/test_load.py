@@ -11,6 +11,7 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 # Before a client is imported: nothing of these tests belongs in the user's caches, and no proxy is asked.
@@ -352,12 +353,14 @@ def test_demo_bases(tmp_path, monkeypatch):
     out, data = tmp_path / "models" / "demo", tmp_path / "data"
     refused(lambda: load.build_demo_bases(data, out), "python demo_data.py")
     write_demo_texts(data)
-    monkeypatch.setitem(demo_bases.DEMO_SIZES, "train", {"steps": 25, "batch": 4, "length": 32, "lr": 3e-3})
+    monkeypatch.setitem(
+        demo_bases.DEMO_SIZES, "train", {"steps": 25, "batch": 4, "length": 32, "lr": 1e-2, "muon_lr": 0.02}
+    )
     state = torch.random.get_rng_state()
     built = load.build_demo_bases(data, out)
     assert torch.equal(state, torch.random.get_rng_state())  # the caller's random numbers are left alone
-    for found in built["measured"].values():
-        before, after = found["nats_per_token"]
+    for name in ("qwen2_5_vl", "qwen3"):
+        before, after = built["measured"][name]["nats_per_token"]
         assert after < 0.7 * before
     assert sorted(path.name for path in out.iterdir()) == ["clip", "demo_bases.json", "qwen2_5_vl", "qwen3"]
     for name, cls in {"qwen2_5_vl": QwenVL, "qwen3": AutoModelForCausalLM, "clip": CLIPModel}.items():
@@ -388,6 +391,72 @@ def test_demo_bases(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_bases, "_write_clip", fail)
     refused(lambda: load.build_demo_bases(data, out, seed=1), "No space left")
     assert bytes_of() == first and sorted(p.name for p in out.iterdir())[0] == "clip"
+
+
+def test_what_lies_where_in_a_scene():
+    line = {"kind": "road", "width": 20, "points": [[50, -5], [50, 205]]}  # north to south, in the west
+    tank = {"kind": "tank", "x": 150, "y": 30, "w": 25, "l": 25, "angle": 0}
+    pond = {"kind": "pond", "x": 150, "y": 150, "w": 10, "l": 100, "angle": 90}  # lies from west to east
+    row = {"width": 200, "height": 200, "objects": [tank, pond, {**tank, "x": 155}], "clouds": [], "lines": [line]}
+    kinds = ["pond", "road", "tank"]
+    scenes = demo_bases.Scenes([row], [np.zeros((112, 112, 3), np.uint8)], [0], ["desert"], kinds, [0], [0])
+    there, number, share = scenes.grid(0, 4).transpose(2, 3, 0, 1)  # (kinds, 4, 4) each
+    assert number[2, 0].tolist() == [0, 0, 0, 2] and number[2].sum() == 2 and number[1].sum() == 0
+    assert there[1].tolist() == [[1, 1, 0, 0]] * 4 and there[2, 0, 3] == there[0, 3, 3] == 1
+    assert share[1, 0, 0] == pytest.approx(0.2, abs=0.05) and share[0, 3].argmax() in (2, 3) and share[0, :2].sum() == 0
+    assert share[0].sum() * 50 * 50 == pytest.approx(1000, rel=0.4)  # drawn in pixels of 1.8
+
+
+def test_muon_steps_are_orthogonal_and_the_same_in_a_batch():
+    import torch
+
+    torch.manual_seed(0)
+    starts = [torch.randn(shape) for shape in [(8, 24), (24, 8), (8, 24), (8, 8)]]
+    gradients = [torch.randn(start.shape) for start in starts]
+
+    def step(chosen):
+        matrices = [torch.nn.Parameter(starts[i].clone()) for i in chosen]
+        for matrix, i in zip(matrices, chosen):
+            matrix.grad = gradients[i]
+        with torch.no_grad():
+            demo_bases._Muon(matrices, 0.5).step(1.0)
+        return matrices
+
+    for i, matrix in enumerate(step(range(4))):
+        assert torch.allclose(matrix, step([i])[0], atol=1e-5)
+        change = (starts[i] * (1 - 0.005) - matrix) / 0.5 / max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+        values = torch.linalg.svdvals(change)
+        assert values.min() > 0.3 and values.max() < 1.3
+        assert (change * gradients[i]).sum() > 0  # downhill
+
+
+def test_towers_learn_from_scenes(tmp_path, monkeypatch):
+    """A few steps on a few scenes: what is measured, and that the pixels are those of CLIP's own processor."""
+    import torch
+    from PIL import Image
+    from transformers import CLIPVisionModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    import demo_data
+
+    data, seen = tmp_path / "data", []
+    demo_data.generate(data, 20, 0)
+    for stage in ("train", "vision_train", "clip_train", "grounding"):
+        monkeypatch.setitem(demo_bases.DEMO_SIZES[stage], "steps", 3)
+        monkeypatch.setitem(demo_bases.DEMO_SIZES[stage], "batch", 4)
+    forward = CLIPVisionModel.forward
+    monkeypatch.setattr(CLIPVisionModel, "forward", lambda self, x, **more: seen.append(x) or forward(self, x, **more))
+    measured = load.build_demo_bases(data, tmp_path / "demo")["measured"]
+    assert {"nats_per_token", "cover_accuracy", "count_accuracy", "object_f1", "chat_accuracy"} == set(
+        measured["qwen2_5_vl"]
+    )
+    assert {"cover_accuracy", "count_accuracy", "object_f1", "vector"} == set(measured["clip"])
+    kinds = [*demo_data.KINDS, *demo_data.LINES, "cloud"]
+    assert set(measured["clip"]["object_f1"]) == set(measured["clip"]["vector"]["object_f1"]) == set(kinds)
+    scenes = demo_bases.demo_scenes(data, 112)
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path / "demo" / "clip")
+    ours = processor([Image.fromarray(scenes.pictures[i]) for i in scenes.held], return_tensors="pt")["pixel_values"]
+    assert torch.allclose(seen[-1], ours, atol=1e-5)
 
 
 # --- the command line ---

@@ -228,7 +228,12 @@ def test_what_cannot_be_scored_is_refused_with_a_reason():
 
 
 def test_objects_named_by_captions():
-    words = {"ship": ["ship", "ships", "船"], "tank": ["storage tank", "storage tanks"], "road": ["road", "公路"], "car": ["车"]}
+    words = {
+        "ship": ["ship", "ships", "船"],
+        "tank": ["storage tank", "storage tanks"],
+        "road": ["road", "公路"],
+        "car": ["车"],
+    }
     captions = ["Two ships and a ship, no road.", "A storage tank beside a railroad", "公路上有一辆车", "停车场", ""]
     present = [["ship"], ["tank", "road"], ["road", "car"], [], ["ship"]]
     found = object_mentions(captions, present, words, ["no road", "停车场"])

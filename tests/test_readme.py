@@ -137,7 +137,9 @@ def test_the_readme_path_from_rsvqa_to_a_merged_model(base, asked, tmp_path, mon
     assert (tmp_path / "merged" / "model.safetensors").is_file() and (run / "compare" / "report.html").is_file()
 
 
-def test_the_readme_path_from_captions_to_a_described_image(clip_base, qwen3_base, drawn, tmp_path, monkeypatch, capsys):
+def test_the_readme_path_from_captions_to_a_described_image(
+    clip_base, qwen3_base, drawn, tmp_path, monkeypatch, capsys
+):
     """`train_caption.py --data_path ./data --output_dir ./outputs ...`, `caption.py eval` and `generate`."""
     import json
     import shutil
@@ -154,8 +156,24 @@ def test_the_readme_path_from_captions_to_a_described_image(clip_base, qwen3_bas
     for name in {row["image"] for row in tested}:
         shutil.move(f"data/images/{name}", f"test_images/{name}")
     (tmp_path / "captions.json").write_text(json.dumps(tested, ensure_ascii=False))
-    bases = ["--vision_model_name", str(clip_base), "--language_model_name", str(qwen3_base), "--learning_rate", "0.003"]
-    small = ["--use_cpu", "true", "--dataloader_num_workers", "0", "--disable_tqdm", "true", "--max_caption_tokens", "32"]
+    bases = [
+        "--vision_model_name",
+        str(clip_base),
+        "--language_model_name",
+        str(qwen3_base),
+        "--learning_rate",
+        "0.003",
+    ]
+    small = [
+        "--use_cpu",
+        "true",
+        "--dataloader_num_workers",
+        "0",
+        "--disable_tqdm",
+        "true",
+        "--max_caption_tokens",
+        "32",
+    ]
     train_caption.main(
         ["--data_path", "./data", "--output_dir", "./outputs", "--batch_size", "4", "--num_epochs", "3", *bases, *small]
     )
@@ -164,4 +182,6 @@ def test_the_readme_path_from_captions_to_a_described_image(clip_base, qwen3_bas
     image = next((tmp_path / "test_images").iterdir())
     said = ["--image_path", str(image), "--prompt", "Describe the image.", "--max_length", "64"]
     assert caption.main(["generate", "--model_path", "./outputs/final", *said]) == 0
-    assert "CIDEr" in capsys.readouterr().out and len(json.loads(Path("eval_results.json").read_text())["captions"]) == 6
+    assert (
+        "CIDEr" in capsys.readouterr().out and len(json.loads(Path("eval_results.json").read_text())["captions"]) == 6
+    )

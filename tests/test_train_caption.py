@@ -105,8 +105,18 @@ def test_two_processes_equal_one_with_twice_the_batch(run, bases, drawn, tmp_pat
     run(*flags, output="one")
     words = [*SMALL, *bases, f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'two'}",
              f"--data_path={drawn.captions}", *flags, "--batch_size=2", "--ddp_backend=gloo"]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_caption.py"]
-    made = subprocess.run([*command, *words], capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[1])
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "train_caption.py",
+    ]
+    made = subprocess.run(
+        [*command, *words], capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[1]
+    )
     assert made.returncode == 0, made.stderr[-3000:]
     one, two = (load_file(tmp_path / name / "final" / "language" / "model.safetensors") for name in ("one", "two"))
     base = transformers.AutoModelForCausalLM.from_pretrained(bases[1].split("=")[1]).state_dict()
