@@ -75,9 +75,9 @@ DEMO_SIZES = {  # changing anything here rebuilds the demo bases: it is part of 
     "train": {"steps": 80, "batch": 16, "length": 64, "lr": 1e-2, "muon_lr": 0.02},
     "grounding": {"steps": 450, "batch": 6, "short": 20, "chat": 10, "lr": 2e-3, "muon_lr": 0.02},
     "side": 112,  # pixels of the pictures that the vision towers learn from
-    "vision_train": {"steps": 600, "batch": 32, "lr": 1e-3, "head_lr": 1e-2, "muon_lr": 0.02},
-    "clip": {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8},
-    "clip_train": {"steps": 450, "batch": 32, "lr": 1e-3, "head_lr": 1e-2, "muon_lr": 0.02},
+    "vision_train": {"steps": 500, "batch": 32, "lr": 1e-3, "head_lr": 1e-2, "muon_lr": 0.02},
+    "clip": {"num_hidden_layers": 4, "hidden_size": 96, "intermediate_size": 288, "num_attention_heads": 6},
+    "clip_train": {"steps": 600, "batch": 32, "lr": 1e-3, "head_lr": 1e-2, "muon_lr": 0.03},
 }
 
 
