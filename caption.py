@@ -72,9 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
 def checked(args) -> None:
     """Fill in a preset's defaults and refuse what no run can use. Raises InputError."""
     if args.preset == "demo":
-        for name, value in DEMO.items():
-            if getattr(args, name, "") is None:
-                setattr(args, name, value)
+        names = list(DEMO) if args.command == "eval" else ["model_path"]
+        for name in names:
+            if getattr(args, name) is None:
+                setattr(args, name, DEMO[name])
     needed = ["model_path", "image_path"] if args.command == "generate" else ["model_path", "test_dir", "output_file"]
     for name in needed:
         if not getattr(args, name):

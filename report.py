@@ -458,17 +458,16 @@ def caption_sections(rows: list[dict], picture, number: int = 12) -> list[tuple[
     def cards(chosen):
         items = []
         for row in chosen:
-            lines = [(row["caption"], row.get("CIDEr"), True)] + [
-                (text, None, None) for text in row.get("references", ())
-            ]
-            items.append({"image": thumbnail(picture(row["image"])), "title": Path(row["image"]).name, "lines": lines})
+            lines = [(Path(row["image"]).name, row.get("CIDEr"), None)]
+            lines += [(text, None, None) for text in row.get("references", ())]
+            items.append({"image": thumbnail(picture(row["image"])), "title": row["caption"], "lines": lines})
         return gallery_html(items)
 
     if not rows or "CIDEr" not in rows[0]:
         return [("Captions", cards(rows[: 2 * number]))]
     ranked = sorted(rows, key=lambda row: -row["CIDEr"])
     worst = ranked[number:][-number:][::-1]
-    note = "<p>The caption with its CIDEr, then the references.</p>"
+    note = "<p>The caption; the file and the caption's CIDEr; the references.</p>"
     return [("Best", note + cards(ranked[:number]))] + ([("Worst", note + cards(worst))] if worst else [])
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from report import (
     FLIPS,
+    caption_sections,
     curves_figure,
     figure_html,
     flip_of,
@@ -327,3 +328,18 @@ def test_samples_have_one_card_an_image_and_read_it_once():
     assert read == ["a.tif", "b.tif"] and text.count("<figure") == 2 and text.count('class="qa') == 6
     assert parse(text).words.index("a.tif 2") < parse(text).words.index("b.tif 0")
     assert "No samples" in samples_html([], picture) and len(read) == 2
+
+
+def test_caption_pages_show_best_and_worst_first():
+    picture = lambda path: np.zeros((8, 8, 3), np.uint8)  # noqa: E731
+    rows = [
+        {"image": f"{i}.png", "caption": f"caption <{i}>", "CIDEr": i / 10, "references": [f"truth {i}"]}
+        for i in range(5)
+    ]
+    best, worst = caption_sections(rows, picture, 2)
+    assert (best[0], worst[0]) == ("Best", "Worst")
+    order = lambda part: re.findall(r"caption &lt;(\d)&gt;</b>", part)  # noqa: E731
+    assert order(best[1]) == ["4", "3"] and order(worst[1]) == ["0", "1"] and "truth 4" in best[1]
+    assert [name for name, _ in caption_sections(rows[:1], picture, 2)] == ["Best"]
+    bare = [{"image": "a.png", "caption": "x"}]
+    assert [name for name, _ in caption_sections(bare, picture)] == ["Captions"]

@@ -260,6 +260,15 @@ def test_a_broken_image_is_named_and_the_others_are_captioned(trained, drawn, tm
     assert caption.main(["generate", *flags, "--image_path", str(folder / "bad.png")]) == 2
 
 
+def test_the_demo_preset_of_generate_writes_no_file():
+    args = caption.build_parser().parse_args(["generate", "--preset", "demo", "--image_path", "a.tif"])
+    caption.checked(args)
+    assert args.model_path == caption.DEMO["model_path"] and args.output_file is None and args.prompt is None
+    args = caption.build_parser().parse_args(["eval", "--preset", "demo"])
+    caption.checked(args)
+    assert {name: getattr(args, name) for name in caption.DEMO} == caption.DEMO
+
+
 @pytest.mark.parametrize("flags, message", [
     (["generate"], "needs --model_path"),
     (["generate", "--model_path", "x"], "needs --image_path"),
