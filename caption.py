@@ -13,7 +13,6 @@ eval writes captions of every image; with --references also their scores, and a 
 import argparse
 import html
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -179,7 +178,7 @@ def generate(args) -> int:
 
 def reference_scenes(args, language: str) -> dict[str, list[str]]:
     """{image: its references} of the split asked for."""
-    from data import read_scenes
+    from data import has_word, read_scenes
 
     found = read_scenes(args.references, image_root=args.test_dir, language=language, max_rejected=args.max_rejected)
     for bad in found.rejected[:5]:
@@ -188,7 +187,7 @@ def reference_scenes(args, language: str) -> dict[str, list[str]]:
     if splits != {None} and args.split not in splits:
         raise InputError(f"{args.references}: no row of split {args.split!r}; there are {sorted(map(str, splits))}")
     chosen = {
-        scene.image: [text for text in scene.texts if re.search(r"\w", text)]
+        scene.image: [text for text in scene.texts if has_word(text)]
         for scene in found.scenes
         if splits == {None} or scene.split == args.split
     }
@@ -240,7 +239,7 @@ def evaluate(args) -> int:
     images = [str(path) for path in image_files(args.test_dir)]
     references = reference_scenes(args, language) if args.references else {}
     if references:
-        same = {str(Path(path).resolve()): path for path in references}
+        same = {str(Path(path).resolve()) for path in references}
         unscored = [path for path in images if str(Path(path).resolve()) not in same]
         images = list(references)
         if unscored:
@@ -262,10 +261,7 @@ def evaluate(args) -> int:
             texts = [scene.texts for scene in known]
             store = pixel_store(model)
             pooled = [model.embed_images(paths, store) for paths in (images, [scene.image for scene in known])]
-            made = {
-                "frequent": [caption_scores.most_frequent_caption(texts)] * len(images),
-                "nearest": caption_scores.nearest_captions(*pooled, texts),
-            } | made
+            made = caption_scores.baselines(*pooled, texts) | made
         found = caption_scores.compare(made, truths, texts, language=language)
         for row, truth, scores in zip(rows, truths, caption_scores.per_image(found["captioner"])):
             row |= {"references": truth} | scores

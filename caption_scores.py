@@ -543,6 +543,15 @@ MODELS = {
 _NAMES = {"en": "English", "zh": "Chinese", "ptb": "PTB tokens", "words": "words", "chars": "characters"}
 
 
+def baselines(features, train_features, train_captions: list[list[str]]) -> dict[str, list[str]]:
+    """{name: a caption for each image} that need no captioner: `most_frequent_caption` and `nearest_captions`."""
+    frequent = most_frequent_caption(train_captions)
+    return {
+        "frequent": [frequent] * len(features),
+        "nearest": nearest_captions(features, train_features, train_captions),
+    }
+
+
 def cider(candidates: list[str], references: list[list[str]], language: str = "auto") -> float:
     """CIDEr alone, without Java and without an interval: what is watched in training. Chinese by words. Of a mixed run
     the mean over images, each language weighing words by its own images."""

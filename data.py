@@ -381,12 +381,17 @@ def is_chinese(text: str) -> bool:
     return bool(CHINESE.search(text))
 
 
+def has_word(text: str) -> bool:
+    """Whether a text says anything: a caption of "..." cannot be scored."""
+    return bool(re.search(r"\w", text))
+
+
 def captions_as_answers(scenes: list[Scene], prompt: str, prompt_zh: str) -> list[QuestionScene]:
     """A scene's captions as answers to the prompt of their row, else to the one of their language (`kind`: en or zh)."""
     made = []
     for scene in scenes:
         answers = []
-        for text in (text for text in scene.texts if re.search(r"\w", text)):  # "..." says nothing and cannot be scored
+        for text in filter(has_word, scene.texts):
             default, kind = (prompt_zh, "zh") if is_chinese(text) else (prompt, "en")
             answers.append(Question(scene.prompts.get(text, default), text, kind))
         if answers:

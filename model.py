@@ -1338,8 +1338,8 @@ class Captioner(nn.Module):
     ) -> "Captioner":
         """A new projector between two bases (`config`: `config.CaptionConfig`). `dtype`: of what is frozen; what is trained
         is float32. Raises InputError: a base that is missing or of another kind, tensors that do not fit."""
-        vision, processor = load_vision(config.vision_model_name, dtype)
-        language, tokenizer = load_language(config.language_model_name, dtype)
+        roots = base_folder(config.vision_model_name), base_folder(config.language_model_name)
+        (vision, processor), (language, tokenizer) = load_vision(roots[0], dtype), load_language(roots[1], dtype)
         if config.image_fit == "squash":
             side = vision.config.image_size
             processor.size, processor.do_center_crop = {"height": side, "width": side}, False
@@ -1347,8 +1347,8 @@ class Captioner(nn.Module):
         if not -depth - 1 <= config.vision_layer <= depth:
             raise InputError(f"--vision_layer {config.vision_layer}: expected {-depth - 1} to {depth}")
         settings = CaptionerSettings(
-            vision_model=str(config.vision_model_name), vision_fingerprint=fingerprint(config.vision_model_name),
-            language_model=str(config.language_model_name), language_fingerprint=fingerprint(config.language_model_name),
+            vision_model=str(config.vision_model_name), vision_fingerprint=fingerprint(roots[0]),
+            language_model=str(config.language_model_name), language_fingerprint=fingerprint(roots[1]),
             prompts=prompts or {"en": config.prompt, "zh": config.prompt_zh}, images=image_settings(config).to_dict(),
             **{name: getattr(config, name) for name in (
                 "vision_layer", "projector", "freeze_vision_model", "freeze_language_model_except_layers", "lora_rank",
@@ -1516,9 +1516,7 @@ class Captioner(nn.Module):
 
     def _packed(self, tree: SceneTree, embedded: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Last layer (L, D) of a packed row (1, L, D) at positions (1, L)."""
-        nothing = embedded.new_zeros(
-            1, 1, 1, 1
-        )  # a mask made by hand, which transformers leaves alone; the tree is the mask
+        nothing = embedded.new_zeros(1, 1, 1, 1)  # a hand-made mask, which transformers leaves alone: the tree is it
         body = self.language.base_model
         made = body(
             inputs_embeds=embedded, position_ids=position_ids, attention_mask=nothing, use_cache=False, tree=tree
@@ -1610,7 +1608,7 @@ class Captioner(nn.Module):
 
 def load_vision(folder: str | Path, dtype: torch.dtype = torch.float32, processor_from: str | Path | None = None):
     """(vision encoder, image processor) of a CLIP or SigLIP folder. Raises InputError."""
-    folder = base_folder(folder)
+    folder = Path(folder)
     weight_files(folder)
     config = AutoConfig.from_pretrained(folder)
     kind = config.model_type.removesuffix("_vision_model")
@@ -1634,7 +1632,7 @@ def load_vision(folder: str | Path, dtype: torch.dtype = torch.float32, processo
 
 def load_language(folder: str | Path, dtype: torch.dtype = torch.float32, tokenizer_from: str | Path | None = None):
     """(causal language model with attention over packed scenes, tokenizer) of a folder. Raises InputError."""
-    folder = base_folder(folder)
+    folder = Path(folder)
     weight_files(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -84,17 +84,6 @@ def without_caption(config: CaptionConfig, splits: dict[str, list[QuestionScene]
 # Scores
 
 
-def baselines(model: Captioner, store, train: list[QuestionScene], images: list[str], language: str) -> dict:
-    """{name: a caption for each of `images`} that need no captioner: the training split's most frequent one, and the first
-    of the training image whose pooled vision features are nearest."""
-    known, texts = in_language(train, language)
-    frequent = caption_scores.most_frequent_caption(texts)
-    nearest = caption_scores.nearest_captions(
-        model.embed_images(images, store), model.embed_images(known, store), texts
-    )
-    return {"frequent": [frequent] * len(images), "nearest": nearest}
-
-
 def summary(results: dict, final) -> str:
     lines = []
     for found in results["scores"].values():
@@ -240,15 +229,17 @@ def main(argv: list[str] | None = None) -> dict:
     }  # fmt: skip
     if main_process:
         rows: list[dict] = []
+        paths = [scene.image for name in ("train", tested) for scene in splits[name]]
+        pooled = dict(zip(paths, model.embed_images(paths, store, args.eval_batch_size)))
         for language, prompt in prompts.items():
             images, references = in_language(splits[tested], language)
             if not images:
                 continue
-            made = baselines(model, store, splits["train"], images, language)
+            known, texts = in_language(splits["train"], language)
+            features = ([pooled[path] for path in part] for part in (images, known))
+            made = caption_scores.baselines(*features, texts)
             made["captioner"] = write(images, prompt, progress=True)
-            found = caption_scores.compare(
-                made, references, in_language(splits["train"], language)[1], language=language
-            )
+            found = caption_scores.compare(made, references, texts, language=language)
             for image, text, truths, scores in zip(
                 images, made["captioner"], references, caption_scores.per_image(found["captioner"])
             ):

@@ -64,6 +64,7 @@ from config import CaptionConfig, InputError, user_errors
 from data import QuestionCollator, QuestionDataset, SceneSampler, captions_as_answers, pad_questions, read_scenes
 from imagery import ImageSettings, read_image
 from model import Captioner, pixel_store
+from trainer import write_json
 
 UCM = RSVQA.parent / "ucm_captions/ucm_captions.jsonl"
 DEMO = ROOT / "data/demo/captions_en.json"
@@ -508,8 +509,7 @@ def main(argv: list[str] | None = None) -> dict:
     if options.target_loss is not None:
         results["race"] = race(bench, best["rows"])
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(results, indent=2, default=str) + "\n")
+        write_json(options.json, results)
         say(f"written: {options.json}")
     return results
 

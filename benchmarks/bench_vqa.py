@@ -65,7 +65,7 @@ from data import (
     read_conversations,
 )
 from model import TREE_KEYS, VQA, SceneTree, pixel_store
-from trainer import PackedTask, SceneTrainer
+from trainer import PackedTask, SceneTrainer, write_json
 
 SEED = 0
 ROOT = Path(__file__).resolve().parent.parent
@@ -833,8 +833,7 @@ def main(argv: list[str] | None = None) -> dict:
     if options.target_loss is not None or options.target_accuracy is not None:
         results["race"] = race(bench, best)
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(results, indent=2, default=str) + "\n")
+        write_json(options.json, results)
         say(f"written: {options.json}")
     return results
 

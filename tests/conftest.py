@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,3 +220,29 @@ def captioner(clip_base, qwen3_base):
         return Captioner.from_base(CaptionConfig(**(small | changed)), seed=seed, dtype=dtype)
 
     return make
+
+
+def loss_and_gradient(model, examples, *, packing, budget=10**6):
+    """(loss, gradient, names of the parameters that have one, number of pieces) of one step over scenes of a packed task."""
+    from data import QuestionCollator
+
+    batch = QuestionCollator(budget, packing=packing, pad_id=model.tokenizer.pad_token_id)(examples)
+    model.zero_grad()
+    total = 0.0
+    for piece in batch["pieces"]:
+        loss = model(**piece) / batch["targets"]
+        loss.backward()
+        total += loss.item()
+    found = {name: p.grad.flatten() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return total, torch.cat(list(found.values())), list(found), len(batch["pieces"])
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def run_on_two_processes(*words) -> None:
+    """`torchrun --nproc_per_node 2 words...` in the project's folder; fails with what the processes said."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, words)]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[1])
+    assert made.returncode == 0, made.stderr[-3000:]

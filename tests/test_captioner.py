@@ -13,7 +13,6 @@ from config import CaptionConfig, InputError
 from data import (
     CaptionPrompt,
     Question,
-    QuestionCollator,
     QuestionDataset,
     QuestionScene,
     SquareResize,
@@ -26,7 +25,7 @@ from data import (
 )
 from imagery import read_image
 from model import Captioner, load_language, load_vision, pixel_store
-from tests.conftest import draw
+from tests.conftest import draw, loss_and_gradient, relative
 from tests.official_layout import TEXT, write_clip
 
 ASK, ASK_ZH = "Describe the image.", "描述这幅图像。"
@@ -50,22 +49,6 @@ def scenes(tmp_path_factory) -> list[QuestionScene]:
 def examples_of(model, scenes, **options) -> list[dict]:
     data = QuestionDataset(scenes, model.prompt, processor=model.processor, store=pixel_store(model), **options)
     return [data[0, i] for i in range(len(scenes))]
-
-
-def loss_and_gradient(model, examples, *, packing, budget=10**6):
-    batch = QuestionCollator(budget, packing=packing, pad_id=model.tokenizer.pad_token_id)(examples)
-    model.zero_grad()
-    total = 0.0
-    for piece in batch["pieces"]:
-        loss = model(**piece) / batch["targets"]
-        loss.backward()
-        total += loss.item()
-    names = [name for name, p in model.named_parameters() if p.grad is not None]
-    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), names
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 def unsettled(model: Captioner) -> Captioner:
@@ -166,7 +149,7 @@ def test_any_language_model_trains_and_writes(kind, options, packs, captioner, q
         shutil.copy(qwen3_base / name, tmp_path / name)
     model = captioner(language_model_name=str(tmp_path), freeze_language_model_except_layers=1).train()
     assert model.can_pack() == packs
-    loss, gradient, names = loss_and_gradient(model, examples_of(model, scenes), packing=False)
+    loss, gradient, names, _ = loss_and_gradient(model, examples_of(model, scenes), packing=False)
     assert (
         np.isfinite(loss)
         and gradient.norm() > 0
@@ -395,7 +378,7 @@ def test_sixteen_bit_bases(captioner, scenes):
     assert len(model.caption([scene.image for scene in scenes], max_tokens=3)) == 3
     rows = examples_of(model, scenes, share=True)
     with model.mixed():
-        loss, gradient, _ = loss_and_gradient(model, rows, packing=True)
+        loss, gradient, *_ = loss_and_gradient(model, rows, packing=True)
     assert np.isfinite(loss) and gradient.dtype == torch.float32 and gradient.norm() > 0
 
 

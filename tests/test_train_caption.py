@@ -3,9 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ import caption
 import train_caption
 from config import InputError
 from model import Captioner
-from tests.conftest import draw
+from tests.conftest import draw, run_on_two_processes
 
 SMALL = ["--preset=demo", "--stretch=auto", "--num_epochs=2", "--batch_size=4", "--disable_tqdm=true", "--learning_rate=0.003",
          "--max_rejected=0.2", "--max_caption_tokens=32", "--freeze_language_model_except_layers=1"]  # fmt: skip
@@ -105,19 +102,7 @@ def test_two_processes_equal_one_with_twice_the_batch(run, bases, drawn, tmp_pat
     run(*flags, output="one")
     words = [*SMALL, *bases, f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'two'}",
              f"--data_path={drawn.captions}", *flags, "--batch_size=2", "--ddp_backend=gloo"]  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "train_caption.py",
-    ]
-    made = subprocess.run(
-        [*command, *words], capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[1]
-    )
-    assert made.returncode == 0, made.stderr[-3000:]
+    run_on_two_processes("train_caption.py", *words)
     one, two = (load_file(tmp_path / name / "final" / "language" / "model.safetensors") for name in ("one", "two"))
     base = transformers.AutoModelForCausalLM.from_pretrained(bases[1].split("=")[1]).state_dict()
     moved = [name for name in one if not torch.equal(one[name], base[name])]

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +11,7 @@ from safetensors.torch import load_file
 import train_vqa
 from config import InputError
 from data import read_conversations
-from tests.conftest import conversation, draw
+from tests.conftest import conversation, draw, run_on_two_processes
 
 SMALL = ["--preset=demo", "--min_pixels=784", "--max_pixels=12544", "--stretch=auto", "--lora_rank=4", "--num_train_epochs=2",
          "--per_device_train_batch_size=3", "--disable_tqdm=true", "--learning_rate=0.01", "--max_rejected=0.2"]  # fmt: skip
@@ -98,18 +95,7 @@ def test_two_processes_equal_one_with_twice_the_batch(run, base, asked, tmp_path
     run(*flags, "--per_device_train_batch_size=4", output="one")
     words = [*SMALL, f"--base_model={base}", "--cache_dir=none", f"--output_dir={tmp_path / 'two'}", *asked.flags(), *flags,
              "--per_device_train_batch_size=2", "--ddp_backend=gloo"]  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "train_vqa.py",
-        *words,
-    ]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[1])
-    assert made.returncode == 0, made.stderr[-3000:]
+    run_on_two_processes("train_vqa.py", *words)
     one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
     moved = {key: value for key, value in one.items() if "lora_B" in key}
     assert max(value.abs().max() for value in moved.values()) > 1e-4
