@@ -679,9 +679,9 @@ def tile_windows(height: int, width: int, tile: int, stride: int) -> Iterator[tu
             yield col, row, min(tile, width), min(tile, height)
 
 
-def read_tiles(path, settings: ImageSettings, tile: int, stride: int) -> Iterator[Picture]:
-    """The pictures of `tile_windows`, in its order, under one stretch. A TIFF holds one tile in memory at a time
-    (and GDAL's bounded block cache); a photograph is decoded once, within `settings.max_pixels`."""
+def read_windows(path, settings: ImageSettings, windows) -> Iterator[Picture]:
+    """A picture for each of `windows` (None: the whole), in their order, under one stretch. A TIFF holds one window in
+    memory at a time (and GDAL's bounded block cache); a photograph is decoded once, within `settings.max_pixels`."""
     with _open(path) as scene:
-        for window in tile_windows(scene.height, scene.width, tile, stride):
+        for window in windows:
             yield _read(scene, settings, window, None)

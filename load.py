@@ -2,6 +2,7 @@
 
     python load.py                                   # every base of preset full, from ModelScope
     python load.py Qwen/Qwen2.5-VL-3B-Instruct --source huggingface
+    python load.py lcybuaa/Git-RSCLIP --source huggingface            # towers for search.py
     python load.py --source /mnt/usb/models          # a folder copied from another machine
     python load.py --preset demo                     # small models of the same classes, nothing to download
     python load.py --check                           # verify what is already here
@@ -100,7 +101,7 @@ def verify_model(folder: str | os.PathLike) -> None:
     _read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
         _read_json(folder / "tokenizer.json")
-    else:
+    elif not any((folder / name).is_file() for name in ("spiece.model", "vocab.txt")):  # SigLIP's, BERT's
         _read_json(folder / "vocab.json")
         if not (folder / "merges.txt").is_file():
             raise InputError(f"{folder / 'merges.txt'} is missing: {_mend(folder)}")

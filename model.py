@@ -21,11 +21,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
+from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.clip.modeling_clip import CLIPVisionModel
+from transformers.models.clip.modeling_clip import CLIPModel, CLIPVisionModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLTextModel,
@@ -33,7 +41,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+from transformers.models.siglip.modeling_siglip import SiglipModel, SiglipVisionModel
 
 from config import InputError
 from data import (
@@ -105,10 +113,16 @@ def fingerprint(folder: str | Path) -> str:
 
     Values are sampled (the first 1 KiB of every tensor), so that a 7 GB base takes a moment, not half a minute.
     """
-    digest = hashlib.blake2b(digest_size=8)
     paths = weight_files(folder)
-    digest.update((Path(folder) / "config.json").read_bytes())
-    for path in paths:
+    return _digest([Path(folder) / "config.json"], paths)
+
+
+def _digest(settings: list[Path], weights: list[Path]) -> str:
+    """16 hex digits of whole settings files and sampled safetensors files."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in settings:
+        digest.update(path.read_bytes())
+    for path in weights:
         with open(path, "rb") as file:
             # No header is longer than its file: the first bytes of a Git LFS pointer would be 10^18.
             header = file.read(min(int.from_bytes(file.read(8), "little"), path.stat().st_size))
@@ -327,14 +341,19 @@ class DualEncoder(nn.Module):
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "DualEncoder":
-        """Load a checkpoint folder; a tower that was trained in full comes from it alone, others from the base.
+        """Load a checkpoint folder; a tower that was trained in full comes from it alone, others from the base. A folder of
+        a whole CLIP, Chinese-CLIP or SigLIP gives a `ClipEncoder`, which is used in the same way.
 
         Raises InputError: not such a folder, base missing or changed since training, tensors that do not fit.
         """
-        folder = Path(folder)
+        name, folder = str(folder), base_folder(str(folder))
+        if not (folder / SETTINGS).is_file() and (folder / "config.json").is_file():
+            return ClipEncoder.from_pretrained(name, device=device, dtype=dtype)
         try:
             settings = DualEncoderSettings(**json.loads((folder / SETTINGS).read_text()))
         except FileNotFoundError:
+            if not folder.is_dir():
+                raise InputError(f"{folder}: no model here; run `python load.py {name}`, or train one") from None
             hint = "; did you mean its best_model/?" if (folder / "best_model").is_dir() else ""
             raise InputError(f"{folder}: not a matcher's checkpoint ({SETTINGS} is missing){hint}") from None
         except (TypeError, ValueError) as error:
@@ -352,7 +371,13 @@ class DualEncoder(nn.Module):
         processor, tokenizer = load_processor(folder)
         model = cls(settings, *towers, tokenizer, processor, base)
         model.load_trained(folder)
+        model._came_from(name, _digest([folder / SETTINGS, folder / "preprocessor_config.json"], [folder / WEIGHTS]))
         return model.to(device=device, dtype=dtype).eval()
+
+    def _came_from(self, name: str, fingerprint: str) -> None:
+        """Note what an index records: the fingerprint, and the name by which the model is found from any folder."""
+        self.fingerprint = fingerprint
+        self.source = str(Path(name).resolve()) if Path(name).exists() else name
 
     def trained_names(self) -> list[str]:
         """Names of the tensors a checkpoint holds: those of towers in training, the heads, scale and bias."""
@@ -466,6 +491,15 @@ class DualEncoder(nn.Module):
             "logit_bias": self.logit_bias.float() * 1.0,
         }
 
+    def probabilities(self, cosines: torch.Tensor) -> torch.Tensor:
+        """Cosines (N, C) of images and C classes -> probabilities (N, C), as the loss of training reads them: each class
+        on its own, sigmoid(e^scale cos + bias), for a sigmoid loss (SigLIP, Zhai et al. 2023), else
+        softmax(e^scale cos) over the classes (CLIP, Radford et al. 2021)."""
+        logits = cosines * self.logit_scale.float().exp().to(cosines.device)
+        if self.settings.loss == "sigmoid":
+            return torch.sigmoid(logits + self.logit_bias.float().to(cosines.device))
+        return logits.softmax(-1)
+
     def tokenize(self, texts: list[str]) -> tuple[list[np.ndarray], int]:
         """Token ids of each text, the end-of-text token last; and how many texts were cut to max_text_tokens."""
         limit = self.settings.max_text_tokens - 1
@@ -515,6 +549,107 @@ class DualEncoder(nn.Module):
         result = torch.empty_like(sorted_rows)
         result[torch.tensor(order)] = sorted_rows
         return result
+
+
+CLIPS = {  # model_type -> (model, image processor, whether a text is always padded to its full length)
+    "clip": (CLIPModel, CLIPImageProcessorPil, False),
+    "chinese_clip": (ChineseCLIPModel, ChineseCLIPImageProcessorPil, False),
+    "siglip": (SiglipModel, SiglipImageProcessorPil, True),
+}
+
+
+@dataclass
+class ClipSettings:
+    """What users of an encoder read, by the names of `DualEncoderSettings`."""
+
+    base_model: str
+    projection_dim: int
+    max_text_tokens: int
+    loss: str
+    images: dict
+
+
+class ClipEncoder(DualEncoder):
+    """A whole CLIP (RemoteCLIP, GeoRSCLIP), Chinese-CLIP or SigLIP (Git-RSCLIP) folder of transformers' layout; made by
+    `DualEncoder.from_pretrained`. For use, not for training.
+
+    `pool_image` and `pool_text` end behind the model's own projections: `project_*` only normalises.
+    """
+
+    def __init__(self, settings: ClipSettings, model, tokenizer, processor):
+        nn.Module.__init__(self)
+        self.settings, self.tokenizer, self.processor = settings, tokenizer, processor
+        self.model = model.requires_grad_(False)
+        self.fixed_length = CLIPS[model.config.model_type][2]
+        self.logit_scale = model.logit_scale
+        bias = getattr(model, "logit_bias", None)
+        self.logit_bias = nn.Parameter(torch.zeros(1), requires_grad=False) if bias is None else bias
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device="cpu", dtype=torch.float32) -> "ClipEncoder":
+        """Raises InputError: another family, a tensor missing or unexpected, no tokenizer or image processor."""
+        name, folder = str(folder), base_folder(str(folder))
+        weight_files(folder)
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (ValueError, OSError, KeyError) as error:
+            raise InputError(f"{folder}: not a model configuration: {str(error).splitlines()[0]}") from None
+        if config.model_type not in CLIPS:
+            known = f"a matcher's checkpoint ({SETTINGS}) or model_type {', '.join(CLIPS)}"
+            raise InputError(f"{folder / 'config.json'}: model_type {config.model_type!r}: expected {known}")
+        tensors, _ = _part_of(folder, re.compile(r"^(.+)$"), [re.compile(r".*\.position_ids$")])  # buffers of old files
+        model_class, processor_class, _ = CLIPS[config.model_type]
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        _refuse_keys(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+        try:
+            processor = processor_class.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, ImportError) as error:
+            what = "tokenizer or image processor is missing"
+            raise InputError(f"{folder}: the {what}: {str(error).splitlines()[0]}; load it again") from None
+        width = getattr(config, "projection_dim", None)
+        if config.model_type == "siglip":  # no projection behind its pooling
+            width = getattr(config.text_config, "projection_size", None) or config.vision_config.hidden_size
+        settings = ClipSettings(
+            base_model=str(folder),
+            projection_dim=width,
+            max_text_tokens=config.text_config.max_position_embeddings if config.model_type != "chinese_clip" else 52,
+            loss="sigmoid" if config.model_type == "siglip" else "softmax",
+            images=ImageSettings().to_dict(),
+        )
+        made = cls(settings, model, tokenizer, processor)
+        settings_files = [folder / "config.json", folder / "preprocessor_config.json"]
+        made._came_from(name, _digest(settings_files, weight_files(folder)))
+        return made.to(device=device).eval()
+
+    def pool_image(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None) -> torch.Tensor:
+        """Pixels (B, 3, S, S) -> (B, D) float32, behind the projection."""
+        return self.model.get_image_features(pixel_values=pixel_values.to(self.model.dtype)).pooler_output.float()
+
+    def pool_text(self, input_ids: torch.Tensor, text_lengths: torch.Tensor) -> torch.Tensor:
+        """Token ids (T, L) filled on the right and their lengths (T,) -> (T, D) float32, behind the projection."""
+        mask = None  # SigLIP was trained on the filling too, without a mask
+        if not self.fixed_length:
+            mask = (torch.arange(input_ids.shape[1], device=input_ids.device) < text_lengths[:, None]).long()
+        return self.model.get_text_features(input_ids=input_ids, attention_mask=mask).pooler_output.float()
+
+    def project_image(self, features: torch.Tensor) -> torch.Tensor:
+        return F.normalize(features, dim=-1)
+
+    project_text = project_image
+
+    def tokenize(self, texts: list[str]) -> tuple[list[np.ndarray], int]:
+        """Token ids of each text with the marks its tokenizer sets around it, and how many texts were cut."""
+        limit = self.settings.max_text_tokens
+        whole = self.tokenizer(texts)["input_ids"] if texts else []
+        fill = {"padding": "max_length"} if self.fixed_length else {}
+        rows = self.tokenizer(texts, truncation=True, max_length=limit, **fill)["input_ids"] if texts else []
+        return [np.array(row) for row in rows], sum(len(row) > limit for row in whole)
+
+    def save_pretrained(self, folder, state_dict=None) -> None:
+        raise NotImplementedError("a ClipEncoder is for use; its folder is the model's own")
 
 
 def length_groups(lengths: list[int], fill: float = 0.8, least: int = 16) -> list[list[int]]:
@@ -1653,7 +1788,7 @@ def load_language(folder: str | Path, dtype: torch.dtype = torch.float32, tokeni
 
 def pixel_store(model: DualEncoder | VQA | Captioner, cache_dir: str | None = None) -> PixelStore:
     """Pixels as a model's vision tower takes them, read as in its training."""
-    resize = SquareResize if isinstance(model, Captioner) else QwenResize
+    resize = QwenResize if hasattr(model.processor, "merge_size") else SquareResize
     return PixelStore(resize(model.processor), ImageSettings.from_dict(model.settings.images), cache_dir)
 
 

@@ -13,7 +13,10 @@ import math
 import numbers
 import os
 import random
+import sys
+import textwrap
 import unicodedata
+import warnings
 from pathlib import Path
 from urllib.parse import quote
 
@@ -43,6 +46,7 @@ def _is_number(value) -> bool:
 COLOURS = ["#2563a8", "#c2562d", "#2f7d4f", "#7a4fa3", "#9a7b1c", "#3d8a94"]  # dark enough on white
 CJK_FONTS = [
     "Noto Sans CJK SC",
+    "Noto Sans CJK JP",  # matplotlib reads the first face of Noto's collection alone; it holds the Chinese characters too
     "Source Han Sans SC",
     "WenQuanYi Micro Hei",
     "Microsoft YaHei",
@@ -67,6 +71,36 @@ def _smooth(values: np.ndarray, spread: float) -> np.ndarray:
     return total / weight
 
 
+def plot_style():
+    """Context in which every plot is drawn: fonts that have Chinese where some are installed, pale lines."""
+    from matplotlib import font_manager, rc_context
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
+    style = {"font.family": fonts, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    grey = {"text.color": "#333", "axes.edgecolor": "#999", "xtick.color": "#555", "ytick.color": "#555"}
+    return rc_context(style | grey)
+
+
+def save_figure(figure, path=None, **options) -> bytes | Path:
+    """A matplotlib figure as PNG: bytes, or written to `path`, which is returned. options: of `Figure.savefig`."""
+    png = io.BytesIO()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        figure.savefig(png, format="png", dpi=160, **options)
+    if any("missing from font" in str(warning.message) for warning in said):
+        print(
+            "a plot holds characters of no installed font; for Chinese install one such as Noto Sans CJK",
+            file=sys.stderr,
+        )
+    return png.getvalue() if path is None else write_atomic(path, png.getvalue())
+
+
+def plain(text: str) -> str:
+    """A text that matplotlib draws as it stands: a dollar sign would start a formula, control characters are boxes."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
+
+
 def curves_figure(history: list[dict], keys: dict[str, str], path=None) -> bytes | Path:
     """Curves of a run as PNG: bytes, or written to `path`, which is returned.
 
@@ -75,7 +109,6 @@ def curves_figure(history: list[dict], keys: dict[str, str], path=None) -> bytes
     per point, dense ones (training loss) a smoothed line over the pale raw one. Raises ValueError
     where no row has any of the keys.
     """
-    from matplotlib import font_manager, rc_context
     from matplotlib.figure import Figure  # draws with Agg and keeps no global state, unlike pyplot
 
     panels: dict[str, list] = {}
@@ -87,11 +120,7 @@ def curves_figure(history: list[dict], keys: dict[str, str], path=None) -> bytes
     if not panels:
         raise ValueError(f"no row of the history has a number for any of {', '.join(keys)}")
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
-    style = {"font.family": fonts, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    grey = {"text.color": "#333", "axes.edgecolor": "#999", "xtick.color": "#555", "ytick.color": "#555"}
-    with rc_context(style | grey):
+    with plot_style():
         across = len(panels) if len(panels) <= 3 else 2
         down, width = -(-len(panels) // across), 3.4 if across == 3 else 4.4
         figure = Figure(figsize=(1 + width * across, 3.2 * down), layout="constrained", facecolor="white")
@@ -99,7 +128,7 @@ def curves_figure(history: list[dict], keys: dict[str, str], path=None) -> bytes
         for place, (name, curves) in enumerate(panels.items(), 1):
             axes = figure.add_subplot(down, across, place)
             for colour, (label, steps, values) in zip(COLOURS * len(curves), curves):
-                label = label.replace("$", r"\$")  # a dollar sign would start a formula
+                label = plain(label)
                 if len(values) <= 40:
                     axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
                     continue
@@ -111,12 +140,70 @@ def curves_figure(history: list[dict], keys: dict[str, str], path=None) -> bytes
             axes.set_axisbelow(True)
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
             axes.set_xlabel("step", color="#555")
-            axes.set_title(curves[0][0].replace("$", r"\$") if len(curves) == 1 else name, loc="left", fontsize=11)
+            axes.set_title(plain(curves[0][0]) if len(curves) == 1 else name, loc="left", fontsize=11)
             if len(curves) > 1:
                 axes.legend(frameon=False, fontsize=9)
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=160)
-    return png.getvalue() if path is None else write_atomic(path, png.getvalue())
+        return save_figure(figure, path)
+
+
+def confusion_figure(counts: np.ndarray, labels: list[str], path=None, title: str = "") -> bytes | Path:
+    """Confusion matrix (C, C), rows the truth and columns the answer, as PNG; shades are shares of a row."""
+    from matplotlib.figure import Figure
+
+    counts = np.asarray(counts)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = max(4.2, 0.34 * len(labels) + 2.2)
+    with plot_style():
+        figure = Figure(figsize=(side + 0.6, side), layout="constrained", facecolor="white")
+        axes = figure.add_subplot()
+        drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for row, column in np.argwhere(counts > 0):
+            dark = shares[row, column] > 0.55
+            axes.text(
+                column, row, counts[row, column], ha="center", va="center", fontsize=7, color="w" if dark else "#333"
+            )
+        names = [plain(label) for label in labels]
+        axes.set_xticks(range(len(labels)), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(labels)), names, fontsize=8)
+        axes.tick_params(length=0)
+        axes.set_xlabel("answer", color="#555")
+        axes.set_ylabel("truth", color="#555")
+        axes.set_title(plain(title), loc="left", fontsize=11)
+        figure.colorbar(drawn, ax=axes, fraction=0.04, label="share of the row")
+        return save_figure(figure, path)
+
+
+def contact_sheet(rows: list[tuple[str, list[dict]]], path=None, columns: int = 5) -> bytes | Path:
+    """Pictures with a few lines below each, under headings, as one PNG.
+
+    rows: [(heading, [{"rgb": (H, W, 3) uint8 or None, "lines": [text]}])]; more than `columns` pictures run on below."""
+    from matplotlib.figure import Figure
+
+    columns = max(1, min(columns, max((len(items) for _, items in rows), default=1)))
+    lines = []  # (heading or "", up to `columns` items)
+    for heading, items in rows:
+        parts = [items[start : start + columns] for start in range(0, len(items), columns)] or [[]]
+        lines += [(heading if n == 0 else "", part) for n, part in enumerate(parts)]
+    with plot_style():
+        height = 2.75 * len(lines) + 0.1  # inches
+        figure = Figure(figsize=(2.1 * columns + 0.2, height), facecolor="white")
+        grid = {"left": 0.02, "right": 0.98, "top": 1 - 0.32 / height, "bottom": 0.5 / height}
+        places = figure.subplots(
+            len(lines), columns, squeeze=False, gridspec_kw=grid | {"wspace": 0.06, "hspace": 0.38}
+        )
+        for axes_row, (heading, items) in zip(places, lines):
+            for axes in axes_row:
+                axes.set_axis_off()
+                axes.set_anchor("N")
+            axes_row[0].set_title(plain(_cut(heading, 30 * columns)), fontsize=10.5, loc="left", pad=7)
+            for axes, item in zip(axes_row, items):
+                if item["rgb"] is not None:
+                    axes.imshow(item["rgb"], aspect="equal")
+                text = "\n".join(plain(_cut(line, 34, start=n > 0)) for n, line in enumerate(item["lines"]))
+                axes.text(
+                    0, -0.03, text, transform=axes.transAxes, va="top", fontsize=7.5, linespacing=1.4, color="#555"
+                )
+        return save_figure(figure, path)
 
 
 def figure_html(png: bytes | str | Path, alt: str) -> str:
@@ -523,6 +610,8 @@ li.qa:last-child { padding-bottom: 0; } .qa p { margin: .1rem 0 .3rem; font-weig
 .badge.gained { color: var(--right); } .badge.lost, .qa .mark.wrong { color: var(--wrong); }
 .qa dl { display: grid; grid-template-columns: 3.6em 1fr; margin: 0; } .qa dt { color: var(--dim); }
 .qa dd { display: grid; grid-template-columns: 1.3em 1fr; margin: 0; min-width: 0; } .qa b { font-weight: 550; }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; } .two img { aspect-ratio: 1; }
+.two small { display: block; padding: .3rem .9rem 0; color: var(--dim); }
 .correct .bar i { background: var(--right); } .right { color: var(--right); } .badge.wrong { color: var(--wrong); }
 """
 

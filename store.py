@@ -205,6 +205,13 @@ def open(location: str | os.PathLike, *, collection: str | None = None, client=N
     return _Edge(Path(location))
 
 
+def exists(location: str | os.PathLike, *, collection: str | None = None, client=None) -> bool:
+    """Whether there is an index at `location`. Raises InputError where a server does not answer."""
+    if client is not None or _is_url(location):
+        return _Server(location, collection, client, create=None, probe=True).exists
+    return (Path(location) / "index.json").is_file()
+
+
 def _is_url(location) -> bool:
     return str(location).lower().startswith(("http://", "https://"))
 
@@ -258,6 +265,12 @@ class Store:
             )
         listed = "; ".join(f"{key}: {mine.get(key)!r} there, {yours[key]!r} here" for key in wrong)
         raise InputError(f"{self.location}: indexed with other settings ({listed}); index the library again")
+
+    def annotate(self, **changes) -> None:
+        """Change entries of the record, on disk too."""
+        self.record = self.record | json.loads(json.dumps(changes))
+        with self._errors():
+            self._keep({"format": FORMAT, "dim": self.dim, "record": self.record})
 
     def upsert(self, points: Iterable[Point]) -> None:
         """Add points, or replace those of the same path and window. When it returns they are on disk, all of them.
@@ -467,9 +480,7 @@ class _Edge(Store):
             for name, kind in INDEXED.items():
                 self._index(name, kind)
             self._shard.flush()
-            partial = folder / "index.json.partial"
-            partial.write_text(json.dumps(create, indent=1), encoding="utf-8")
-            os.replace(partial, header)
+            self._keep(create)
         else:
             if not header.is_file():
                 what = "does not exist" if not folder.exists() else "holds no search index (no index.json)"
@@ -484,6 +495,11 @@ class _Edge(Store):
             shutil.rmtree(shard / "temp_segments", ignore_errors=True)
         self.dim, self.record = create["dim"], create["record"]
         self._attributes, self._reach_now = set(), None
+
+    def _keep(self, header: dict) -> None:
+        partial = self._folder / "index.json.partial"
+        partial.write_text(json.dumps(header, indent=1), encoding="utf-8")
+        os.replace(partial, self._folder / "index.json")
 
     def _start(self, load):
         """`load()`, with a clear error where another process has the folder open."""
@@ -596,7 +612,8 @@ def _edge_config(m, dim: int):
 class _Server(Store):
     """The header is the collection's metadata (servers from 1.16 on). Any number of processes may use it at once."""
 
-    def __init__(self, location, collection: str | None, client, create: dict | None = None):
+    def __init__(self, location, collection: str | None, client, create: dict | None = None, probe: bool = False):
+        """probe: only see whether the collection is there (`self.exists`)."""
         from qdrant_client import models as m
 
         self._m, self._range, self._date_range = m, m.Range, m.DatetimeRange
@@ -615,8 +632,10 @@ class _Server(Store):
             )  # fmt: skip
         self._client = client
         with self._errors():
-            exists = client.collection_exists(self._name)
-            if create and exists:
+            self.exists = client.collection_exists(self._name)
+            if probe:
+                return
+            if create and self.exists:
                 raise InputError(f"{location}: the collection {self._name} exists already; give another name")
             if create:
                 client.create_collection(
@@ -631,7 +650,7 @@ class _Server(Store):
                 )
                 for name, kind in INDEXED.items():
                     self._index(name, kind)
-            elif not exists:
+            elif not self.exists:
                 raise InputError(
                     f"{location}: no collection {self._name} there; make one with `python search.py index`"
                 )
@@ -642,6 +661,9 @@ class _Server(Store):
 
     def close(self) -> None:
         self._client.close()
+
+    def _keep(self, header: dict) -> None:
+        self._client.update_collection(self._name, metadata=header)
 
     def build(self) -> bool:
         """Wait until the server, which builds its graph by itself, has built it."""

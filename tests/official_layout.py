@@ -63,8 +63,38 @@ def write_qwen3(folder, shards=2, seed=0, vocab=None) -> Path:
     return folder
 
 
+def write_clip_tokenizer(folder, family="clip") -> None:
+    """The tokenizer beside the tiny model of `write_clip`: CLIP's byte pairs, SigLIP's sentencepiece with its fixed length of
+    64, Chinese-CLIP's BERT."""
+    import json
+
+    if family == "clip":
+        letters = sorted(set("".join(TEXT).lower()) - {" "})
+        vocabulary = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+        (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocabulary)}))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        marks = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "unk_token": "<|endoftext|>"} | marks
+    elif family == "siglip":
+        import sentencepiece
+
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXT * 3), model_prefix=str(folder / "spiece"), vocab_size=90, minloglevel=2,
+            pad_id=-1, bos_id=-1, eos_id=1, unk_id=2, hard_vocab_limit=False, pad_piece="<pad>",
+        )  # fmt: skip
+        (folder / "spiece.vocab").unlink()
+        settings = {"tokenizer_class": "SiglipTokenizer", "model_max_length": 64, "do_lower_case": True,
+                    "pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}  # fmt: skip
+    else:
+        words = sorted(set("".join(TEXT)) - {" "})
+        (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+        settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 512, "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def write_clip(folder, family="clip", seed=0, image_size=56, shards=1) -> Path:
-    """Write a tiny whole CLIP ("clip") or SigLIP ("siglip") to `folder`, with the buffers that old files hold."""
+    """Write a tiny whole CLIP ("clip"), SigLIP ("siglip") or Chinese-CLIP ("chinese_clip") to `folder`, with its tokenizer
+    and the buffers that old files hold."""
     import json
 
     import torch
@@ -73,12 +103,15 @@ def write_clip(folder, family="clip", seed=0, image_size=56, shards=1) -> Path:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    write_clip_tokenizer(folder, family)
     tower = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
     eye = tower | {"image_size": image_size, "patch_size": 14}
-    reader = tower | {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "projection_size": 32}
-    config_class, model_class = {"clip": (transformers.CLIPConfig, transformers.CLIPModel),
-                                 "siglip": (transformers.SiglipConfig, transformers.SiglipModel)}[family]  # fmt: skip
-    config = config_class(text_config=reader, vision_config=eye)
+    # CLIP's official configs name 2 as the end of text, which it is not: the highest id is.
+    reader = tower | {"vocab_size": 160, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "projection_size": 32}
+    name = {"clip": "CLIP", "siglip": "Siglip", "chinese_clip": "ChineseCLIP"}[family]
+    config_class, model_class = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}Model")
+    more = {} if family == "siglip" else {"projection_dim": 24}
+    config = config_class(text_config=reader, vision_config=eye, **more)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
@@ -89,7 +122,7 @@ def write_clip(folder, family="clip", seed=0, image_size=56, shards=1) -> Path:
         tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     sizes = {"do_resize": True, "do_normalize": True, "resample": 3}
-    if family == "clip":
+    if family != "siglip":
         sizes |= {"crop_size": image_size, "size": image_size, "do_center_crop": True,
                   "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
                   "image_std": [0.26862954, 0.26130258, 0.27577711]}  # fmt: skip

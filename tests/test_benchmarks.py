@@ -1,5 +1,6 @@
 """The benchmarks run and compare equal work. Nothing here is timed: speed is measured, not asserted."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -174,3 +175,55 @@ def test_caption_training_compares_equal_work(frozen, tmp_path):
 def test_vqa_names_missing_data(name):
     done = run("--data", "nowhere", script=FOLDER / f"{name}.py")
     assert done.returncode == 2 and done.stderr.startswith("error: --data nowhere: not there")
+
+
+def test_search_is_exact_where_it_says_so(tmp_path):
+    needs = {
+        "faiss flat": "faiss",
+        "faiss hnsw": "faiss",
+        "lancedb": "lancedb",
+        "lancedb exact": "lancedb",
+        "sklearn": "sklearn",
+    }
+    sides = ["ours", "ours exact", "numpy", *(side for side, name in needs.items() if importlib.util.find_spec(name))]
+    out, folder = tmp_path / "result.json", tmp_path / "folder"
+    sizes = ["--points", "2000", "--dim", "16", "--clusters", "50", "--queries", "6", "--rounds", "1", "--threads", "1"]
+    command = [*sizes, "--sides", ",".join(sides), "--folder", str(folder), "--json", str(out)]
+    done = run(*command, script=FOLDER / "bench_search.py")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["absent"] == {}
+    assert list(found["search"]) == sides and set(found["builds"]) == set(sides) - {"ours exact", "lancedb exact"}
+    assert found["shares"]["no filter"] == 1 and 0 < found["shares"]["box 1%"] < found["shares"]["box 20%"] < 0.3
+    for side, filters in found["search"].items():
+        assert list(filters) == list(found["shares"])
+        for which, numbers in filters.items():
+            assert numbers["answered"] == [6]
+            assert 0 < numbers["p50_ms"][0] <= numbers["p95_ms"][0]
+            if side in ("ours", "ours exact", "faiss flat", "numpy", "lancedb exact", "sklearn"):  # ours scans so few
+                assert [numbers[f"recall{kind}"] for kind in ("", "_image", "_text")] == [[1], [1], [1]], (side, which)
+        (serving,) = found["rounds"][side]
+        assert serving["peak"] >= serving["loaded"] > 0 and serving["opening_seconds"] > 0
+    assert all(made["peak"] >= made["loaded"] > 0 and made["disk"] > 4 * 2000 * 16 for made in found["builds"].values())
+    assert found["scan"]["times_the_limit"]["ours exact"][0] > 0 and found["bandwidth"][0] > 0
+    assert [aim["met"] in (True, False) for aim in found["aims"]] == [True] * (len(found["shares"]) + 1)
+    for line in ("no filter (100.0% of the points)", "read bandwidth", "peak MiB, serving"):
+        assert line in done.stdout, line
+    again = run(*command, "--sides", "numpy", script=FOLDER / "bench_search.py")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(out.read_text())["builds"]["numpy"] == found["builds"]["numpy"], "taken again from the folder"
+    other = run(*command, "--dim", "8", script=FOLDER / "bench_search.py")
+    assert other.returncode == 2 and other.stderr.startswith(f"error: --folder {folder}: holds data and builds of")
+
+
+def test_search_names_missing_peers(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import bench_search
+
+    from config import InputError
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"run `pip install faiss-cpu==[\d.]+ scikit-learn==[\d.]+`"):
+        bench_search.main(["--sides", "ours,faiss flat,faiss hnsw,sklearn"])
+    with pytest.raises(InputError, match=r"expected some of ours, ours exact, .*; got annoy"):
+        bench_search.main(["--sides", "ours,annoy"])

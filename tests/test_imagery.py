@@ -23,7 +23,7 @@ from rasterio.transform import Affine, from_origin
 
 import imagery
 from config import InputError
-from imagery import ImageError, ImageSettings, colour_histogram, image_size, read_image, read_tiles, tile_windows
+from imagery import ImageError, ImageSettings, colour_histogram, image_size, read_image, read_windows, tile_windows
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -420,7 +420,7 @@ def test_tiles_and_windows_are_cut_from_the_scene(tmp_path, kind):
         ramp = (photo().astype(kind[:-4]) * 1).transpose(2, 0, 1)
         path, settings = write_tif(tmp_path / "a.tif", ramp, **UTM), ImageSettings()
     scene = read_image(path, settings)
-    tiles = list(read_tiles(path, settings, 16, 12))
+    tiles = list(read_windows(path, settings, tile_windows(*image_size(path), 16, 12)))
     assert [t.window for t in tiles] == list(tile_windows(40, 60, 16, 12))
     for picture in tiles:
         c, r, w, h = picture.window
@@ -515,7 +515,7 @@ import resource, imagery
 settings = imagery.ImageSettings(stretch="percentile")
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 700 * 2**20,) * 2)
-tiles = imagery.read_tiles({str(path)!r}, settings, 512, 512)
+tiles = imagery.read_windows({str(path)!r}, settings, imagery.tile_windows(*imagery.image_size({str(path)!r}), 512, 512))
 first = next(tiles); second = next(tiles)
 assert first.limits == second.limits and first.rgb.shape == (512, 512, 3) and first.rgb.max() == 255
 try:
@@ -713,7 +713,7 @@ def test_sidecar_files_are_neither_read_nor_written(tmp_path):
 )
 def test_not_images(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
-    for call in (read_image, image_size, lambda p: list(read_tiles(p, ImageSettings(), 8, 8))):
+    for call in (read_image, image_size, lambda p: list(read_windows(p, ImageSettings(), [None]))):
         with pytest.raises(ImageError, match=said) as caught:
             call(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name))

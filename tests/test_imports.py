@@ -16,9 +16,9 @@ TIERS = [
     ["losses", "metrics", "report"],
     ["caption_scores"],
     ["data"],
-    ["store"],
+    ["store", "places"],
     ["model"],
-    ["trainer", "demo_bases"],
+    ["trainer", "demo_bases", "library"],
 ]
 TRAINING = ["train_match", "train_vqa", "train_caption"]
 USE = ["inference_script", "compare_before_after", "caption", "search", "cli_demo", "web_demo"]

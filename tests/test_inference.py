@@ -193,7 +193,7 @@ def test_nothing_is_written_when_nothing_was_done(call, checkpoint, images, tmp_
         code, printed, err = call(*words, "--json_output", out)
         assert code == 2 and printed == "" and said in err and "Traceback" not in err, (words, err)
         assert not out.exists()
-    for folder, said in [(tmp_path / "none", "not a matcher's checkpoint"), (checkpoint.parent, "best_model")]:
+    for folder, said in [(tmp_path / "none", "no model here"), (checkpoint.parent, "best_model")]:
         code, _, err = call("--json_input", tmp_path / "in.json", "--json_output", out, folder=folder)
         assert code == 2 and str(folder) in err and said in err and not out.exists()
     for bad in (tmp_path / "no" / "out.json", tmp_path):

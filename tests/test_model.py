@@ -16,7 +16,7 @@ from config import InputError
 from data import PixelStore, QwenResize, pixel_batch, token_batch
 from imagery import ImageSettings
 from model import DualEncoder, fingerprint, length_groups, load_tower, read_config
-from tests.official_layout import write_qwen_vl
+from tests.official_layout import TEXT, write_clip, write_qwen_vl
 
 MODES = ("frozen", "lora", "full")
 TEXTS = ["a farm", "图像中有河流吗？", "How many buildings are there next to the road in the image? " * 3, "a", ""]
@@ -411,7 +411,7 @@ def test_wrong_tensors_in_a_checkpoint_are_refused(saved):
 
 
 def test_wrong_folders_are_refused(saved, tmp_path):
-    refused(lambda: DualEncoder.from_pretrained(tmp_path / "none"), "none", "not a matcher's checkpoint")
+    refused(lambda: DualEncoder.from_pretrained(tmp_path / "none"), "none", "no model here")
     run = tmp_path / "run"
     shutil.copytree(saved, run / "best_model")
     refused(lambda: DualEncoder.from_pretrained(run), "best_model")
@@ -440,3 +440,63 @@ def test_parameter_groups_hold_each_trained_parameter_once(encoder):
     assert sorted(flat) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
     assert all(n.startswith("image_tower.") for n in groups["image"]) and "logit_scale" in groups["head"]
     assert all("lora_" in n for n in groups["text"]) and "logit_bias" not in flat
+
+
+# ----------------------------------------------------------------------------------------------------
+# CLIP, Chinese-CLIP, SigLIP
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "chinese_clip"])
+def test_a_clip_scores_as_transformers_does(tmp_path, family):
+    folder = write_clip(tmp_path / "towers", family)
+    model = DualEncoder.from_pretrained(folder)
+    peer = transformers.AutoModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [*TEXT, "a", TEXT[0] * 9]  # the last is cut
+    # SigLIP: padded to its full length and no mask, as its model card says; the others: to the longest, masked.
+    limit = {"clip": 77, "siglip": 64, "chinese_clip": 52}[family]
+    fill = "max_length" if family == "siglip" else True
+    words = tokenizer(texts, padding=fill, truncation=True, max_length=limit, return_tensors="pt")
+    if family == "siglip":
+        assert (words["input_ids"].shape[1] == 64 and "attention_mask" not in words) or words.pop(
+            "attention_mask"
+        ) is not None
+    images = pictures()
+    pixels = model.processor(images=images, return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        theirs = peer(pixel_values=pixels, **words).logits_per_image
+    resized = [model_module.pixel_store(model).resize(image) for image in images]
+    cosines = model.embed_images(resized, batch_size=2) @ model.embed_texts(texts, batch_size=3).T
+    ours = cosines * model.logit_scale.exp() + model.logit_bias
+    assert torch.allclose(ours, theirs, atol=2e-5), (ours - theirs).abs().max()
+    probabilities = theirs.sigmoid() if family == "siglip" else theirs.softmax(-1)
+    assert torch.allclose(model.probabilities(cosines), probabilities, atol=1e-5)
+    assert model.tokenize(texts)[1] == 1
+    # What a text's embedding is does not depend on its company.
+    assert torch.allclose(model.embed_texts(texts[:1]), model.embed_texts(texts)[:1], atol=1e-6)
+    assert model.embed_images([]).shape == (0, peer.get_image_features(pixels).pooler_output.shape[1])
+
+
+def test_a_clip_folder_is_strict(tmp_path):
+    folder = write_clip(tmp_path / "towers")
+    before = DualEncoder.from_pretrained(folder).fingerprint
+    tensors = load_file(folder / "model.safetensors")
+    tensors["stranger"] = tensors.pop("text_projection.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refused(lambda: DualEncoder.from_pretrained(folder), folder, "1 missing (text_projection.weight)", "stranger")
+    tensors["text_projection.weight"] = tensors.pop("stranger") + 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert DualEncoder.from_pretrained(folder).fingerprint != before
+    (folder / "preprocessor_config.json").unlink()
+    refused(lambda: DualEncoder.from_pretrained(folder), folder, "image processor")
+    refused(lambda: DualEncoder.from_pretrained(tmp_path), tmp_path, "not a matcher's checkpoint")
+
+
+def test_a_matchers_fingerprint_changes_with_its_weights(encoder, tmp_path):
+    model = encoder()
+    move(model)
+    model.save_pretrained(tmp_path / "one")
+    move(model, seed=4)
+    model.save_pretrained(tmp_path / "two")
+    prints = [DualEncoder.from_pretrained(tmp_path / name).fingerprint for name in ("one", "one", "two")]
+    assert prints[0] == prints[1] != prints[2]

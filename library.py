@@ -1,0 +1,723 @@
+"""A library of images as a search index: plan, read and encode, keep; then find, look at and score what is in it.
+
+    model = DualEncoder.from_pretrained("lcybuaa/Git-RSCLIP")
+    report = index_library(model, "./library", "./library.index")
+    with Library.open("./library.index") as library:
+        for hit in library.search(library.text_query("a river winding through farmland"), 10):
+            print(hit.score, hit.payload["path"], hit.payload["window"])
+
+Reading runs in worker processes ahead of the model. Every FLUSH tiles are on disk before the next are encoded, so a kill
+loses seconds of work, and the next run takes up where it stopped, in the middle of a file too.
+"""
+
+import csv
+import datetime
+import hashlib
+import itertools
+import os
+import re
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import store
+from config import InputError
+from data import Rejected, image_files, is_chinese, load_json, pixel_batch
+from imagery import ImageError, ImageSettings, image_size, read_image, read_windows, tile_windows
+from model import DualEncoder, pixel_store
+from places import match_footprints
+from store import Filter, Hit, Point
+
+WHOLE = 1.5  # an image up to this many tiles long and wide is not cut: scenes "of 256 pixels" have 253 or 280 too
+FLUSH, FLUSH_SECONDS = 1024, 20.0  # tiles, or time, after which what is encoded goes to disk
+HASHED = 64 * 2**20  # bytes of a file's content that are hashed: all of most, 64 pieces spread over a larger one
+DATE_IN_NAME = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?!\d)")
+# Ensembles of prompts (Radford et al. 2021, section 3.1.4) in the words of the captions that remote-sensing models see.
+TEMPLATES = {
+    "en": ("{}", "{}.", "a satellite image of {}.", "an aerial image of {}.", "a remote sensing image of {}."),
+    "zh": ("{}", "{}。", "{}的卫星影像。", "一幅{}的遥感图像。"),
+}
+CLASS_LISTS = Path(__file__).parent / "classes"
+NEIGHBOURS = 0.2  # share of the smaller of two tiles that the other covers, above which both show one place
+
+
+# ----------------------------------------------------------------------------------------------------
+# Plan: which tiles are to be encoded
+
+
+@dataclass
+class PlannedFile:
+    """A file of which tiles are to be encoded."""
+
+    path: str
+    """Below the library's root, with `/`."""
+    size: int
+    mtime_ns: int
+    hash: str
+    windows: list
+    """(col, row, width, height), or None for the whole image."""
+    attributes: dict[str, str]
+
+
+@dataclass
+class Plan:
+    """What a run has to do."""
+
+    files: list[PlannedFile]
+    stale: list[str]
+    """Paths whose points are to be removed: gone, or changed since."""
+    unchanged: int
+    rejected: list[Rejected]
+
+    def tiles(self) -> int:
+        return sum(len(file.windows) for file in self.files)
+
+
+def windows_of(height: int, width: int, tile: int, stride: int) -> list:
+    """The windows an image is cut into; [None], the whole, where it is at most WHOLE tiles long and wide, or `tile` is 0."""
+    if not tile or max(height, width) <= WHOLE * tile:
+        return [None]
+    return list(tile_windows(height, width, tile, stride))
+
+
+def content_hash(path: Path) -> str:
+    """16 hex digits of a file's bytes; of a file above 64 MiB, of its length and 64 pieces of 1 MiB spread over it."""
+    digest, size = hashlib.blake2b(digest_size=8), path.stat().st_size
+    with path.open("rb") as file:
+        if size <= HASHED:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        else:
+            digest.update(str(size).encode())
+            for start in np.linspace(0, size - (1 << 20), HASHED >> 20).astype(int):
+                file.seek(start)
+                digest.update(file.read(1 << 20))
+    return digest.hexdigest()
+
+
+def time_in_name(path: str) -> str | None:
+    """The date that a file's name holds, as 2020-06-30: names of Sentinel and Landsat scenes begin with theirs."""
+    for year, _, month, day in DATE_IN_NAME.findall(Path(path).name):
+        try:
+            return datetime.date(int(year), int(month), int(day)).isoformat()
+        except ValueError:
+            continue
+    return None
+
+
+def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
+    """{path of an image: {name: value}} from a CSV whose first column is the path below the library. Raises InputError."""
+    path = Path(path)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as CSV ({error})") from None
+    if not rows or len(rows[0]) < 2:
+        raise InputError(f"{path}: expected a header such as `path,label` with the image's path first")
+    names = rows[0][1:]
+    if bad := [name for name in names if not re.fullmatch(r"\w+", name)]:
+        raise InputError(f"{path}: column {bad[0]!r}: expected one word of letters, digits and _")
+    found = {}
+    for number, row in enumerate(rows[1:], 2):
+        if not row:
+            continue
+        if len(row) != len(rows[0]):
+            raise InputError(f"{path}: line {number}: expected {len(rows[0])} fields, found {len(row)}")
+        found[row[0]] = {name: value for name, value in zip(names, row[1:]) if value}
+    return found
+
+
+def plan_index(
+    root: Path, index, *, tile: int, stride: int, attributes: dict[str, dict[str, str]] | None = None
+) -> Plan:
+    """Compare the images below `root` with what `index` holds (None: nothing). Raises InputError: no image below `root`,
+    attributes of an image that is not there."""
+    found = {path.relative_to(root).as_posix(): path for path in image_files(root)}
+    attributes = attributes or {}
+    if unknown := sorted(set(attributes) - set(found)):
+        raise InputError(f"attributes: {len(unknown)} images are not below {root}, first {unknown[0]!r}")
+    done = index.files() if index is not None else {}
+    partial: dict[str, tuple[str, set]] = {}  # files that a kill cut short: (hash, windows that are in)
+    if index is not None and index.count():
+        for _, payload in index.scroll(payload=["path", "window", "hash"]):
+            if payload["path"] not in done:
+                window = payload["window"] and tuple(payload["window"])
+                partial.setdefault(payload["path"], (payload["hash"], set()))[1].add(window)
+
+    def examine(name):
+        path = found[name]
+        try:
+            stat = path.stat()
+            mine = {"folder": name.rpartition("/")[0]} if "/" in name else {}
+            mine |= attributes.get(name, {})
+            marks = hashlib.blake2b(repr(sorted(mine.items())).encode(), digest_size=4).hexdigest()
+            old = done.get(name)
+            if old and old[:2] == (stat.st_size, stat.st_mtime_ns) and old[2].endswith(marks):
+                return None
+            digest = f"{content_hash(path)}.{marks}"
+            if old and old[2] == digest:
+                return None  # only touched
+            windows = windows_of(*image_size(path), tile, stride)
+        except OSError as error:
+            return Rejected(name, -1, f"{path}: cannot be read: {error.strerror}")
+        except ImageError as error:
+            return Rejected(name, -1, str(error))
+        return PlannedFile(name, stat.st_size, stat.st_mtime_ns, digest, windows, mine)
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        results = list(
+            tqdm(
+                pool.map(examine, found),
+                total=len(found),
+                desc="files",
+                unit="file",
+                leave=False,
+                disable=len(found) < 500,
+            )
+        )
+    files = [result for result in results if isinstance(result, PlannedFile)]
+    rejected = [result for result in results if isinstance(result, Rejected)]
+    stale = [name for name in {*done, *partial} if name not in found]
+    stale += [bad.file for bad in rejected if bad.file in done or bad.file in partial]
+    for file in files:
+        if file.path in done:
+            stale.append(file.path)
+        elif file.path in partial:
+            digest, windows = partial[file.path]
+            if digest == file.hash and windows <= set(file.windows):
+                # One is made again, so that there is a point to carry the mark of a finished file.
+                file.windows = [w for w in file.windows if w not in windows] + [next(iter(windows))]
+            else:
+                stale.append(file.path)
+    return Plan(files, sorted(stale), results.count(None), rejected)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Read and encode
+
+
+class TileBatches(torch.utils.data.Dataset):
+    """Batches of tiles, read and prepared for a tower; made in DataLoader workers."""
+
+    def __init__(
+        self, root: Path, files: list[PlannedFile], batch_size: int, model: DualEncoder, settings: ImageSettings
+    ):
+        self.root, self.files, self.settings = root, files, settings
+        self.resize, self.processor = pixel_store(model).resize, model.processor
+        tiles = [(number, window) for number, file in enumerate(files) for window in file.windows]
+        self.batches = [tiles[start : start + batch_size] for start in range(0, len(tiles), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict:
+        """{"batch": what `pool_image` takes, or None; "tiles": [(file number, window, facts for the payload)], one for each
+        picture in it; "broken": {file number: reason}; "empty": tiles without data; "files": file number of every tile}."""
+        pixels, tiles, broken, empty = [], [], {}, 0
+        for number, group in itertools.groupby(self.batches[index], key=lambda tile: tile[0]):
+            windows = [window for _, window in group]
+            try:
+                for window, picture in zip(
+                    windows, read_windows(self.root / self.files[number].path, self.settings, windows)
+                ):
+                    if not picture.valid:
+                        empty += 1
+                        continue
+                    pixels.append(self.resize(picture.rgb))
+                    tiles.append((number, window, facts(picture)))
+            except ImageError as error:
+                broken[number] = str(error)
+        batch = pixel_batch(pixels, self.processor) if pixels else None
+        files = [number for number, _ in self.batches[index]]
+        return {"batch": batch, "tiles": tiles, "broken": broken, "empty": empty, "files": files}
+
+
+def facts(picture) -> dict:
+    """Where and when of a picture, as `Point` takes them; lengths in metres and degrees."""
+    place, extra = picture.footprint, {"valid": round(picture.valid, 4)}
+    if place is not None:
+        extra |= {
+            "crs": place.crs, "bounds": list(place.bounds), "polygon": [list(corner) for corner in place.polygon],
+            "pixel_size_m": list(place.pixel_size_m),
+        }  # fmt: skip
+    return {"footprint": place and place.lonlat_bounds, "time": picture.acquired, "extra": extra}
+
+
+def loader_of(batches: TileBatches, workers: int, device: str = "cpu"):
+    """The batches in their order, made ahead in `workers` processes."""
+    more = {"prefetch_factor": 4} if workers else {}
+    return torch.utils.data.DataLoader(
+        batches, batch_size=None, num_workers=workers, pin_memory=device.startswith("cuda"), **more
+    )
+
+
+@torch.inference_mode()
+def encode(model: DualEncoder, loader) -> Iterable[tuple[torch.Tensor | None, dict]]:
+    """(unit vectors (n, D) on the model's device or None, the batch) for each of a `loader_of`."""
+    for made in loader:
+        vectors = None
+        if made["batch"] is not None:
+            on_device = {key: value.to(model.device, non_blocking=True) for key, value in made.pop("batch").items()}
+            vectors = model.encode_image(**on_device)
+        yield vectors, made
+
+
+@dataclass
+class IndexReport:
+    """What `index_library` did."""
+
+    added: int = 0
+    """Points written."""
+    files: int = 0
+    updated: int = 0
+    """Of the files, those that were in the index before, with other content."""
+    removed: int = 0
+    """Files taken out: gone from the folder, or no longer readable."""
+    unchanged: int = 0
+    empty: int = 0
+    """Tiles without data, left out."""
+    total: int = 0
+    """Points in the index now."""
+    seconds: float = 0.0
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+def index_library(
+    model: DualEncoder, root: str | Path, location: str, *, tile: int = 256, stride: int = 192,
+    settings: ImageSettings | None = None, attributes: dict | None = None, workers: int = 1, batch_size: int = 32,
+    moved: bool = False, progress: bool = False,
+) -> IndexReport | None:  # fmt: skip
+    """Bring the index at `location` in line with the images below `root`; make it if it is not there.
+
+    tile, stride: pixels of the file; tile 0 never cuts. settings: bands and stretch (default: those of the model's
+    training). attributes: {path: {name: value}} beside "folder", which every image below a folder has. moved: the library
+    is the same in another place. Under `accelerate launch` each process encodes its share and the first writes; the
+    others return None. Raises InputError: no images, an index of another model, tiling or library, nothing readable.
+    """
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    from accelerate import PartialState
+
+    state, root, began = PartialState(cpu=model.device.type == "cpu"), Path(root), time.monotonic()
+    settings = settings or ImageSettings.from_dict(model.settings.images)
+    if tile and not 1 <= stride <= tile:
+        raise InputError(f"--tile {tile} --stride {stride}: expected 1 <= stride <= tile, or pixels would be left out")
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder of images")
+    about = {
+        "fingerprint": model.fingerprint,
+        "image": settings.to_dict(),
+        "tile": tile,
+        "stride": stride if tile else 0,
+    }
+    index = plan = None
+    if state.is_main_process:
+        plan, index = _open_for_writing(model, root, location, about, attributes, moved)
+    plan = broadcast_object_list([plan])[0] if state.num_processes > 1 else plan
+    report = IndexReport(unchanged=plan.unchanged, rejected=plan.rejected)
+    writer = _Writer(index, plan, report) if index is not None else None
+    batches = TileBatches(root, plan.files, batch_size, model, settings)
+    everything = batches.batches
+    batches.batches = everything[state.process_index :: state.num_processes]
+    bar = tqdm(
+        total=sum(map(len, batches.batches)), desc="index", unit="image", smoothing=0.05,
+        disable=not progress or not state.is_main_process or not batches.batches,
+    )  # fmt: skip
+    encoded = encode(model, loader_of(batches, workers, str(model.device)))
+    try:
+        more = True
+        while more:
+            turn, count, more, until = [], 0, False, time.monotonic() + FLUSH_SECONDS
+            for vectors, made in encoded:
+                turn.append((vectors, made))
+                count += len(made["files"])
+                bar.update(len(made["files"]))
+                if count >= FLUSH or time.monotonic() > until:
+                    more = True
+                    break
+            turn = [(None if vectors is None else vectors.float().cpu().numpy(), made) for vectors, made in turn]
+            for part, _ in (gathered := gather_object([(turn, more)])):
+                if writer:
+                    writer.add(part)
+            if writer:
+                writer.flush()
+            more = any(unfinished for _, unfinished in gathered)
+        bar.close()
+        if writer is None:
+            return None
+        writer.finish()
+        if index.count() == 0:
+            raise InputError(
+                f"{root}: none of its {len(plan.files) + len(plan.rejected)} images can be read"
+                + (f"; the first: {report.rejected[0].reason}" if report.rejected else "")
+            )
+        index.build()
+        report.total, report.seconds = index.count(), time.monotonic() - began
+        return report
+    finally:
+        if index is not None:
+            index.close()
+
+
+def _open_for_writing(model, root, location, about, attributes, moved):
+    """(the plan, the open index), made where there is none."""
+    record = {"model": model.source, **about, "library": str(root.resolve())}
+    record["created"] = datetime.datetime.now().isoformat(timespec="seconds")
+    tiling = {"tile": about["tile"], "stride": about["stride"], "attributes": attributes}
+    if not store.exists(location):
+        plan = plan_index(root, None, **tiling)  # before anything is made: a wrong folder leaves nothing behind
+        if not plan.files:
+            reasons = "; ".join(bad.reason for bad in plan.rejected[:3])
+            raise InputError(f"{root}: none of its {len(plan.rejected)} images can be read: {reasons}")
+        return plan, store.create(location, record=record, dim=model.settings.projection_dim)
+    index = store.open(location)
+    try:
+        index.check({"model": record["model"], **about})
+        if index.record.get("library") != record["library"]:
+            if not moved:
+                raise InputError(
+                    f"{location}: an index of {index.record.get('library')}, not of {record['library']}: give another"
+                    " --store, or --moved if it is the same library in another place"
+                )
+            index.annotate(library=record["library"])
+        return plan_index(root, index, **tiling), index
+    except BaseException:
+        index.close()
+        raise
+
+
+class _Writer:
+    """Turns what was encoded into points. The last point of each open file is held back: once all of the file is done, it
+    carries the mark by which the next run knows that the file is whole."""
+
+    def __init__(self, index, plan: Plan, report: IndexReport):
+        self.index, self.plan, self.report = index, plan, report
+        self.left = [len(file.windows) for file in plan.files]
+        self.held: dict[int, Point] = {}
+        self.ready: list[Point] = []
+        self.broken: dict[int, str] = {}
+        self.stale = set(plan.stale)
+
+    def add(self, turn: list) -> None:
+        """Take [(vectors (n, D) or None, the batch)], in any order of tiles."""
+        for vectors, made in turn:
+            self.report.empty += made["empty"]
+            self.broken |= made["broken"]
+            for (number, window, known), vector in zip(made["tiles"], () if vectors is None else vectors):
+                file = self.plan.files[number]
+                if number in self.held:
+                    self.ready.append(self.held[number])
+                self.held[number] = Point(
+                    file.path, vector, window=window, footprint=known["footprint"], last=False, extra=known["extra"],
+                    time=known["time"] or time_in_name(file.path), attributes=file.attributes,
+                    hash=file.hash, size=file.size, mtime_ns=file.mtime_ns,
+                )  # fmt: skip
+            for number in made["files"]:
+                self.left[number] -= 1
+            for number in set(made["files"]) - set(self.broken):
+                if self.left[number]:
+                    continue
+                if number in self.held:
+                    point = self.held.pop(number)
+                    point.last = True
+                    self.ready.append(point)
+                    self.report.files += 1
+                else:
+                    self.broken[number] = f"{self.plan.files[number].path}: no pixel of it holds data"
+
+    def flush(self) -> None:
+        """Write what is ready; of a file that has changed the old version goes when the new one comes."""
+        if changed := {point.path for point in self.ready} & self.stale:
+            self.index.remove(path=sorted(changed))
+            self.stale -= changed
+            self.report.updated += len(changed)
+        self.index.upsert(self.ready)
+        self.report.added += len(self.ready)
+        self.ready = []
+
+    def finish(self) -> None:
+        """Take out what is gone, and all of a file of which some part could not be read."""
+        broken = {self.plan.files[number].path: reason for number, reason in self.broken.items()}
+        self.report.rejected += [Rejected(path, -1, reason) for path, reason in sorted(broken.items())]
+        self.report.removed += len(self.stale - set(broken))
+        self.index.remove(path=sorted({*self.stale, *broken}))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Classes
+
+
+def read_classes(source: str) -> dict[str, list[str]]:
+    """{label: phrases that say it} from the name of a list in classes/ (ucm, aid, eurosat, resisc45), a JSON file of
+    {label: phrase or [phrases]} or ["label", ...], or labels between commas. Raises InputError."""
+    known = sorted(path.stem for path in CLASS_LISTS.glob("*.json"))
+    path = CLASS_LISTS / f"{source}.json" if source in known else Path(source)
+    if path.suffix.lower() == ".json":
+        content = load_json(path)
+        if isinstance(content, list):
+            content = {label: label for label in content if isinstance(label, str)}
+        found = {}
+        for label, phrases in content.items() if isinstance(content, dict) else ():
+            phrases = [phrases] if isinstance(phrases, str) else phrases
+            if (
+                not isinstance(phrases, list)
+                or not phrases
+                or not all(isinstance(p, str) and p.strip() for p in phrases)
+            ):
+                raise InputError(f"{path}: class {label!r}: expected a phrase or a list of phrases, found {phrases!r}")
+            found[label] = phrases
+    else:
+        found = {label: [label] for label in map(str.strip, re.split("[,，、]", source)) if label}
+    if len(found) < 2:
+        raise InputError(
+            f"{source}: expected two classes or more: labels between commas, a JSON file of {{label: [phrases]}},"
+            f" or one of {', '.join(known)}"
+        )
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# Use
+
+
+class Library:
+    """An index opened together with the model that made it: what search.py and web_demo.py ask."""
+
+    def __init__(self, index, model: DualEncoder, root: str | Path):
+        self.index, self.model, self.root = index, model, Path(root)
+        self.settings = ImageSettings.from_dict(index.record["image"])
+
+    @classmethod
+    def open(
+        cls, location: str, *, model: str | None = None, encoder: DualEncoder | None = None, root: str | Path | None = None,
+        base_model: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32,
+    ) -> "Library":  # fmt: skip
+        """model: where the index's model is now, if it has moved; encoder: one loaded already; root: where the images are
+        now. Raises InputError: no index there, another model than the one it was made with."""
+        index = store.open(location)
+        try:
+            if encoder is None:
+                name = model or index.record["model"]
+                encoder = DualEncoder.from_pretrained(name, base_model=base_model, device=device, dtype=dtype)
+            index.check({"model": encoder.source, "fingerprint": encoder.fingerprint})
+            return cls(index, encoder, root or index.record["library"])
+        except BaseException:
+            index.close()
+            raise
+
+    def __enter__(self) -> "Library":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.index.close()
+
+    # -- queries
+
+    def text_vectors(self, texts: list[str], *, template: str | None = None, context: str = "") -> np.ndarray:
+        """(N, D) unit vectors; each the mean over the prompts of its text: of TEMPLATES, or the text alone where it is a
+        sentence with its full stop. template: one prompt with {} for the text, instead. context: season, weather and the
+        like, put behind the text."""
+        if template is not None and template.count("{}") != 1:
+            raise InputError(f"--template {template!r}: expected one {{}} where the text goes")
+        prompts, owner = [], []
+        for number, text in enumerate(texts):
+            text, chinese = text.strip(), is_chinese(text)
+            forms = [template] if template is not None else TEMPLATES["zh" if chinese else "en"]
+            if template is None and text.endswith((".", "。", "!", "！", "?", "？")):
+                forms = ["{}"]
+            if context:
+                text = f"{text.rstrip('.。')}{'，' if chinese else ', '}{context}"
+            prompts += [form.replace("{}", text) for form in forms]
+            owner += [number] * len(forms)
+        made = self.model.embed_texts(prompts).numpy()
+        mean = np.zeros((len(texts), made.shape[1]), np.float32)
+        np.add.at(mean, owner, made)
+        return unit(mean)
+
+    def picture_vector(self, rgb: np.ndarray) -> np.ndarray:
+        """(D,) unit vector of an (H, W, 3) uint8 picture."""
+        return self.model.embed_images([pixel_store(self.model).resize(rgb)]).numpy()[0]
+
+    def query(
+        self, words: list[str] = (), *, without: list[str] = (), like: list[np.ndarray] = (), like_weight: float = 0.5,
+        without_weight: float = 0.5, template: str | None = None, context: str = "",
+    ) -> np.ndarray:  # fmt: skip
+        """(D,) unit vector of a query. Words, and pictures `like` (H, W, 3) uint8, each averaged; where there are both, mixed
+        by `like_weight`, 0 to 1; then less `without_weight` times the mean of what is not wanted. Raises InputError."""
+        if not words and not like:
+            raise InputError("a query needs words, a picture (--like), or both")
+        parts = []
+        if words:
+            parts.append(
+                (1 - like_weight if like else 1.0, self.text_vectors(list(words), template=template, context=context))
+            )
+        if like:
+            pictures = np.stack([self.picture_vector(rgb) for rgb in like])
+            parts.append((like_weight if words else 1.0, pictures))
+        vector = sum(weight * unit(made.mean(0)) for weight, made in parts)
+        if without:
+            vector = unit(vector) - without_weight * unit(self.text_vectors(list(without), template=template).mean(0))
+        if not np.linalg.norm(vector) > 1e-6:
+            raise InputError("the query cancels itself out: what is wanted and what is not are the same")
+        return unit(vector)
+
+    def search(
+        self,
+        vector: np.ndarray,
+        k: int = 10,
+        *,
+        filter: Filter | None = None,
+        exact: bool = False,
+        neighbours: bool = False,
+    ) -> list[Hit]:
+        """The k best, best first. A tile that shows the place of a better one, at the same time, is left out unless
+        `neighbours`: of overlapping tiles one would do."""
+        if neighbours:
+            return self.index.search(vector, k, filter=filter, exact=exact)
+        fetch = 4 * k
+        while True:
+            found = self.index.search(vector, fetch, filter=filter, exact=exact)
+            kept: list[Hit] = []
+            for hit in found:
+                if len(kept) < k and not any(same_place(hit.payload, other.payload) for other in kept):
+                    kept.append(hit)
+            if len(kept) == k or len(found) < fetch or fetch >= 256 * k:
+                return kept
+            fetch *= 4
+
+    def picture(self, payload: dict, max_side: int | None = None) -> np.ndarray:
+        """(H, W, 3) uint8 of a hit, stretched as it was indexed. Raises ImageError."""
+        path = (self.root / payload["path"]).resolve()
+        if not path.is_relative_to(self.root.resolve()):  # a record on a shared server may say anything
+            raise ImageError(f"{payload['path']}: is not below the library {self.root}")
+        return read_image(path, self.settings, window=payload["window"], max_side=max_side).rgb
+
+    # -- all of it
+
+    def everything(self, filter: Filter | None = None) -> tuple[list[dict], np.ndarray]:
+        """(payloads, unit vectors (N, D)) of all points, ordered by path and window."""
+        rows = sorted(self.index.scroll(filter), key=lambda row: (row[1]["path"], row[1]["window"] or []))
+        return [payload for _, payload in rows], self.index.vectors([name for name, _ in rows])
+
+    def class_vectors(self, classes: dict[str, list[str]], template: str | None = None) -> np.ndarray:
+        """(C, D) unit vectors, each the mean over the phrases and prompts of a class."""
+        phrases = [phrase for group in classes.values() for phrase in group]
+        made = self.text_vectors(phrases, template=template)
+        ends = np.cumsum([len(group) for group in classes.values()])
+        return unit(np.stack([part.mean(0) for part in np.split(made, ends[:-1])]))
+
+    def classify(self, vectors: np.ndarray, classes: dict[str, list[str]], template: str | None = None) -> np.ndarray:
+        """Zero-shot probabilities (N, C) of images by their unit vectors (N, D); softmax or sigmoid, as trained."""
+        cosines = torch.from_numpy(vectors @ self.class_vectors(classes, template).T)
+        with torch.inference_mode():
+            return self.model.probabilities(cosines).float().cpu().numpy()
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (..., D) brought to length 1."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def same_place(a: dict, b: dict) -> bool:
+    """Whether two points show one place at one time: windows of one file, or footprints, of which the smaller is covered by
+    more than NEIGHBOURS."""
+    if a["path"] == b["path"]:
+        if a["window"] is None or b["window"] is None:
+            return True
+        boxes = [(c, r, c + w, r + h) for c, r, w, h in (a["window"], b["window"])]
+    elif a["footprint"] and b["footprint"] and a["time"] == b["time"]:
+        boxes = []
+        for west, south, east, north in (a["footprint"], b["footprint"]):
+            boxes.append((west, south, east + 360 * (east < west), north))
+    else:
+        return False
+    (l1, b1, r1, t1), (l2, b2, r2, t2) = boxes
+    common = max(0.0, min(r1, r2) - max(l1, l2)) * max(0.0, min(t1, t2) - max(b1, b2))
+    return common > NEIGHBOURS * min((r1 - l1) * (t1 - b1), (r2 - l2) * (t2 - b2))
+
+
+def result_row(rank: int, hit: Hit) -> dict:
+    """What a table, JSON, CSV or GeoJSON says of a hit; `where` is the latitude and longitude of its middle, in degrees."""
+    payload = hit.payload
+    where = None
+    if payload["footprint"]:
+        west, south, east, north = payload["footprint"]
+        middle = (west + east + 360 * (east < west)) / 2
+        where = f"{(south + north) / 2:.5f}, {middle - 360 * (middle > 180):.5f}"
+    return {
+        "rank": rank, "score": round(hit.score, 4), "path": payload["path"],
+        "window": payload["window"] and ",".join(map(str, payload["window"])), "where": where, "time": payload["time"],
+        **payload["attributes"],
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------
+# Two dates
+
+
+@dataclass
+class Pairs:
+    """Tiles of two libraries that show the same places; row n of each belongs to place n."""
+
+    before: list[dict]
+    after: list[dict]
+    before_vectors: np.ndarray
+    """(N, D)"""
+    after_vectors: np.ndarray
+    notes: list[str]
+    """What was left out, and why."""
+
+
+def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> Pairs:
+    """Match tiles by footprint. Raises InputError, with the reason, where no two show the same place."""
+    notes, sides = [], []
+    for name, library in (("before", before), ("after", after)):
+        payloads, vectors = library.everything()
+        placed = [n for n, payload in enumerate(payloads) if payload["extra"].get("polygon")]
+        if not placed:
+            raise InputError(f"{library.index.location}: none of its {len(payloads)} images has a georeference")
+        if len(placed) < len(payloads):
+            notes.append(
+                f"{name}: {len(payloads) - len(placed)} of {len(payloads)} images have no georeference, left out"
+            )
+        sides.append(([payloads[n] for n in placed], vectors[placed]))
+    (first, first_vectors), (second, second_vectors) = sides
+    found = match_footprints(
+        [payload["extra"]["polygon"] for payload in first],
+        [payload["extra"]["polygon"] for payload in second],
+        min_overlap,
+    )
+    if not found:
+        boxes = [_bounds_text(payloads) for payloads, _ in sides]
+        raise InputError(
+            f"no tile of {before.index.location} ({boxes[0]}) overlaps one of {after.index.location} ({boxes[1]}) by"
+            f" {min_overlap:.0%}: other places, or tiles of another size or grid"
+        )
+    i, j = (np.array(side) for side in list(zip(*found))[:2])
+    for name, payloads, used in (("before", first, i), ("after", second, j)):
+        if len(used) < len(payloads):
+            notes.append(f"{name}: {len(payloads) - len(used)} of {len(payloads)} places have no counterpart, left out")
+    sizes = [np.array([np.hypot(*p["extra"]["pixel_size_m"]) for p in side]) for side in (first, second)]
+    ratio = sizes[1][j] / sizes[0][i]
+    if (off := np.abs(np.log(ratio)) > np.log(1.25)).any():
+        notes.append(
+            f"{int(off.sum())} of {len(i)} places differ in resolution (a median of {np.median(sizes[0][i][off]) / 2**0.5:.2f} m"
+            f" and {np.median(sizes[1][j][off]) / 2**0.5:.2f} m a pixel): part of their change may be that"
+        )
+    poor = float(np.mean([overlap for _, _, overlap in found]))
+    if poor < 0.9:
+        notes.append(f"matched tiles overlap by {poor:.0%} on average: index both dates on one grid for better results")
+    return Pairs([first[n] for n in i], [second[n] for n in j], first_vectors[i], second_vectors[j], notes)
+
+
+def _bounds_text(payloads: list[dict]) -> str:
+    boxes = np.array([payload["footprint"] for payload in payloads])
+    west, south, east, north = boxes[:, 0].min(), boxes[:, 1].min(), boxes[:, 2].max(), boxes[:, 3].max()
+    return f"longitude {west:.3f} to {east:.3f}, latitude {south:.3f} to {north:.3f}"

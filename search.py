@@ -1,0 +1,711 @@
+"""Search a library of satellite and aerial images in plain words: index it once, then ask.
+
+    python search.py index ./library --store ./library.index
+    python search.py query --store ./library.index "a river winding through farmland" -k 10 --sheet out.png
+    python search.py query --store ./library.index --like chip.tif --bbox 5 50 7 52 --from 2020-01-01 --geojson out.geojson
+    python search.py classify --store ./library.index --labels ucm --truth folders --out classes/
+    python search.py monitor --before ./2020.index --after ./2023.index --queries queries.txt --out change/
+    python search.py landuse --store ./library.index --classes eurosat --regions districts.geojson --out landuse/
+    python search.py recall --store ./library.index
+
+A store is a folder, or the URL of a collection on a Qdrant server: http://host:6333/my_library. `--preset demo` uses the
+scenes and the matcher of `make demo`. Exit code 0: done; 1: done, but some images could not be read; 2: nothing was done.
+"""
+
+import argparse
+import csv
+import html
+import io
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from config import InputError, add_device_flags, user_errors
+
+MODEL = "lcybuaa/Git-RSCLIP"
+DEMO = {
+    "model": "output/demo/best_model",
+    "store": "output/demo_search/library.index",
+    "library": "data/demo/images",
+    "before": "output/demo_search/before.index",
+    "after": "output/demo_search/after.index",
+}
+PALETTE = [  # apart from one another in hue and in lightness
+    "#2563a8", "#e0a030", "#2f7d4f", "#c2562d", "#7a4fa3", "#3d8a94", "#b23a5e", "#8aa63a", "#6b5b4b", "#5aa9e6",
+    "#f28e8e", "#1d4d4f", "#c9b1e0", "#9a7b1c", "#47b39c", "#d46ad4", "#7f7f7f", "#264027", "#ffcf56", "#88305f",
+]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="index|query|classify|monitor|landuse|recall"
+    )
+
+    def command(name, run, help, store=True):
+        made = commands.add_parser(name, help=help, description=run.__doc__)
+        made.set_defaults(run=run)
+        made.add_argument(
+            "--preset", default="full", choices=["full", "demo"], help="demo: the scenes and matcher of make demo"
+        )
+        if store:
+            made.add_argument("--store", help="folder of the index, or URL of a collection on a Qdrant server")
+        made.add_argument("--model", help="folder or name of the towers (default: those of the index)")
+        made.add_argument("--base_model", help="folder of a matcher's base, if it is not where it was in training")
+        add_device_flags(made)
+        return made
+
+    def limits(made):
+        made.add_argument(
+            "--bbox", nargs=4, type=float, metavar=("W", "S", "E", "N"), help="box in degrees, as footprints touch it"
+        )
+        made.add_argument("--from", dest="start", metavar="DATE", help="taken on this day or later, such as 2020-01-01")
+        made.add_argument("--to", dest="end", metavar="DATE", help="taken on this day or earlier")
+        made.add_argument(
+            "--where", nargs="+", default=[], metavar="NAME=VALUE", help="attributes, such as folder=harbour"
+        )
+        made.add_argument("--library", help="folder of the images, if it has moved since")
+
+    make = command("index", run_index, "make an index, or bring it up to date")
+    make.add_argument("library", nargs="?", help="folder of images, of any depth")
+    make.add_argument("--tile", type=int, default=256, help="pixels; larger images are cut into such tiles (0: never)")
+    make.add_argument("--stride", type=int, help="pixels from tile to tile (default: 3/4 of a tile)")
+    make.add_argument("--bands", help="red, green and blue: auto, numbers such as 4,3,2, or a sensor such as sentinel2")
+    make.add_argument(
+        "--stretch", choices=["auto", "percentile", "reflectance", "none"], help="how values become 8 bits"
+    )
+    make.add_argument("--nodata", type=float, help="value without data that a file does not tag")
+    make.add_argument(
+        "--attributes", metavar="CSV", help="image's path below the library first, then columns to filter by"
+    )
+    make.add_argument("--workers", type=int, help="processes that read ahead (default: all cores but one, at most 16)")
+    make.add_argument("--batch_size", type=int, default=32, help="tiles encoded at once")
+    make.add_argument("--moved", action="store_true", help="the library is the same as before in another place")
+
+    ask = command("query", run_query, "find images by words, by a picture, or both")
+    ask.add_argument("words", nargs="*", help="what to look for; several ways to say it are averaged")
+    ask.add_argument("-k", type=int, default=10, help="how many to find")
+    ask.add_argument("--each", action="store_true", help="each of the words is a query of its own")
+    ask.add_argument(
+        "--not", dest="without", nargs="+", default=[], metavar="WORDS", help="what it should not look like"
+    )
+    ask.add_argument("--not_weight", type=float, default=0.5, help="how much that counts")
+    ask.add_argument("--like", nargs="+", default=[], metavar="IMAGE", help="pictures of what to look for")
+    ask.add_argument("--like_weight", type=float, default=0.5, help="0: words alone, 1: pictures alone")
+    ask.add_argument("--template", help='prompt around the words, such as "a satellite image of {}" (default: several)')
+    ask.add_argument("--season", choices=["spring", "summer", "autumn", "winter"], help="added to the words")
+    ask.add_argument("--weather", choices=["clear", "cloudy", "hazy", "snowy"], help="added to the words")
+    limits(ask)
+    ask.add_argument("--exact", action="store_true", help="compare with every vector instead of walking the graph")
+    ask.add_argument("--neighbours", action="store_true", help="keep tiles that overlap a better one")
+    for kind, what in (("json", "results"), ("csv", "results"), ("geojson", "footprints, for QGIS")):
+        ask.add_argument(f"--{kind}", metavar="FILE", help=f"{what} as {kind}; - for standard output")
+    ask.add_argument("--sheet", metavar="PNG", help="contact sheet of the pictures found")
+
+    sort = command("classify", run_classify, "zero-shot classes of all images")
+    sort.add_argument(
+        "--labels", help="labels between commas, ucm, aid, eurosat, resisc45, or JSON of {label: [phrases]}"
+    )
+    sort.add_argument("--truth", help="CSV of path,label, or `folders`: each image's folder is its class")
+    sort.add_argument("--template", help="prompt around each phrase (default: several)")
+    sort.add_argument("--out", help="folder for predictions.csv, scores.json and confusion.png")
+    limits(sort)
+
+    watch = command("monitor", run_monitor, "what changed between two dates", store=False)
+    watch.add_argument("--before", help="index of the earlier images")
+    watch.add_argument("--after", help="index of the later images, by the same model")
+    watch.add_argument("--queries", help="text file, what to watch for, one a line")
+    watch.add_argument("--out", help="folder for changes.csv, changes.geojson and a page with pictures")
+    watch.add_argument("-k", type=int, default=8, help="places shown for each query")
+    watch.add_argument(
+        "--threshold", type=float, default=3.0, help="spreads of the unchanged above which it is a change"
+    )
+    watch.add_argument("--alike", type=int, default=32, help="like places by which a change is judged (0: all places)")
+    watch.add_argument("--min_overlap", type=float, default=0.5, help="least intersection over union of matched tiles")
+
+    use = command("landuse", run_landuse, "shares of classes by count and by ground area")
+    use.add_argument("--classes", help="as --labels of classify")
+    use.add_argument("--regions", help="GeoJSON of polygons: also by region")
+    use.add_argument("--template", help="prompt around each phrase (default: several)")
+    use.add_argument("--out", help="folder for landuse.json, .csv, .geojson, plots and page")
+    limits(use)
+
+    check = command("recall", run_recall, "how much the graph finds of what is there")
+    check.add_argument("-k", type=int, default=10, help="how many nearest are compared")
+    check.add_argument("--queries", help="text file of queries, one a line (default: pictures of the index)")
+    check.add_argument("--number", type=int, default=200, help="pictures tried")
+    return parser
+
+
+def need(args, *names: str) -> None:
+    """Fill in the demo's defaults. Raises InputError where one of `names` was not given."""
+    for name in names:
+        if args.preset == "demo" and getattr(args, name) is None and name in DEMO:
+            setattr(args, name, DEMO[name])
+        if getattr(args, name) is None:
+            raise InputError(f"{args.command} needs {'the folder of images' if name == 'library' else '--' + name}")
+
+
+def refuse_number(args, **bounds: tuple[float, float]) -> None:
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name} {getattr(args, name)}: expected a number from {low} to {high}")
+
+
+def open_library(args, location: str | None = None, encoder=None):
+    from transformers.utils import logging
+
+    from library import Library
+    from model import pick_device
+
+    logging.disable_progress_bar()
+    device, dtype = pick_device(args.device, args.dtype)
+    return Library.open(
+        location or args.store, model=args.model, encoder=encoder, root=getattr(args, "library", None),
+        base_model=args.base_model, device=device, dtype=dtype,
+    )  # fmt: skip
+
+
+def filter_of(args):
+    """The `store.Filter` of the flags, or None."""
+    from store import Filter
+
+    attributes: dict[str, list[str]] = {}
+    for pair in args.where:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise InputError(f"--where {pair}: expected NAME=VALUE, such as folder=harbour")
+        attributes.setdefault(name, []).append(value)
+    made = Filter(bbox=args.bbox and tuple(args.bbox), start=args.start, end=args.end, attributes=attributes)
+    return None if made == Filter() else made
+
+
+def read_lines(path: str, what: str) -> list[str]:
+    """Lines of a text file, without empty ones and those behind a #. Raises InputError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if not lines:
+        raise InputError(f"{path}: no {what} in it; expected one a line")
+    return list(dict.fromkeys(lines))
+
+
+def output_folder(path: str) -> Path:
+    out = Path(path)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file, expected a folder")
+    return out
+
+
+def csv_text(rows: list[dict]) -> str:
+    """Rows as CSV with the first one's keys as header."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def put(target: str, text: str) -> None:
+    """Write a text to a file, or to standard output for `-`."""
+    from report import write_atomic
+
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        write_atomic(target, text)
+        print(f"-> {target}", file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------
+# index
+
+
+def run_index(args) -> int:
+    """Encode the images of a folder and keep their vectors with place, time, path and window. A second run reads what is
+    new or changed and takes out what is gone; a run that was cut short goes on."""
+    need(args, "library", "store")
+    refuse_number(args, batch_size=(1, 4096), tile=(0, 1 << 16))
+    if args.model is None:
+        args.model = DEMO["model"] if args.preset == "demo" else MODEL
+    stride = args.stride if args.stride is not None else args.tile * 3 // 4
+    if args.tile and not 1 <= stride <= args.tile:
+        raise InputError(f"--stride {stride}: expected 1 to {args.tile} (--tile), or pixels would be left out")
+    workers = args.workers if args.workers is not None else max(1, min(16, (os.cpu_count() or 2) - 1))
+    from transformers.utils import logging
+
+    from accelerate import PartialState
+    from data import list_rejected
+    from imagery import ImageSettings
+    from library import index_library, read_attributes
+    from model import DualEncoder, pick_device
+
+    if not Path(args.library).is_dir():
+        raise InputError(f"{args.library}: no such folder of images")
+    attributes = read_attributes(args.attributes) if args.attributes else None
+    logging.disable_progress_bar()
+    device, dtype = pick_device(args.device, args.dtype)
+    state = PartialState(cpu=device == "cpu")
+    if state.num_processes > 1:
+        device = str(state.device)
+    model = DualEncoder.from_pretrained(args.model, base_model=args.base_model, device=device, dtype=dtype)
+    changed = {name: getattr(args, name) for name in ("bands", "stretch", "nodata") if getattr(args, name) is not None}
+    settings = ImageSettings.from_dict(model.settings.images | changed)
+    report = index_library(
+        model, args.library, args.store, tile=args.tile, stride=stride, settings=settings, attributes=attributes,
+        workers=workers, batch_size=args.batch_size, moved=args.moved, progress=True,
+    )  # fmt: skip
+    if report is None:
+        return 0
+    rate = f", {report.added / report.seconds:.0f} images/s" if report.added else ""
+    cut = f" as {report.added} tiles" if report.added != report.files else ""
+    print(
+        f"{report.files} files indexed{cut} ({report.updated} of them changed), {report.unchanged} unchanged,"
+        f" {report.removed} removed; {report.total} vectors in {args.store} ({report.seconds:.1f} s{rate})"
+    )
+    if report.empty:
+        print(f"{report.empty} tiles without data left out")
+    if report.rejected:
+        store_is_folder = Path(args.store).is_dir()
+        listed = Path(args.store) / "rejected.jsonl" if store_is_folder else Path("rejected.jsonl")
+        listed.unlink(missing_ok=True)
+        list_rejected(listed, report.rejected)
+        print(f"{len(report.rejected)} files could not be read, listed in {listed}:", file=sys.stderr)
+        for bad in report.rejected[:3]:
+            print(f"  {bad.reason}", file=sys.stderr)
+    return 1 if report.rejected else 0
+
+
+# ----------------------------------------------------------------------------------------------------
+# query
+
+
+def run_query(args) -> int:
+    """Find images by words, by pictures, or by both; less what is unwanted; within a box, a time, attributes."""
+    need(args, "store")
+    refuse_number(args, k=(1, 10_000), like_weight=(0, 1), not_weight=(0, 10))
+    if args.each and args.like:
+        raise InputError("--each takes words alone, not --like")
+    if not args.words and not args.like:
+        raise InputError("query needs words, or --like with a picture")
+    if any(not words.strip() for words in [*args.words, *args.without]):
+        raise InputError("query: an empty text")
+    limit = filter_of(args)
+    from imagery import read_image
+    from library import result_row
+    from places import feature_collection
+    from report import contact_sheet, table_text
+
+    context = ", ".join(
+        [*([f"in {args.season}"] if args.season else []), *([f"{args.weather} weather"] if args.weather else [])]
+    )
+    with open_library(args) as library:
+        like = [read_image(path, library.settings).rgb for path in args.like]
+        asked = [[words] for words in args.words] if args.each else [args.words]
+        results = []
+        for words in asked:
+            vector = library.query(
+                words, without=args.without, like=like, like_weight=args.like_weight, without_weight=args.not_weight,
+                template=args.template, context=context,
+            )  # fmt: skip
+            hits = library.search(vector, args.k, filter=limit, exact=args.exact, neighbours=args.neighbours)
+            title = " + ".join([*words, *(f"like {Path(path).name}" for path in args.like)])
+            title += "".join(f" - {text}" for text in args.without)
+            results.append((title, hits))
+        if not any(hits for _, hits in results):
+            print("nothing found: no image of the index passes the filters", file=sys.stderr)
+        rows = [
+            {"query": title, **result_row(rank, hit)} for title, hits in results for rank, hit in enumerate(hits, 1)
+        ]
+        quiet = "-" in (args.json, args.csv, args.geojson)
+        if not quiet:
+            columns = {
+                "rank": "",
+                "score": "score",
+                "path": "image",
+                "window": "window",
+                "where": "lat, lon",
+                "time": "time",
+            }
+            for title, _ in results:
+                mine = [row for row in rows if row["query"] == title]
+                columns = {key: name for key, name in columns.items() if any(row[key] is not None for row in mine)}
+                print(f"{title}\n{table_text(mine, columns)}\n" if mine else f"{title}\n")
+        if args.json:
+            put(args.json, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+        if args.csv and rows:
+            put(args.csv, csv_text(rows))
+        if args.geojson:
+            placed = [(row, hit) for row, hit in zip(rows, (hit for _, hits in results for hit in hits))]
+            shapes = [
+                {
+                    "polygon": hit.payload["extra"].get("polygon"),
+                    "footprint": hit.payload["footprint"],
+                    "properties": row,
+                }
+                for row, hit in placed
+            ]
+            put(args.geojson, json.dumps(feature_collection(shapes), ensure_ascii=False) + "\n")
+        if args.sheet:
+            found = []
+            for title, hits in results:
+                head = [f"{rank}. {hit.score:.3f}" for rank, hit in enumerate(hits, 1)]
+                pictures = [picture_or_none(library, hit.payload) for hit in hits]
+                items = zip(pictures, head, (label_of(hit.payload) for hit in hits))
+                found.append((title, [{"rgb": rgb, "lines": [*lines]} for rgb, *lines in items]))
+            contact_sheet(found, args.sheet)
+            print(f"-> {args.sheet}", file=sys.stderr)
+    return 0
+
+
+def label_of(payload: dict) -> str:
+    return payload["path"] + (f" {tuple(payload['window'][:2])}" if payload["window"] else "")
+
+
+def picture_or_none(library, payload: dict, max_side: int = 384):
+    """The picture of a hit; None, with a word on standard error, where its file is gone."""
+    from imagery import ImageError
+
+    try:
+        return library.picture(payload, max_side)
+    except ImageError as error:
+        print(f"no picture: {error}", file=sys.stderr)
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------
+# classify
+
+
+def run_classify(args) -> int:
+    """Give every image the class whose words fit best, without training (zero-shot). Tiles of one file are averaged. With
+    --truth also accuracy and a confusion matrix."""
+    need(args, "store", "labels")
+    limit = filter_of(args)
+    out = output_folder(args.out) if args.out else None
+    from library import read_classes
+    from report import table_text, write_atomic
+    from trainer import write_json
+
+    classes = read_classes(args.labels)
+    labels = list(classes)
+    with open_library(args) as library:
+        payloads, vectors = library.everything(limit)
+        if not payloads:
+            raise InputError(f"{args.store}: no image of the index passes the filters")
+        tile_scores = library.classify(vectors, classes, args.template)
+    names = list(dict.fromkeys(payload["path"] for payload in payloads))
+    number = {name: n for n, name in enumerate(names)}
+    owner = np.array([number[payload["path"]] for payload in payloads])
+    scores = np.zeros((len(names), len(labels)))
+    np.add.at(scores, owner, tile_scores)
+    scores /= np.bincount(owner)[:, None]
+    best = scores.argmax(1)
+    counts = Counter(best.tolist())
+    rows = [{"class": labels[c], "images": n, "share": n / len(names)} for c, n in counts.most_common()]
+    print(f"{len(names)} images, {len(labels)} classes")
+    print(table_text(rows, {"class": "class", "images": "images", "share": "share"}))
+    result = {"images": len(names), "classes": {row["class"]: row["images"] for row in rows}}
+    table = [
+        {"path": name, "answer": labels[best[n]], "score": round(float(scores[n, best[n]]), 6)}
+        | {label: round(float(scores[n, c]), 6) for c, label in enumerate(labels)}
+        for n, name in enumerate(names)
+    ]
+    if args.truth:
+        truth = read_truth(args.truth, labels, names)
+        known = [n for n, name in enumerate(names) if name in truth]
+        right = np.array([best[n] == truth[names[n]] for n in known])
+        result |= accuracy(right, np.array([truth[names[n]] for n in known]), best[known], labels)
+        low, high = result["interval"]
+        print(
+            f"\ntop-1 accuracy {result['top1']:.3f} ({low:.3f} to {high:.3f}) on {len(known)} images with a truth;"
+            f" mean of the classes {result['macro']:.3f}"
+        )
+        for n, row in enumerate(table):
+            table[n] = {"path": row["path"], "truth": labels[truth[row["path"]]] if row["path"] in truth else "", **row}
+    if out:
+        write_atomic(out / "predictions.csv", csv_text(table))
+        if args.truth:
+            from report import confusion_figure
+
+            title = f"zero-shot classes: top-1 {result['top1']:.3f} of {result['with_truth']} images"
+            confusion_figure(np.array(result["confusion"]), labels, out / "confusion.png", title)
+        write_json(out / "scores.json", result)
+        print(f"-> {out}", file=sys.stderr)
+    return 0
+
+
+def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, int]:
+    """{path: number of its class}; labels are compared without case, spaces, - and _. Raises InputError."""
+
+    def key(label):
+        return label.lower().replace(" ", "").replace("_", "").replace("-", "")
+
+    number = {key(label): n for n, label in enumerate(labels)}
+    if source == "folders":
+        pairs = [(name, name.split("/")[-2]) for name in names if "/" in name]
+        where = "the folders of the library"
+    else:
+        where = source
+        try:
+            with open(source, newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.reader(file))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{source}: cannot be read as CSV ({error})") from None
+        if not rows or rows[0][:2] != ["path", "label"]:
+            raise InputError(f"{source}: line 1: expected the header path,label")
+        pairs = []
+        for line, row in enumerate(rows[1:], 2):
+            if row and len(row) < 2:
+                raise InputError(f"{source}: line {line}: expected path,label, found {','.join(row)!r}")
+            if row:
+                pairs.append((row[0], row[1]))
+    known = set(names)
+    truth, strange = {}, Counter()
+    for name, label in pairs:
+        if name in known:
+            if key(label) in number:
+                truth[name] = number[key(label)]
+            else:
+                strange[label] += 1
+    if strange:
+        print(
+            f"{sum(strange.values())} images have a truth that is no label: {', '.join(sorted(strange)[:5])}",
+            file=sys.stderr,
+        )
+    if not truth:
+        raise InputError(f"{where}: no image of the index has a truth among {', '.join(labels[:5])} ...")
+    return truth
+
+
+def accuracy(right: np.ndarray, truth: np.ndarray, answers: np.ndarray, labels: list[str]) -> dict:
+    from metrics import bootstrap_interval
+
+    confusion = np.zeros((len(labels), len(labels)), int)
+    np.add.at(confusion, (truth, answers), 1)
+    total = confusion.sum(1)
+    recall = {label: float(confusion[n, n] / total[n]) for n, label in enumerate(labels) if total[n]}
+    return {
+        "with_truth": len(right), "top1": float(right.mean()), "interval": bootstrap_interval(right.astype(float)),
+        "macro": float(np.mean(list(recall.values()))), "recall": recall, "confusion": confusion.tolist(),
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------
+# monitor
+
+
+def run_monitor(args) -> int:
+    """Compare two dates of the same places: for each query, where its score rose or fell by more than the season, the
+    sensor and the light explain, which move the scores of like places alike."""
+    need(args, "before", "after", "queries", "out")
+    refuse_number(args, k=(1, 1000), threshold=(0, 100), alike=(0, 100_000), min_overlap=(0.01, 1))
+    out = output_folder(args.out)
+    queries = read_lines(args.queries, "queries")
+    from library import match_places
+    from places import change_scores, feature_collection
+    from report import page, table_html, table_text, write_atomic
+
+    args.library = None
+    with open_library(args, args.before) as before, open_library(args, args.after, before.model) as after:
+        pairs = match_places(before, after, args.min_overlap)
+        for note in pairs.notes:
+            print(f"note: {note}", file=sys.stderr)
+        words = before.text_vectors(queries)  # (Q, D)
+        scores = [words @ vectors.T for vectors in (pairs.before_vectors, pairs.after_vectors)]  # 2 x (Q, N)
+        z = change_scores(*scores, pairs.before_vectors if args.alike else None, args.alike or 1)
+        rows = []
+        for q, query in enumerate(queries):
+            for n in np.argsort(-np.abs(z[q]), kind="stable"):
+                a, b = pairs.before[n], pairs.after[n]
+                rows.append(
+                    {"query": query, "change": round(float(z[q, n]), 2), "before": round(float(scores[0][q, n]), 4),
+                     "after": round(float(scores[1][q, n]), 4), "is_change": bool(abs(z[q, n]) >= args.threshold),
+                     "path_before": a["path"], "path_after": b["path"], "window": a["window"] and ",".join(map(str, a["window"])),
+                     "time_before": a["time"], "time_after": b["time"], "pair": int(n)}
+                )  # fmt: skip
+        summary = []
+        for q, query in enumerate(queries):
+            up, down = int((z[q] >= args.threshold).sum()), int((z[q] <= -args.threshold).sum())
+            summary.append({"query": query, "places": len(pairs.before), "more": up, "less": down})
+        heads = {"query": "query", "places": "places", "more": "more of it", "less": "less of it"}
+        print(table_text(summary, heads))
+        shown = [row for row in rows if row["is_change"]]
+        shapes = [
+            {"polygon": pairs.before[row["pair"]]["extra"].get("polygon"), "footprint": pairs.before[row["pair"]]["footprint"],
+             "properties": {key: value for key, value in row.items() if key != "pair"}}
+            for row in shown
+        ]  # fmt: skip
+        write_atomic(out / "changes.csv", csv_text([{k: v for k, v in row.items() if k != "pair"} for row in rows]))
+        write_atomic(out / "changes.geojson", json.dumps(feature_collection(shapes), ensure_ascii=False) + "\n")
+        sections = [("Summary", table_html(summary, heads) + "".join(f"<p>{html.escape(n)}</p>" for n in pairs.notes))]
+        for query in queries:
+            top = [row for row in shown if row["query"] == query][: args.k]
+            sections.append((query, pairs_html(top, pairs, before, after) if top else "<p>No change.</p>"))
+        page(
+            "Change",
+            sections,
+            out / "index.html",
+            f"{args.before} to {args.after}; numbers are spreads of unchanged places",
+        )
+    print(f"-> {out / 'index.html'}, changes.csv, changes.geojson", file=sys.stderr)
+    return 0
+
+
+def pairs_html(rows: list[dict], pairs, before, after) -> str:
+    """Cards of before and after pictures side by side."""
+    from report import thumbnail
+
+    cards = []
+    for row in rows:
+        shown = []
+        for library, payload, when in (
+            (before, pairs.before[row["pair"]], "time_before"),
+            (after, pairs.after[row["pair"]], "time_after"),
+        ):
+            rgb = picture_or_none(library, payload)
+            image = f'<img src="{thumbnail(rgb)}" alt="{html.escape(label_of(payload))}">' if rgb is not None else ""
+            shown.append(f"<div>{image}<small>{html.escape((row[when] or '')[:10])}</small></div>")
+        sign = "more" if row["change"] > 0 else "less"
+        cards.append(
+            f'<figure class="card pair"><div class="two">{"".join(shown)}</div><figcaption><div class="title">'
+            f"<b>{html.escape(label_of(pairs.before[row['pair']]))}</b>"
+            f'<span class="badge">{sign}, {row["change"]:+.1f}</span></div>'
+            f"score {row['before']:.3f} to {row['after']:.3f}</figcaption></figure>"
+        )
+    return f'<div class="gallery">{"".join(cards)}</div>'
+
+
+# ----------------------------------------------------------------------------------------------------
+# landuse
+
+
+def run_landuse(args) -> int:
+    """Shares of classes over a library: of its images, and of the ground they cover in square kilometres, where
+    overlapping tiles count once; map, chart and table, also by region."""
+    need(args, "store", "classes", "out")
+    limit = filter_of(args)
+    out = output_folder(args.out)
+    from library import read_classes
+    from places import feature_collection, land_use_areas, map_figure, read_regions, shares_figure
+    from report import figure_html, page, table_html, table_text, write_atomic
+    from trainer import write_json
+
+    classes = read_classes(args.classes)
+    labels = list(classes)
+    regions = read_regions(args.regions) if args.regions else []
+    with open_library(args) as library:
+        payloads, vectors = library.everything(limit)
+        if not payloads:
+            raise InputError(f"{args.store}: no image of the index passes the filters")
+        scores = library.classify(vectors, classes, args.template)
+    best = scores.argmax(1)
+    counts = np.bincount(best, minlength=len(labels))
+    placed = [n for n, payload in enumerate(payloads) if payload["extra"].get("polygon")]
+    polygons = [payloads[n]["extra"]["polygon"] for n in placed]
+    if regions and not placed:
+        raise InputError(f"{args.store}: none of its images has a place, so there is nothing to cut by --regions")
+    land = land_use_areas(polygons, scores[placed], [shape for _, shape in regions])
+    total = land.areas.sum()
+    rows = [
+        {"class": label, "images": int(counts[c]), "share_of_images": counts[c] / counts.sum(), "km2": float(land.areas[c]),
+         "share_of_area": float(land.areas[c] / total) if total else None}
+        for c, label in enumerate(labels)
+    ]  # fmt: skip
+    rows.sort(key=lambda row: (-row["km2"], -row["images"]))
+    heads = {
+        "class": "class",
+        "images": "images",
+        "share_of_images": "share",
+        "km2": "km2",
+        "share_of_area": "share of area",
+    }
+    if not placed:
+        heads = dict(list(heads.items())[:3])
+    print(table_text(rows, heads))
+    notes = [f"{len(payloads)} images or tiles, {total:.3f} km2 of ground"]
+    if len(placed) < len(payloads):
+        notes.append(f"{len(payloads) - len(placed)} of them have no georeference: they count as images, not as area")
+    print("; ".join(notes))
+    by_region = [
+        {
+            "region": name,
+            **{label: float(land.by_region[r, c]) for c, label in enumerate(labels)},
+            "all": float(land.by_region[r].sum()),
+        }
+        for r, (name, _) in enumerate(regions)
+    ]
+    used = [row["class"] for row in rows if row["images"]]
+    region_heads = {"region": "region", **{label: label for label in used}, "all": "all"}
+    if by_region:
+        print(f"\nkm2 by region\n{table_text(by_region, region_heads)}")
+    colours = {label: PALETTE[n % len(PALETTE)] for n, label in enumerate(labels)}
+    shares = shares_figure(counts, land.areas if placed else None, colours, out / "shares.png")
+    sections = [
+        (
+            "Shares",
+            table_html(rows, heads)
+            + f"<p>{html.escape('; '.join(notes))}</p>"
+            + figure_html(shares.read_bytes(), "shares"),
+        )
+    ]
+    if placed:
+        drawn = map_figure(polygons, [labels[best[n]] for n in placed], colours, out / "map.png")
+        sections.append(("Map", figure_html(drawn.read_bytes(), "map")))
+    if by_region:
+        sections.append(("Square kilometres by region", table_html(by_region, region_heads)))
+    shapes = [
+        {"polygon": payload["extra"].get("polygon"), "footprint": payload["footprint"],
+         "properties": {"path": payload["path"], "class": labels[best[n]], "score": round(float(scores[n, best[n]]), 4)}}
+        for n, payload in enumerate(payloads)
+    ]  # fmt: skip
+    write_atomic(out / "landuse.geojson", json.dumps(feature_collection(shapes), ensure_ascii=False) + "\n")
+    write_atomic(out / "landuse.csv", csv_text(rows))
+    write_json(out / "landuse.json", {"classes": rows, "regions": by_region, "notes": notes})
+    page("Land use", sections, out / "index.html", args.store)
+    print(f"-> {out / 'index.html'}, landuse.csv, landuse.geojson, map.png, shares.png", file=sys.stderr)
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------
+# recall
+
+
+def run_recall(args) -> int:
+    """How much of the exact k nearest the graph finds, on this index: with pictures of it, or with your queries."""
+    need(args, "store")
+    refuse_number(args, k=(1, 1000), number=(1, 100_000))
+    import store
+
+    if args.queries:
+        with open_library(args) as library:
+            vectors = library.text_vectors(read_lines(args.queries, "queries"))
+            value = library.index.recall(vectors, args.k)
+    else:
+        with store.open(args.store) as index:
+            names = [name for name, _ in index.scroll(payload=["path"])]
+            chosen = np.random.default_rng(0).permutation(len(names))[: args.number]
+            vectors = index.vectors([names[n] for n in chosen])
+            value = index.recall(vectors, args.k)
+    print(f"recall@{args.k} of the graph against exact search: {value:.4f} over {len(vectors)} queries")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        sys.exit(main())

@@ -1,0 +1,479 @@
+"""library.py: what goes into an index, what a second run changes, what a kill leaves, and what a query finds."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from PIL import Image
+from rasterio.transform import from_origin
+from rasterio.warp import transform_bounds
+
+import store
+from config import InputError
+from imagery import ImageSettings, read_image, tile_windows
+from library import (
+    TEMPLATES,
+    Library,
+    content_hash,
+    index_library,
+    match_places,
+    read_attributes,
+    read_classes,
+    same_place,
+    time_in_name,
+    unit,
+    windows_of,
+)
+from model import DualEncoder, pixel_store
+from store import Filter
+from tests.conftest import run_on_two_processes
+from tests.official_layout import write_clip
+
+ROOT = Path(__file__).parents[1]
+GEOTIFFS = ROOT.parent / "shared/data/geotiff"
+
+
+@pytest.fixture(scope="session")
+def matcher(encoder, tmp_path_factory) -> Path:
+    """A tiny matcher's folder."""
+    folder = tmp_path_factory.mktemp("matcher") / "best_model"
+    encoder(image_tower="full", text_tower="full").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(matcher) -> DualEncoder:
+    return DualEncoder.from_pretrained(matcher)
+
+
+def write_tif(
+    path, height, width, *, seed=0, origin=(500000, 4600000), pixel=10.0, crs="EPSG:32633", when="2020:06:30 10:15:00"
+):
+    """A georeferenced picture; None as crs: without a place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = np.random.default_rng(seed).integers(0, 255, (3, height // 4 + 1, width // 4 + 1), dtype=np.uint8)
+    data = data.repeat(4, 1).repeat(4, 2)[:, :height, :width]
+    place = {"crs": crs, "transform": from_origin(*origin, pixel, pixel)} if crs else {}
+    with rasterio.open(path, "w", driver="GTiff", height=height, width=width, count=3, dtype="uint8", **place) as out:
+        out.write(data)
+        if when:
+            out.update_tags(TIFFTAG_DATETIME=when)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A library of a large raster, small pictures in folders, and what is no image."""
+    root = tmp_path / "library"
+    write_tif(root / "large.tif", 150, 200)
+    for n in range(4):
+        path = root / ("harbour" if n % 2 else "farm") / f"S2A_2021063{n % 2}_{n}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(n).integers(0, 255, (60, 64, 3), dtype=np.uint8)).save(path)
+    (root / "broken.jpg").write_bytes(b"\xff\xd8\xff" + b"0" * 50)
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+SMALL = {"tile": 64, "stride": 48, "workers": 0, "batch_size": 3}
+
+
+def contents(location) -> dict:
+    """{(path, window): (vector, payload)} of an index."""
+    with store.open(location) as index:
+        rows = list(index.scroll())
+        vectors = index.vectors([name for name, _ in rows])
+    return {(p["path"], tuple(p["window"] or ())): (v, p) for (_, p), v in zip(rows, vectors)}
+
+
+def same_contents(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_allclose(a[key][0], b[key][0], atol=2e-6)
+        assert {k: v for k, v in a[key][1].items() if k not in ("extra", "last")} == {
+            k: v for k, v in b[key][1].items() if k not in ("extra", "last")
+        }
+
+
+# ----------------------------------------------------------------------------------------------------
+# What goes in
+
+
+def test_small_pieces(tmp_path):
+    assert windows_of(96, 90, 64, 48) == [None] and windows_of(5000, 90, 0, 0) == [None]
+    assert windows_of(97, 90, 64, 48) == list(tile_windows(97, 90, 64, 48))
+    assert time_in_name("a/S2A_MSIL1C_20200630T101031_N02.tif") == "2020-06-30"
+    assert time_in_name("x_2019-02-28.png") == "2019-02-28" and time_in_name("1999_12_31/a.png") is None
+    assert [time_in_name(name) for name in ("20200231.tif", "120200630.tif", "2020-0630.tif", "scene_01042.tif")] == [
+        None
+    ] * 4
+    big = tmp_path / "big"
+    big.write_bytes(os.urandom(1 << 20) * 70)
+    first = content_hash(big)
+    assert first == content_hash(big) and len(first) == 16
+    with big.open("r+b") as file:
+        file.seek(0)
+        file.write(b"changed")
+    assert content_hash(big) != first
+
+
+def test_index_holds_every_tile_with_its_place(model, folder, tmp_path):
+    report = index_library(model, folder, tmp_path / "x", **SMALL)
+    assert (report.files, report.added, report.total, report.removed) == (5, 16, 16, 0)
+    (bad,) = report.rejected
+    assert bad.file == "broken.jpg" and "broken.jpg" in bad.reason
+    made = contents(tmp_path / "x")
+    windows = list(tile_windows(150, 200, 64, 48))
+    assert {window for path, window in made if path == "large.tif"} == set(windows)
+    with rasterio.open(folder / "large.tif") as source:
+        for window in windows:
+            vector, payload = made["large.tif", window]
+            column, row, width, height = window
+            bounds = rasterio.windows.bounds(rasterio.windows.Window(column, row, width, height), source.transform)
+            np.testing.assert_allclose(payload["extra"]["bounds"], bounds)
+            np.testing.assert_allclose(
+                payload["footprint"], transform_bounds(source.crs, "EPSG:4326", *bounds), atol=1e-6
+            )
+            assert payload["time"] == "2020-06-30T10:15:00"
+            rgb = read_image(folder / "large.tif", window=window).rgb
+            alone = model.embed_images([pixel_store(model).resize(rgb)]).numpy()[0]
+            np.testing.assert_allclose(vector, alone, atol=2e-6)
+    _, payload = made["harbour/S2A_20210631_1.png", ()]
+    assert payload["time"] is None and payload["attributes"] == {"folder": "harbour"} and payload["footprint"] is None
+    assert made["farm/S2A_20210630_0.png", ()][1]["time"] == "2021-06-30"
+
+
+def test_second_run_changes_only_what_changed(model, folder, tmp_path, monkeypatch):
+    index_library(model, folder, tmp_path / "x", **SMALL)
+    before = contents(tmp_path / "x")
+    encoded = []
+    real = DualEncoder.encode_image
+    monkeypatch.setattr(DualEncoder, "encode_image", lambda *a, **k: encoded.append(1) or real(*a, **k))
+    report = index_library(model, folder, tmp_path / "x", **SMALL)
+    assert (report.files, report.added, report.unchanged, report.total) == (0, 0, 5, 16) and not encoded
+    # One gone, one changed to fewer tiles, one touched, one new.
+    (folder / "farm/S2A_20210630_0.png").unlink()
+    write_tif(folder / "large.tif", 100, 100, seed=3)
+    os.utime(folder / "farm/S2A_20210630_2.png", (1, 1))
+    write_tif(folder / "new/one.tif", 40, 40, crs=None, when=None)
+    report = index_library(model, folder, tmp_path / "x", **SMALL)
+    assert (report.files, report.updated, report.removed, report.unchanged) == (2, 1, 1, 3)
+    after = contents(tmp_path / "x")
+    assert {window for path, window in after if path == "large.tif"} == set(tile_windows(100, 100, 64, 48))
+    assert "farm/S2A_20210630_0.png" not in {path for path, _ in after} and ("new/one.tif", ()) in after
+    kept = ("harbour/S2A_20210631_1.png", ())
+    assert np.array_equal(before[kept][0], after[kept][0])
+    # The whole is what a fresh index of the folder would be.
+    index_library(model, folder, tmp_path / "fresh", **SMALL)
+    fresh = contents(tmp_path / "fresh")
+    fresh["farm/S2A_20210630_2.png", ()][1]["mtime_ns"] = after["farm/S2A_20210630_2.png", ()][1]["mtime_ns"]
+    same_contents(after, fresh)
+    # A file that can no longer be read goes, and is listed.
+    (folder / "large.tif").write_bytes(b"II*\0" + b"\0" * 20)
+    report = index_library(model, folder, tmp_path / "x", **SMALL)
+    assert report.removed == 1 and sorted(bad.file for bad in report.rejected) == ["broken.jpg", "large.tif"]
+    assert not any(path == "large.tif" for path, _ in contents(tmp_path / "x"))
+
+
+def test_workers_make_the_same_index(model, folder, tmp_path):
+    index_library(model, folder, tmp_path / "one", **SMALL)
+    index_library(model, folder, tmp_path / "two", **(SMALL | {"workers": 2, "batch_size": 5}))
+    same_contents(contents(tmp_path / "one"), contents(tmp_path / "two"))
+
+
+def test_two_processes_share_the_work(matcher, model, folder, tmp_path):
+    words = [
+        "index",
+        folder,
+        "--store",
+        tmp_path / "two",
+        "--model",
+        matcher,
+        "--device",
+        "cpu",
+        "--tile",
+        64,
+        "--stride",
+        48,
+    ]
+    (folder / "broken.jpg").unlink()
+    run_on_two_processes("search.py", *words, "--workers", 0, "--batch_size", 3)
+    index_library(model, folder, tmp_path / "one", **SMALL)
+    same_contents(contents(tmp_path / "one"), contents(tmp_path / "two"))
+    with store.open(tmp_path / "two") as index:
+        assert len(index.files()) == 5
+
+
+def test_a_kill_loses_only_what_was_in_flight(model, matcher, folder, tmp_path):
+    """SIGKILL in the middle of a large file, three times; then a run to the end."""
+    for n in range(12):
+        write_tif(folder / f"more_{n}.tif", 150, 200, seed=10 + n)
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import library
+from model import DualEncoder, pixel_store
+library.FLUSH = 6
+real = library._Writer.flush
+def flush(self):
+    real(self); print(self.report.added, flush=True); time.sleep(0.05)
+library._Writer.flush = flush
+library.index_library(DualEncoder.from_pretrained({str(matcher)!r}), {str(folder)!r}, {str(tmp_path / "x")!r}, **{SMALL!r})
+"""
+    held = 0
+    for _ in range(3):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        for _ in range(5):
+            said = child.stdout.readline()
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        with store.open(tmp_path / "x") as index:
+            assert index.count() >= held + int(said) - 1, "what was written is there"  # one tile is made again
+            held = index.count()
+    report = index_library(model, folder, tmp_path / "x", **SMALL)
+    assert 0 < report.added < 13 * 12 + 4 - held + 13
+    index_library(model, folder, tmp_path / "fresh", **SMALL)
+    same_contents(contents(tmp_path / "x"), contents(tmp_path / "fresh"))
+    report = index_library(model, folder, tmp_path / "x", **SMALL)
+    assert report.added == 0 and report.unchanged == 17
+
+
+def test_a_file_cut_short_leaves_no_tiles_of_it(model, folder, tmp_path):
+    whole = (folder / "large.tif").read_bytes()
+    (folder / "large.tif").write_bytes(whole[: len(whole) * 2 // 3])
+    report = index_library(model, folder, tmp_path / "x", **SMALL)
+    assert sorted(bad.file for bad in report.rejected) == ["broken.jpg", "large.tif"]
+    assert report.total == 4 and not any(path == "large.tif" for path, _ in contents(tmp_path / "x"))
+
+
+def test_tiles_without_data_are_left_out(model, tmp_path):
+    root = tmp_path / "library"
+    path = write_tif(root / "half.tif", 64, 256)
+    with rasterio.open(path, "r+") as file:
+        file.nodata = 0
+        data = np.maximum(file.read(), 1)
+        data[:, :, 128:] = 0
+        file.write(data)
+    write_tif(root / "none.tif", 64, 64)
+    with rasterio.open(root / "none.tif", "r+") as file:
+        file.nodata = 0
+        file.write(np.zeros((3, 64, 64), np.uint8))
+    report = index_library(model, root, tmp_path / "x", tile=64, stride=64, workers=0)
+    assert (report.added, report.empty, report.files) == (2, 3, 1)
+    assert [bad.file for bad in report.rejected] == ["none.tif"] and "no pixel" in report.rejected[0].reason
+    assert index_library(model, root, tmp_path / "x", tile=64, stride=64, workers=0).unchanged == 1
+
+
+def test_attributes(model, folder, tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("path,split,sensor\nlarge.tif,test,S2\nfarm/S2A_20210630_0.png,train,\n")
+    rows = read_attributes(table)
+    index_library(model, folder, tmp_path / "x", attributes=rows, **SMALL)
+    with Library.open(tmp_path / "x", encoder=model) as library:
+        query = library.text_vectors(["a farm"])[0]
+        hits = library.search(query, 50, filter=Filter(attributes={"split": "train"}))
+        assert [hit.payload["path"] for hit in hits] == ["farm/S2A_20210630_0.png"]
+        assert hits[0].payload["attributes"] == {"folder": "farm", "split": "train"}
+    rows["large.tif"]["sensor"] = "L8"  # a changed label reaches the index although the image did not change
+    assert index_library(model, folder, tmp_path / "x", attributes=rows, **SMALL).updated == 1
+    assert {p["attributes"].get("sensor") for _, p in contents(tmp_path / "x").values()} == {"L8", None}
+    for text, word in (("path\nx\n", "header"), ("path,a b\nx,1\n", "a b"), ("path,a\nx\n", "line 2")):
+        table.write_text(text)
+        with pytest.raises(InputError, match=word):
+            read_attributes(table)
+    with pytest.raises(InputError, match="not below"):
+        index_library(model, folder, tmp_path / "y", attributes={"nowhere.tif": {"a": "b"}}, **SMALL)
+    assert not (tmp_path / "y").exists()
+
+
+def test_refusals_leave_all_as_it_was(model, encoder, folder, tmp_path):
+    index_library(model, folder, tmp_path / "x", **SMALL)
+    before = contents(tmp_path / "x")
+    other = encoder(image_tower="full", seed=5)
+    other.save_pretrained(tmp_path / "other")
+    cases = [
+        (dict(model=DualEncoder.from_pretrained(tmp_path / "other")), "fingerprint"),
+        (dict(tile=32, stride=32), "tile"),
+        (dict(settings=ImageSettings(stretch="percentile")), "other settings"),
+        (dict(root=shutil.copytree(folder, tmp_path / "copy")), "--moved"),
+        (dict(root=tmp_path / "nowhere"), "no such folder"),
+        (dict(stride=65), "--stride"),
+    ]
+    for changed, word in cases:
+        given = {"model": model, "root": folder, **SMALL} | changed
+        with pytest.raises(InputError, match=word):
+            index_library(given.pop("model"), given.pop("root"), tmp_path / "x", **given)
+    same_contents(before, contents(tmp_path / "x"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "a.png").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="none of its 1 images"):
+        index_library(model, empty, tmp_path / "y", **SMALL)
+    assert not (tmp_path / "y").exists()
+    index_library(model, tmp_path / "copy", tmp_path / "x", moved=True, **SMALL)
+    with Library.open(tmp_path / "x", encoder=model) as library:
+        assert library.root == (tmp_path / "copy").resolve()
+
+
+@pytest.mark.skipif(not GEOTIFFS.is_dir(), reason="the real rasters of ../shared/data are not here")
+def test_real_rasters_land_where_rasterio_says(model, tmp_path):
+    report = index_library(model, GEOTIFFS, tmp_path / "x", tile=128, stride=96, workers=0)
+    assert report.rejected == [] and report.files == len(list(GEOTIFFS.glob("*.tif")))
+    checked = 0
+    for (path, window), (_, payload) in contents(tmp_path / "x").items():
+        with rasterio.open(GEOTIFFS / path) as source:
+            if source.crs is None or source.gcps[0]:
+                continue
+            column, row, width, height = window or (0, 0, source.width, source.height)
+            bounds = rasterio.windows.bounds(rasterio.windows.Window(column, row, width, height), source.transform)
+            np.testing.assert_allclose(payload["extra"]["bounds"], bounds)
+            box = transform_bounds(source.crs, "EPSG:4326", *bounds)
+            np.testing.assert_allclose(payload["footprint"], box, atol=2e-5)
+            checked += 1
+    assert checked > 20
+
+
+# ----------------------------------------------------------------------------------------------------
+# Use
+
+
+@pytest.fixture
+def library(model, folder, tmp_path):
+    index_library(model, folder, tmp_path / "x", **SMALL)
+    with Library.open(tmp_path / "x", encoder=model) as opened:
+        yield opened
+
+
+def test_queries(library):
+    words = library.text_vectors(["a farm", "一片农田"])
+    np.testing.assert_allclose(
+        words, library.model.embed_texts(["a farm", "一片农田"]).numpy(), atol=1e-6
+    )  # a matcher's own words
+    both = library.text_vectors(["a farm"], template="an aerial image of {}", context="in winter")
+    np.testing.assert_allclose(
+        both, library.model.embed_texts(["an aerial image of a farm, in winter"]).numpy(), atol=1e-6
+    )
+    np.testing.assert_allclose(library.query(["a farm", "一片农田"]), unit(words.mean(0)), atol=1e-6)
+    np.testing.assert_allclose(
+        library.query(["a farm"], without=["一片农田"]), unit(words[0] - 0.5 * words[1]), atol=1e-6
+    )
+    path = library.root / "farm/S2A_20210630_0.png"
+    rgb = read_image(path).rgb
+    picture = library.query(like=[rgb])
+    hit = library.search(picture, 1)[0]
+    assert hit.payload["path"] == "farm/S2A_20210630_0.png" and hit.score == pytest.approx(1, abs=1e-5)
+    assert np.array_equal(library.picture(hit.payload), rgb)
+    mixed = library.query(["a farm"], like=[rgb], like_weight=0.3)
+    np.testing.assert_allclose(mixed, unit(0.7 * words[0] + 0.3 * picture), atol=1e-6)
+    for call, word in (
+        (lambda: library.query(), "words"),
+        (lambda: library.query(["a farm"], without=["a farm"], without_weight=1.0), "cancels"),
+        (lambda: library.text_vectors(["a"], template="no place"), "template"),
+    ):
+        with pytest.raises(InputError, match=word):
+            call()
+
+
+def test_neighbours_of_one_place_are_left_out(library):
+    query = library.text_vectors(["a farm"])[0]
+    every = library.search(query, 16, neighbours=True)
+    assert len(every) == 16
+    kept = library.search(query, 16)
+    for n, hit in enumerate(kept):
+        assert not any(same_place(hit.payload, other.payload) for other in kept[:n])
+    assert 4 < len(kept) < 16
+    best = [hit for n, hit in enumerate(every) if not any(same_place(hit.payload, o.payload) for o in every[:n])]
+    assert (
+        kept[0].id == every[0].id and {hit.id for hit in kept} <= {hit.id for hit in every} and len(best) <= len(kept)
+    )
+
+    def point(**changed):
+        return {"path": "a", "window": None, "footprint": [0, 0, 1, 1], "time": "2020"} | changed
+
+    assert same_place(point(), point(path="b", footprint=[0.5, 0, 1.5, 1]))
+    assert not same_place(point(), point(path="b", time="2021")), "another date is another answer"
+    assert not same_place(point(), point(path="b", footprint=[0.9, 0, 1.9, 1]))
+    assert same_place(point(footprint=[179.5, 0, -179.5, 1]), point(path="b", footprint=[179.6, 0, -179.4, 1]))
+    assert not same_place(point(footprint=None), point(path="b", footprint=None))
+
+
+def test_a_picture_outside_the_library_is_refused(library):
+    with pytest.raises(InputError, match="not below"):
+        library.picture({"path": "../../etc/passwd", "window": None})
+
+
+def test_sigmoid_gives_its_own_probabilities(folder, tmp_path):
+    clip = DualEncoder.from_pretrained(write_clip(tmp_path / "siglip", "siglip"))
+    index_library(clip, folder, tmp_path / "x", **SMALL)
+    with Library.open(tmp_path / "x") as library:
+        made = clip.embed_texts([form.format("a farm") for form in TEMPLATES["en"]]).numpy()
+        np.testing.assert_allclose(library.text_vectors(["a farm"])[0], unit(made.mean(0)), atol=1e-6)
+        payloads, vectors = library.everything()
+        assert len(payloads) == 16 and [p["path"] for p in payloads] == sorted(p["path"] for p in payloads)
+        classes = {"farm": ["a farm", "a field"], "harbour": ["a harbour"]}
+        scores = library.classify(vectors, classes)
+        words = np.stack([unit(library.text_vectors(phrases).mean(0)) for phrases in classes.values()])
+        logits = torch.from_numpy(vectors @ words.T) * clip.logit_scale.exp() + clip.logit_bias
+        np.testing.assert_allclose(scores, torch.sigmoid(logits).detach().numpy(), atol=1e-5)
+    shutil.move(tmp_path / "siglip", tmp_path / "moved")
+    with pytest.raises(InputError, match="no model here"):
+        Library.open(tmp_path / "x")
+    with Library.open(tmp_path / "x", model=str(tmp_path / "moved")) as library:
+        assert library.index.count() == 16
+
+
+def test_classes(tmp_path):
+    sizes = {"ucm": 21, "aid": 30, "eurosat": 10, "resisc45": 45}
+    assert {name: len(read_classes(name)) for name in sizes} == sizes
+    assert read_classes("residential, park，工业区") == {name: [name] for name in ("residential", "park", "工业区")}
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"a": "an a", "b": ["b", "bee"]}))
+    assert read_classes(str(path)) == {"a": ["an a"], "b": ["b", "bee"]}
+    for text in ('{"a": []}', '{"a": 1, "b": 2}', "[]", '"x"', '["one"]'):
+        path.write_text(text)
+        with pytest.raises(InputError):
+            read_classes(str(path))
+    with pytest.raises(InputError, match="two classes"):
+        read_classes("forest")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Two dates
+
+
+def test_places_of_two_dates_are_matched(model, tmp_path):
+    for date, count in (("before", 4), ("after", 3)):
+        for n in range(count):
+            write_tif(tmp_path / date / f"{date}_{n}.tif", 64, 64, seed=n, origin=(500000 + 2000 * n, 4600000))
+        index_library(model, tmp_path / date, tmp_path / f"{date}.index", **SMALL)
+    write_tif(tmp_path / "far/a.tif", 64, 64, origin=(300000, 4600000))
+    write_tif(tmp_path / "photo/a.tif", 64, 64, crs=None)
+    write_tif(tmp_path / "coarse/a.tif", 32, 32, pixel=20.0)
+    for name in ("far", "photo", "coarse"):
+        index_library(model, tmp_path / name, tmp_path / f"{name}.index", **SMALL)
+    opened = {
+        name: Library.open(tmp_path / f"{name}.index", encoder=model)
+        for name in ("before", "after", "far", "photo", "coarse")
+    }
+    pairs = match_places(opened["before"], opened["after"])
+    assert [p["path"] for p in pairs.before] == [f"before_{n}.tif" for n in range(3)]
+    assert [p["path"] for p in pairs.after] == [f"after_{n}.tif" for n in range(3)]
+    np.testing.assert_allclose(pairs.before_vectors, pairs.after_vectors, atol=1e-6)
+    assert any("1 of 4 places have no counterpart" in note for note in pairs.notes)
+    notes = match_places(opened["before"], opened["coarse"]).notes
+    assert any("differ in resolution" in note and "10.00 m" in note and "20.00 m" in note for note in notes)
+    for other, word in (("far", "no tile of"), ("photo", "georeference")):
+        with pytest.raises(InputError, match=word):
+            match_places(opened["before"], opened[other])
+    for library in opened.values():
+        library.index.close()

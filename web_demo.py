@@ -1,0 +1,606 @@
+"""A web page for a library of images and for trained models: search, match, classify, monitor, describe, ask.
+
+    python web_demo.py --store ./library.index                             # http://127.0.0.1:7860
+    python web_demo.py --store ./2020.index --after ./2023.index           # adds the Monitor tab
+    python web_demo.py --captioner outputs/final --vqa output/.../best_model      # adds Describe and Ask
+    python web_demo.py --preset demo
+
+Models are loaded once. The page needs no internet: no font, script or map comes from elsewhere (a map's tiles do where
+--tile_url names their server). Pictures leave the library only as search results; uploads are read by content, within
+limits of size and pixels. Behind a proxy, or for others than yourself, read deploy/README.md first.
+"""
+
+import argparse
+import html
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from config import InputError, add_device_flags, user_errors
+
+DEMO = {
+    "store": "output/demo_search/library.index",
+    "after": "output/demo_search/after.index",
+    "captioner": "output/demo_caption/final",
+    "vqa": "output/demo_vqa/best_model",
+}
+MOST_TEXT = 2000  # characters of a text that is encoded
+SIDE = 384  # pixels of pictures in the gallery
+
+# Every text of the page: English, Chinese.
+TEXT = {
+    "title": ("Remote-sensing images in plain words", "用自然语言检索和理解遥感图像"),
+    "language": ("Language", "语言"),
+    "search": ("Search", "检索"),
+    "match": ("Match", "匹配"),
+    "classify": ("Classify", "分类"),
+    "monitor": ("Monitor", "变化监测"),
+    "describe": ("Describe", "描述"),
+    "ask": ("Ask", "问答"),
+    "words": ("What to look for", "要找什么"),
+    "words_hint": ("a river winding through farmland", "一条河流穿过农田"),
+    "without": ("Without", "不要"),
+    "without_hint": ("clouds", "云"),
+    "picture": ("Picture (also GeoTIFF, 16 bits)", "图片（支持 GeoTIFF、16 位）"),
+    "like": ("Weight of the picture against the words", "图片相对文字的权重"),
+    "k": ("Results", "结果数"),
+    "filters": ("Place, time, attributes", "地点、时间、属性"),
+    "bbox": ("Box in degrees: west, south, east, north", "经纬度范围：西, 南, 东, 北"),
+    "start": ("From", "起始日期"),
+    "end": ("To", "截止日期"),
+    "where": ("Attributes, such as folder=harbour", "属性，例如 folder=harbour"),
+    "go_search": ("Search", "检索"),
+    "results": ("Results", "结果"),
+    "map": ("Footprints", "覆盖范围"),
+    "geojson": ("Download GeoJSON", "下载 GeoJSON"),
+    "found": ("{n} of {total} images, best first", "共 {total} 幅图像，按相似度列出 {n} 幅"),
+    "nothing": ("Nothing passes these filters.", "没有符合条件的图像。"),
+    "no_place": ("None of these images has a georeference.", "这些图像没有地理坐标。"),
+    "texts": ("Descriptions, one a line", "描述，每行一条"),
+    "go_match": ("Score", "评分"),
+    "scores": ("Cosine, -1 to 1; higher is a better match", "余弦相似度，-1 到 1，越高越匹配"),
+    "classes": ("Classes", "类别"),
+    "own": ("Your own, between commas", "自定义，用逗号分隔"),
+    "go_classify": ("Classify", "分类"),
+    "probability": ("Probability", "概率"),
+    "queries": ("What to watch for, one a line", "关注的内容，每行一条"),
+    "go_monitor": ("Compare", "比较"),
+    "go_describe": ("Describe", "描述"),
+    "prompt": ("Prompt", "提示词"),
+    "question": ("Questions, one a line", "问题，每行一个"),
+    "go_ask": ("Ask", "提问"),
+    "need_words": ("Enter words, or give a picture.", "请输入文字或上传图片。"),
+    "need_picture": ("Give a picture first.", "请先上传图片。"),
+    "need_text": ("Enter a text first.", "请先输入文字。"),
+    "box_form": ("Box: expected four numbers, west, south, east, north.", "范围：需要四个数：西, 南, 东, 北。"),
+    "where_form": ("Attributes: expected NAME=VALUE.", "属性：格式为 名称=值。"),
+    "too_long": ("A text may have {n} characters.", "文字最多 {n} 个字符。"),
+    "about": (
+        "{total} images of {library}, indexed with {model}. Scores are cosines.",
+        "{library} 中的 {total} 幅图像，模型 {model}。分数为余弦相似度。",
+    ),
+    "steady": ("No change beyond what is usual.", "没有超出正常波动的变化。"),
+    "more": ("more", "增多"),
+    "less": ("less", "减少"),
+    "change_note": (
+        "{n} places of both dates. Numbers are spreads of the unchanged places; 3 or more is a change.",
+        "两个时相共有 {n} 处。数值以未变化地点的离散度为单位，达到 3 即为变化。",
+    ),
+}
+CSS = """
+footer { display: none !important; }
+.gradio-container .caption-label { max-width: 100%; font-size: .78rem; }
+.gradio-container .grid-wrap { max-height: none; }
+.bars { display: grid; gap: .55rem; font-size: .95rem; } 
+.bars div { display: grid; grid-template-columns: 1fr auto; gap: .1rem .8rem; }
+.bars i { grid-column: 1 / -1; height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
+.bars i b { display: block; height: 100%; background: var(--color-accent); } .bars span { font-variant-numeric: tabular-nums; }
+.footprints { width: 100%; height: auto; border-radius: 6px; background: #e9eef2; }
+.footprints text { font: 11px system-ui, sans-serif; fill: #33414d; }
+.footprints .shape { fill: #2563a8; fill-opacity: .22; stroke: #2563a8; stroke-width: 1.4; }
+.footprints .rank { fill: #fff; font-weight: 600; text-anchor: middle; } .footprints .dot { fill: #2563a8; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem; margin-bottom: 1.5rem; }
+.pairs figure { margin: 0; } .pairs div { display: grid; grid-template-columns: 1fr 1fr; gap: 3px; }
+.pairs img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 4px; } .pairs figcaption { font-size: .85rem; }
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="full", choices=["full", "demo"], help="demo: what make demo made")
+    parser.add_argument("--store", help="index of search.py: Search, Match and Classify")
+    parser.add_argument("--after", help="index of later images: Monitor compares --store with it")
+    parser.add_argument("--captioner", help="final/ of a train_caption.py run: Describe")
+    parser.add_argument("--vqa", help="best_model/ of a train_vqa.py run: Ask")
+    parser.add_argument("--model", help="towers of the index, if they have moved")
+    parser.add_argument("--base_model", help="base of the index's matcher, if it has moved")
+    parser.add_argument("--library", help="folder of the index's images, if it has moved")
+    add_device_flags(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page")
+    parser.add_argument("--language", default="auto", choices=["auto", "en", "zh"], help="auto: the browser's")
+    parser.add_argument("--tile_url", help="map tiles, such as https://host/{z}/{x}/{y}.png (default: a plain grid)")
+    parser.add_argument("--max_upload_mb", type=int, default=64, help="largest file a visitor may give")
+    parser.add_argument("--max_pixels", type=int, default=2**25, help="most pixels of it that are decoded")
+    parser.add_argument("--share", action="store_true", help="a public address for 72 hours, through gradio's servers")
+    return parser
+
+
+# ----------------------------------------------------------------------------------------------------
+# Fragments of the page
+
+
+def bars_html(rows: list[tuple[str, float]], low: float = 0.0, high: float = 1.0) -> str:
+    """Texts with a number and a bar each, best first; bars run from `low` to `high`."""
+    made = []
+    for text, value in sorted(rows, key=lambda row: -row[1]):
+        width = 100 * min(1.0, max(0.0, (value - low) / (high - low)))
+        made.append(f'<div>{html.escape(text)}<span>{value:.3f}</span><i><b style="width:{width:.1f}%"></b></i></div>')
+    return f'<div class="bars">{"".join(made)}</div>'
+
+
+def map_svg(payloads: list[dict], tile_url: str | None = None, size: tuple[int, int] = (640, 420)) -> str:
+    """Numbered footprints in Web Mercator, with a grid of degrees; over map tiles where there is a `tile_url`. Empty where
+    no payload has a place."""
+    placed = [(rank, p["footprint"]) for rank, p in enumerate(payloads, 1) if p["footprint"]]
+    if not placed:
+        return ""
+
+    def project(lon, lat):
+        """To x and y in 0 to 1 (EPSG:3857); y grows southward."""
+        lat = max(-85.0, min(85.0, lat))
+        return lon / 360 + 0.5, 0.5 - math.log(math.tan(math.pi / 4 + math.radians(lat) / 2)) / (2 * math.pi)
+
+    boxes = []
+    for rank, (west, south, east, north) in placed:
+        x0, y0 = project(west, north)
+        x1, y1 = project(east + 360 * (east < west), south)
+        boxes.append((rank, x0, y0, x1, y1))
+    left, top = min(b[1] for b in boxes), min(b[2] for b in boxes)
+    right, bottom = max(b[3] for b in boxes), max(b[4] for b in boxes)
+    width, height = size
+    margin = 36
+    scale = min((width - 2 * margin) / max(right - left, 1e-7), (height - 2 * margin) / max(bottom - top, 1e-7))
+    zoom = min(18, max(0, math.floor(math.log2(scale / 256))))
+    if tile_url:
+        scale = 256 * 2**zoom  # tiles at their own size stay sharp
+    x_of = lambda x: (x - (left + right) / 2) * scale + width / 2  # noqa: E731
+    y_of = lambda y: (y - (top + bottom) / 2) * scale + height / 2  # noqa: E731
+    parts = []
+    view = [(left + right) / 2 - width / 2 / scale, (left + right) / 2 + width / 2 / scale,
+            (top + bottom) / 2 - height / 2 / scale, (top + bottom) / 2 + height / 2 / scale]  # fmt: skip
+    if tile_url:
+        count = 2**zoom
+        for i in range(math.floor(view[0] * count), math.floor(view[1] * count) + 1):
+            for j in range(max(0, math.floor(view[2] * count)), min(count - 1, math.floor(view[3] * count)) + 1):
+                address = tile_url.replace("{z}", str(zoom)).replace("{x}", str(i % count)).replace("{y}", str(j))
+                place = f'x="{x_of(i / count):.1f}" y="{y_of(j / count):.1f}" width="256.5" height="256.5"'
+                parts.append(f'<image href="{html.escape(address)}" {place}/>')
+    step = next((s for s in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 45)
+                 if s / 360 * scale > 90), 90)  # fmt: skip
+    digits = max(0, -math.floor(math.log10(step)))
+    line = 'stroke="#9fb0bd" stroke-width=".7"'
+    for n in range(math.ceil((view[0] - 0.5) * 360 / step), math.floor((view[1] - 0.5) * 360 / step) + 1):
+        x, lon = x_of(n * step / 360 + 0.5), (n * step + 180) % 360 - 180
+        parts.append(
+            f'<path d="M{x:.1f} 0V{height}" {line}/><text x="{x + 3:.1f}" y="{height - 5}">{lon:.{digits}f}°</text>'
+        )
+    for n in range(math.ceil(-85 / step), math.floor(85 / step) + 1):
+        y = y_of(project(0, n * step)[1])
+        if 0 < y < height - 16:
+            parts.append(
+                f'<path d="M0 {y:.1f}H{width}" {line}/><text x="4" y="{y - 3:.1f}">{n * step:.{digits}f}°</text>'
+            )
+    for rank, x0, y0, x1, y1 in reversed(boxes):
+        name = f"<title>{rank}. {html.escape(payloads[rank - 1]['path'])}</title>"
+        w, h = max((x1 - x0) * scale, 5), max((y1 - y0) * scale, 5)
+        cx, cy = x_of((x0 + x1) / 2), y_of((y0 + y1) / 2)
+        parts.append(
+            f'<g>{name}<rect class="shape" x="{cx - w / 2:.1f}" y="{cy - h / 2:.1f}" width="{w:.1f}" height="{h:.1f}"/>'
+            f'<circle class="dot" cx="{cx:.1f}" cy="{cy:.1f}" r="9"/>'
+            f'<text class="rank" x="{cx:.1f}" y="{cy + 4:.1f}">{rank}</text></g>'
+        )
+    return f'<svg class="footprints" viewBox="0 0 {width} {height}" role="img" aria-label="map">{"".join(parts)}</svg>'
+
+
+# ----------------------------------------------------------------------------------------------------
+# The page
+
+
+class Page:
+    """The models, and what the page's buttons do. Every method may run in several threads at once."""
+
+    def __init__(self, args, *, library=None, after=None, captioner=None, vqa=None):
+        from imagery import ImageSettings
+
+        self.args, self.library, self.after, self.captioner, self.vqa = args, library, after, captioner, vqa
+        self.lock = threading.Lock()  # the generating models keep state while they run
+        settings = library.settings if library else ImageSettings()
+        self.settings = ImageSettings.from_dict(settings.to_dict() | {"max_pixels": args.max_pixels})
+        self.folder = Path(tempfile.mkdtemp(prefix="web_demo_"))
+        self.pairs = None
+
+    def read(self, path: str | None):
+        """(H, W, 3) uint8 of an upload, by its content. Raises InputError with what a visitor should know: without our
+        paths."""
+        from imagery import ImageError, read_image
+
+        if not path:
+            return None
+        try:
+            return read_image(path, self.settings, max_side=2048).rgb
+        except ImageError as error:
+            raise InputError(str(error).replace(str(path), Path(path).name)) from None
+
+    def keep(self, name: str, content: str) -> str:
+        """The path of a new file for a visitor to download; files of an hour ago are dropped."""
+        for old in self.folder.iterdir():
+            if old.stat().st_mtime < time.time() - 3600:
+                shutil.rmtree(old, ignore_errors=True)
+        path = Path(tempfile.mkdtemp(dir=self.folder)) / name
+        path.write_text(content, encoding="utf-8")
+        return str(path)
+
+    def say(self, key: str, language: str, **values) -> str:
+        return TEXT[key][language == "zh"].format(**values)
+
+    def texts(self, text: str | None, language: str) -> list[str]:
+        """Lines of a text box. Raises InputError."""
+        lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
+        if not lines:
+            raise InputError(self.say("need_text", language))
+        if len(lines) > 50 or any(len(line) > MOST_TEXT for line in lines):
+            raise InputError(self.say("too_long", language, n=MOST_TEXT))
+        return lines
+
+    def filter(self, bbox, start, end, where, language):
+        """The `store.Filter` of the fields, or None. Raises InputError."""
+        from store import Filter
+
+        box = None
+        if (bbox or "").strip():
+            try:
+                box = tuple(float(part) for part in bbox.replace("，", ",").replace(",", " ").split())
+                if len(box) != 4:
+                    raise ValueError
+            except ValueError:
+                raise InputError(self.say("box_form", language)) from None
+        attributes = {}
+        for pair in (where or "").replace("，", ",").split(","):
+            if pair.strip():
+                name, equals, value = pair.strip().partition("=")
+                if not equals:
+                    raise InputError(self.say("where_form", language))
+                attributes.setdefault(name.strip(), []).append(value.strip())
+        made = Filter(
+            bbox=box, start=(start or "").strip() or None, end=(end or "").strip() or None, attributes=attributes
+        )
+        return None if made == Filter() else made
+
+    def search(self, words, without, picture, like_weight, k, bbox, start, end, where, language):
+        """-> (status, [(picture, caption)], map, path of the GeoJSON or None)"""
+        from imagery import ImageError
+        from library import result_row
+        from places import feature_collection
+
+        rgb = self.read(picture)
+        if not (words or "").strip() and rgb is None:
+            raise InputError(self.say("need_words", language))
+        asked = self.texts(words, language) if (words or "").strip() else []
+        vector = self.library.query(
+            asked, without=self.texts(without, language) if (without or "").strip() else [],
+            like=[] if rgb is None else [rgb], like_weight=like_weight,
+        )  # fmt: skip
+        hits = self.library.search(vector, int(k), filter=self.filter(bbox, start, end, where, language))
+        if not hits:
+            return self.say("nothing", language), [], "", None
+        shown = []
+        for rank, hit in enumerate(hits, 1):
+            row = result_row(rank, hit)
+            try:
+                image = self.library.picture(hit.payload, SIDE)
+            except ImageError:
+                image = np.full((64, 64, 3), 200, np.uint8)  # its file is gone since
+            caption = f"{rank}. {hit.score:.3f} {Path(row['path']).name}"
+            shown.append((image, caption + (f" · {row['time'][:10]}" if row["time"] else "")))
+        shapes = [
+            {
+                "polygon": hit.payload["extra"].get("polygon"),
+                "footprint": hit.payload["footprint"],
+                "properties": result_row(n, hit),
+            }
+            for n, hit in enumerate(hits, 1)
+        ]
+        path = self.keep("results.geojson", json.dumps(feature_collection(shapes), ensure_ascii=False))
+        drawn = map_svg([hit.payload for hit in hits], self.args.tile_url) or f"<p>{self.say('no_place', language)}</p>"
+        status = self.say("found", language, n=len(hits), total=self.library.index.count())
+        return status, shown, drawn, path
+
+    def match(self, picture, texts, language):
+        rgb = self.read(picture)
+        if rgb is None:
+            raise InputError(self.say("need_picture", language))
+        lines = self.texts(texts, language)
+        scores = self.library.text_vectors(lines) @ self.library.picture_vector(rgb)
+        rows = list(zip(lines, scores.tolist()))
+        return f"<p>{self.say('scores', language)}</p>" + bars_html(
+            rows, min(0.0, *scores.tolist()), max(0.5, *scores.tolist())
+        )
+
+    def classify(self, picture, classes, own, language):
+        from library import read_classes
+
+        rgb = self.read(picture)
+        if rgb is None:
+            raise InputError(self.say("need_picture", language))
+        if (own or "").strip():
+            if "/" in own or own.strip().lower().endswith(".json"):  # a path is for the command line
+                raise InputError(self.say("own", language))
+            table = read_classes(self.texts(own.replace("\n", ","), language)[0])
+        else:
+            table = read_classes(classes)
+        scores = self.library.classify(self.library.picture_vector(rgb)[None], table)[0]
+        rows = sorted(zip(table, scores.tolist()), key=lambda row: -row[1])[:12]
+        return f"<p>{self.say('probability', language)}</p>" + bars_html(rows)
+
+    def monitor(self, queries, language):
+        from imagery import ImageError
+        from library import match_places
+        from places import change_scores
+        from report import thumbnail
+
+        lines = self.texts(queries, language)
+        with self.lock:
+            if self.pairs is None:
+                self.pairs = match_places(self.library, self.after)
+        pairs = self.pairs
+        words = self.library.text_vectors(lines)
+        z = change_scores(words @ pairs.before_vectors.T, words @ pairs.after_vectors.T, pairs.before_vectors)
+        parts = [f"<p>{self.say('change_note', language, n=len(pairs.before))}</p>"]
+        parts += [f"<p>{html.escape(note)}</p>" for note in pairs.notes]
+        for line, row in zip(lines, z):
+            parts.append(f"<h3>{html.escape(line)}</h3>")
+            found = [n for n in np.argsort(-np.abs(row), kind="stable")[:8] if abs(row[n]) >= 3]
+            cards = []
+            for n in found:
+                images = []
+                for library, payload in ((self.library, pairs.before[n]), (self.after, pairs.after[n])):
+                    try:
+                        images.append(
+                            f'<img src="{thumbnail(library.picture(payload, SIDE))}" alt="{(payload["time"] or "")[:10]}">'
+                        )
+                    except ImageError as error:
+                        images.append(html.escape(str(error)))
+                word = self.say("more" if row[n] > 0 else "less", language)
+                days = " → ".join((p["time"] or "?")[:10] for p in (pairs.before[n], pairs.after[n]))
+                said = f"{html.escape(pairs.before[n]['path'])} · {word} {row[n]:+.1f} · {days}"
+                cards.append(f"<figure><div>{''.join(images)}</div><figcaption>{said}</figcaption></figure>")
+            parts.append(
+                f'<div class="pairs">{"".join(cards)}</div>' if cards else f"<p>{self.say('steady', language)}</p>"
+            )
+        return "".join(parts)
+
+    def describe(self, picture, prompt, language):
+        if self.read(picture) is None:
+            raise InputError(self.say("need_picture", language))
+        with self.lock:
+            caption = self.captioner.caption([picture], prompt=(prompt or "").strip()[:MOST_TEXT] or None)[0]
+        return f"<p>{html.escape(caption)}</p>"
+
+    def ask(self, picture, questions, language):
+        if self.read(picture) is None:
+            raise InputError(self.say("need_picture", language))
+        lines = self.texts(questions, language)
+        with self.lock:
+            answers = self.vqa.answer([(picture, lines)])[0]
+        return "".join(f"<p><b>{html.escape(q)}</b><br>{html.escape(a)}</p>" for q, a in zip(lines, answers))
+
+
+def build(page: Page):
+    """The gradio app of a `Page`."""
+    import gradio as gr
+
+    from library import CLASS_LISTS
+
+    first = "zh" if page.args.language == "zh" else "en"
+    translated = []  # (component, {property: key of TEXT})
+
+    def put(component, texts: dict[str, str], **more):
+        """A component whose `texts`, {property: key of TEXT}, follow the page's language."""
+        made = component(**{name: page.say(key, first) for name, key in texts.items()}, **more)
+        translated.append((made, texts))
+        return made
+
+    def kind(action):
+        """A user's mistake becomes a notice on the page."""
+
+        def run(*values):
+            try:
+                return action(*values)
+            except InputError as error:
+                raise gr.Error(str(error), print_exception=False, title="") from None
+
+        return run
+
+    def upload():
+        """A field for a picture, read by content, with a preview of what was read."""
+        file = put(gr.File, {"label": "picture"}, type="filepath", height=120)
+        shown = gr.Image(show_label=False, visible=False, interactive=False, height=240, buttons=[])
+
+        def preview(path):
+            return gr.update(value=page.read(path), visible=path is not None)
+
+        file.change(kind(preview), file, shown, show_progress="hidden", api_visibility="private")
+        return file
+
+    def button(key, action, inputs, outputs, also=()):
+        """A button that runs `action`, under the API name `key`; events of `also` run it too."""
+        made = put(gr.Button, {"value": f"go_{key}"}, variant="primary")
+        made.click(kind(action), inputs, outputs, api_name=key)
+        for event in also:
+            event(kind(action), inputs, outputs, api_visibility="private")
+
+    def search_tab():
+        described = gr.Markdown(page.say("about", first, **about))
+        with gr.Row():
+            with gr.Column(scale=1, min_width=320):
+                texts = {"label": "words", "placeholder": "words_hint"}
+                words = put(gr.Textbox, texts, max_length=MOST_TEXT)
+                texts = {"label": "without", "placeholder": "without_hint"}
+                without = put(gr.Textbox, texts, max_length=MOST_TEXT)
+                picture = upload()
+                like = put(gr.Slider, {"label": "like"}, minimum=0, maximum=1, value=0.5, step=0.05)
+                k = put(gr.Slider, {"label": "k"}, minimum=1, maximum=50, value=12, step=1)
+                with put(gr.Accordion, {"label": "filters"}, open=False):
+                    bbox = put(gr.Textbox, {"label": "bbox"}, placeholder="5.0, 51.0, 7.5, 52.5")
+                    with gr.Row():
+                        start = put(gr.Textbox, {"label": "start"}, placeholder="2020-01-01")
+                        end = put(gr.Textbox, {"label": "end"}, placeholder="2020-12-31")
+                    where = put(gr.Textbox, {"label": "where"})
+                place = gr.Column()
+            with gr.Column(scale=2, min_width=420):
+                status = gr.Markdown()
+                look = {"columns": 4, "height": "auto", "object_fit": "contain", "buttons": ["fullscreen"]}
+                gallery = put(gr.Gallery, {"label": "results"}, interactive=False, **look)
+                drawn = gr.HTML()
+                saved = put(gr.DownloadButton, {"label": "geojson"}, interactive=False)
+
+        def run(*values):
+            said, shown, figure, path = page.search(*values)
+            return said, shown, figure, gr.update(value=path, interactive=path is not None)
+
+        inputs = [words, without, picture, like, k, bbox, start, end, where, choice]
+        with place:
+            button("search", run, inputs, [status, gallery, drawn, saved], (words.submit, without.submit))
+        return described
+
+    def picture_tab(name, action, *fields):
+        """A picture and fields at the left, what comes of them at the right."""
+        with put(gr.Tab, {"label": name}), gr.Row():
+            with gr.Column():
+                picture = upload()
+                given = [make() for make in fields]
+                place = gr.Column()
+            out = gr.HTML()
+            with place:
+                button(name, action, [picture, *given, choice], out)
+
+    with gr.Blocks(title=page.say("title", first), analytics_enabled=False, delete_cache=(3600, 3600)) as app:
+        with gr.Row(equal_height=True):
+            heading = gr.Markdown(f"# {page.say('title', first)}")
+            languages = [("English", "en"), ("中文", "zh")]
+            choice = put(gr.Radio, {"label": "language"}, choices=languages, value=first, scale=0, min_width=220)
+        described = gr.Markdown(visible=False)
+        with gr.Tabs():
+            if page.library:
+                about = {"total": page.library.index.count(), "library": "/".join(page.library.root.parts[-2:])}
+                about["model"] = Path(page.library.index.record["model"]).name
+                with put(gr.Tab, {"label": "search"}):
+                    described = search_tab()
+                picture_tab("match", page.match, lambda: put(gr.Textbox, {"label": "texts"}, lines=5))
+                lists = sorted(path.stem for path in CLASS_LISTS.glob("*.json"))
+                picture_tab(
+                    "classify", page.classify,
+                    lambda: put(gr.Dropdown, {"label": "classes"}, choices=lists, value="ucm"),
+                    lambda: put(gr.Textbox, {"label": "own"}),
+                )  # fmt: skip
+            if page.after:
+                with put(gr.Tab, {"label": "monitor"}):
+                    lines, place, out = put(gr.Textbox, {"label": "queries"}, lines=3), gr.Column(), gr.HTML()
+                    with place:
+                        button("monitor", page.monitor, [lines, choice], out)
+            if page.captioner:
+                first_prompt = page.captioner.default_prompt
+                picture_tab("describe", page.describe, lambda: put(gr.Textbox, {"label": "prompt"}, value=first_prompt))
+            if page.vqa:
+                picture_tab("ask", page.ask, lambda: put(gr.Textbox, {"label": "question"}, lines=3))
+
+        def translate(language):
+            said = [gr.update(**{n: page.say(key, language) for n, key in texts.items()}) for _, texts in translated]
+            title = f"# {page.say('title', language)}"
+            return [title, page.say("about", language, **about) if page.library else "", *said]
+
+        shown = [heading, described, *(component for component, _ in translated)]
+        choice.change(translate, choice, shown, show_progress="hidden", api_visibility="private")
+        if page.args.language == "auto":
+
+            def browsers(request: gr.Request):
+                return "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
+
+            app.load(browsers, None, choice, show_progress="hidden", api_visibility="private")
+    app.queue(max_size=256, default_concurrency_limit=4)
+    return app
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.preset == "demo":
+        for name, path in DEMO.items():
+            if getattr(args, name) is None and Path(path).exists():
+                setattr(args, name, path)
+    if not (args.store or args.captioner or args.vqa):
+        hint = "; run `make demo` first" if args.preset == "demo" else ""
+        raise InputError(f"nothing to show: give --store, --captioner or --vqa{hint}")
+    if args.after and not args.store:
+        raise InputError("--after needs --store, the index of the earlier images")
+    if args.tile_url and not all(part in args.tile_url for part in ("{z}", "{x}", "{y}")):
+        raise InputError(f"--tile_url {args.tile_url}: expected {{z}}, {{x}} and {{y}} in it")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import gradio as gr
+    from transformers.utils import logging
+
+    from library import Library
+    from model import VQA, Captioner, pick_device
+
+    logging.disable_progress_bar()
+    device, dtype = pick_device(args.device, args.dtype)
+    options = {"device": device, "dtype": dtype}
+    library = after = captioner = vqa = None
+    if args.store:
+        library = Library.open(args.store, model=args.model, base_model=args.base_model, root=args.library, **options)
+    if args.after:
+        after = Library.open(args.after, encoder=library.model)
+    if args.captioner:
+        captioner = Captioner.from_pretrained(args.captioner, **options)
+    if args.vqa:
+        vqa = VQA.from_pretrained(args.vqa, **options)
+    app = build(Page(args, library=library, after=after, captioner=captioner, vqa=vqa))
+    fonts = [
+        "system-ui",
+        "-apple-system",
+        "Segoe UI",
+        "PingFang SC",
+        "Microsoft YaHei",
+        "Noto Sans CJK SC",
+        "sans-serif",
+    ]
+    theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"])
+    try:
+        app.launch(
+            server_name=args.host, server_port=args.port, share=args.share, max_file_size=f"{args.max_upload_mb}mb",
+            theme=theme, css=CSS, footer_links=[], quiet=True, prevent_thread_lock=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise InputError(f"--port {args.port}: {error}") from None
+    print(f"http://{args.host}:{args.port}  (Ctrl-C stops it)", flush=True)
+    try:
+        app.block_thread()
+    finally:
+        for opened in (library, after):
+            if opened:
+                opened.index.close()
+    return 0
+
+
+if __name__ == "__main__":
+    with user_errors():
+        sys.exit(main())
