@@ -14,7 +14,6 @@ import numbers
 import os
 import random
 import sys
-import textwrap
 import unicodedata
 import warnings
 from pathlib import Path

@@ -478,13 +478,17 @@ def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, in
                 truth[name] = number[key(label)]
             else:
                 strange[label] += 1
-    if strange:
-        print(
-            f"{sum(strange.values())} images have a truth that is no label: {', '.join(sorted(strange)[:5])}",
-            file=sys.stderr,
-        )
+    other = (
+        f"{sum(strange.values())} images have a truth that is no label: {', '.join(sorted(strange)[:5])}"
+        if strange
+        else ""
+    )
     if not truth:
-        raise InputError(f"{where}: no image of the index has a truth among {', '.join(labels[:5])} ...")
+        raise InputError(
+            f"{where}: no image of the index has a truth among {', '.join(labels[:5])} ...; {other}".rstrip("; ")
+        )
+    if other:
+        print(other, file=sys.stderr)
     return truth
 
 

@@ -356,9 +356,11 @@ def library(model, folder, tmp_path):
 
 def test_queries(library):
     words = library.text_vectors(["a farm", "一片农田"])
-    np.testing.assert_allclose(
-        words, library.model.embed_texts(["a farm", "一片农田"]).numpy(), atol=1e-6
-    )  # a matcher's own words
+    for text, made, language in zip(("a farm", "一片农田"), words, ("en", "zh")):
+        prompts = library.model.embed_texts([form.format(text) for form in TEMPLATES[language]]).numpy()
+        np.testing.assert_allclose(made, unit(prompts.mean(0)), atol=1e-6)
+    sentence = library.text_vectors(["There is a farm ."])
+    np.testing.assert_allclose(sentence, library.model.embed_texts(["There is a farm ."]).numpy(), atol=1e-6)
     both = library.text_vectors(["a farm"], template="an aerial image of {}", context="in winter")
     np.testing.assert_allclose(
         both, library.model.embed_texts(["an aerial image of a farm, in winter"]).numpy(), atol=1e-6

@@ -1,0 +1,235 @@
+"""search.py from the command line: each command on a small library, its files, and what it refuses."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import rasterio
+import shapely
+from PIL import Image
+
+import search
+from library import index_library
+from model import DualEncoder
+from tests.test_library import SMALL, write_tif
+
+
+@pytest.fixture(scope="module")
+def matcher(encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("matcher") / "best_model"
+    encoder(image_tower="full", text_tower="full").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_dates(matcher, tmp_path_factory):
+    """Folders 2020 and 2023 with the same ten places, three of them changed, and an index of each."""
+    root = tmp_path_factory.mktemp("dates")
+    model = DualEncoder.from_pretrained(matcher)
+    for year in (2020, 2023):
+        for n in range(10):
+            kind = ("farm", "harbour")[n % 2]
+            seed = n + 100 * (year == 2023 and n in (2, 5, 6))
+            origin = (500000 + 3000 * n, 4600000)
+            write_tif(
+                root / str(year) / kind / f"p{n}.tif", 64, 64, seed=seed, origin=origin, when=f"{year}:06:30 10:00:00"
+            )
+        index_library(model, root / str(year), root / f"{year}.index", **SMALL)
+    return root
+
+
+@pytest.fixture
+def ask(call_main, two_dates, monkeypatch, tmp_path):
+    """Runs search.py on the index of 2020 from an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(command, *words, store=two_dates / "2020.index"):
+        return call_main(search.main, command, *words, *(["--store", store] if store else []), "--device", "cpu")
+
+    return run
+
+
+def test_index_says_what_it_did(ask, two_dates, matcher, tmp_path):
+    words = [two_dates / "2020", "--model", matcher, "--tile", 48, "--stride", 48, "--workers", 0]
+    code, out, err = ask("index", *words, store=tmp_path / "x.index")
+    assert code == 0 and "10 files indexed (0 of them changed), 0 unchanged, 0 removed; 10 vectors" in out
+    (two_dates / "2020/broken.tif").write_bytes(b"II*\0nothing")
+    try:
+        code, out, err = ask("index", *words, store=tmp_path / "x.index")
+        assert code == 1 and "0 files indexed" in out and "10 unchanged" in out and "broken.tif" in err
+        (row,) = map(json.loads, (tmp_path / "x.index/rejected.jsonl").read_text().splitlines())
+        assert row["file"] == "broken.tif" and row["reason"]
+        # A second folder in the same store is a mistake, not a removal of the first.
+        code, _, err = ask("index", two_dates / "2023", *words[1:], store=tmp_path / "x.index")
+        assert code == 2 and "--moved" in err
+    finally:
+        (two_dates / "2020/broken.tif").unlink()
+
+
+def test_query_in_every_form(ask, two_dates, tmp_path):
+    names = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "geojson")}
+    files = [word for kind, path in names.items() for word in (f"--{kind}", path)]
+    code, out, err = ask("query", "a farm", "-k", 4, *files, "--sheet", tmp_path / "sheet.png")
+    assert code == 0, err
+    rows = json.loads(names["json"].read_text())
+    assert [row["rank"] for row in rows] == [1, 2, 3, 4] and all(row["path"] in out for row in rows)
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+    table = list(csv.DictReader(names["csv"].open()))
+    assert [row["path"] for row in table] == [row["path"] for row in rows] and table[0]["folder"] in ("farm", "harbour")
+    shapes = json.loads(names["geojson"].read_text())
+    for row, feature in zip(rows, shapes["features"]):
+        assert feature["properties"]["path"] == row["path"]
+        with rasterio.open(two_dates / "2020" / row["path"]) as source:
+            box = rasterio.warp.transform_bounds(source.crs, "EPSG:4326", *source.bounds)
+        np.testing.assert_allclose(shapely.from_geojson(json.dumps(feature["geometry"])).bounds, box, atol=1e-5)
+    assert Image.open(tmp_path / "sheet.png").size[0] > 500
+    code, out, err = ask("query", "a farm", "-k", 2, "--json", "-")
+    assert code == 0 and len(json.loads(out)) == 2, "nothing but JSON on standard output"
+
+
+def test_query_filters_and_pictures(ask, two_dates, tmp_path):
+    def paths(*words):
+        code, out, err = ask("query", *words, "--json", "-")
+        assert code == 0, err
+        return [row["path"] for row in json.loads(out)]
+
+    assert len(paths("a farm", "--where", "folder=farm")) == 5
+    assert set(paths("a farm", "--where", "folder=farm", "folder=harbour")) == set(paths("a farm", "-k", 20))
+    assert paths("a farm", "--from", "2021-01-01") == [] and len(paths("a farm", "--to", "2020-06-30")) == 10
+    assert len(paths("a farm", "--bbox", 15.0, 41.0, 15.04, 42.0)) == 2
+    picture = two_dates / "2020/farm/p4.tif"
+    assert paths("--like", picture, "-k", 1) == ["farm/p4.tif"]
+    assert paths("a harbour", "--like", picture, "--like_weight", 1, "-k", 1) == ["farm/p4.tif"]
+    assert paths("a harbour", "--not", "a farm") and paths(
+        "a farm", "--season", "winter", "--weather", "cloudy", "--exact"
+    )
+    code, out, _ = ask("query", "a farm", "a harbour", "--each", "-k", 3, "--sheet", tmp_path / "each.png")
+    assert code == 0 and out.count("score") == 2 and (tmp_path / "each.png").exists()
+
+
+def test_query_with_a_picture_gone(ask, two_dates, matcher, tmp_path):
+    write_tif(tmp_path / "library/a.tif", 64, 64)
+    index_library(DualEncoder.from_pretrained(matcher), tmp_path / "library", tmp_path / "x", **SMALL)
+    (tmp_path / "library/a.tif").rename(tmp_path / "library/b.tif")
+    code, out, err = ask("query", "a farm", "--sheet", tmp_path / "s.png", store=tmp_path / "x")
+    assert code == 0 and "a.tif" in out and "no picture" in err and (tmp_path / "s.png").exists()
+    code, _, err = ask(
+        "query", "a farm", "--library", tmp_path / "nowhere", "--sheet", tmp_path / "s.png", store=tmp_path / "x"
+    )
+    assert code == 0 and "nowhere" in err
+
+
+def test_classify(ask, two_dates, tmp_path):
+    code, out, err = ask("classify", "--labels", "farm,harbour", "--truth", "folders", "--out", tmp_path / "c")
+    assert code == 0, err
+    scores = json.loads((tmp_path / "c/scores.json").read_text())
+    table = list(csv.DictReader((tmp_path / "c/predictions.csv").open()))
+    assert len(table) == 10 and {row["truth"] for row in table} == {"farm", "harbour"}
+    right = np.mean([row["truth"] == row["answer"] for row in table])
+    assert scores["top1"] == pytest.approx(right) and f"top-1 accuracy {right:.3f}" in out
+    assert np.sum(scores["confusion"]) == 10
+    for row in table:
+        assert float(row["farm"]) + float(row["harbour"]) == pytest.approx(1, abs=1e-4)
+    assert Image.open(tmp_path / "c/confusion.png").size[0] > 300
+    truth = tmp_path / "truth.csv"
+    truth.write_text("path,label\nfarm/p0.tif,FARM\nharbour/p1.tif,harbour\nfarm/p2.tif,airport\nelsewhere.tif,farm\n")
+    code, out, err = ask("classify", "--labels", "farm,harbour", "--truth", truth)
+    assert code == 0 and "on 2 images" in out and "airport" in err
+
+
+def test_monitor(ask, two_dates, tmp_path):
+    queries = tmp_path / "queries.txt"
+    queries.write_text("# what to watch\na farm\n\na harbour <b>\n")
+    words = ["--before", two_dates / "2020.index", "--after", two_dates / "2023.index", "--queries", queries]
+    code, out, err = ask("monitor", *words, "--out", tmp_path / "m", "--alike", 0, store=None)
+    assert code == 0 and "places" in out, err
+    rows = list(csv.DictReader((tmp_path / "m/changes.csv").open()))
+    assert len(rows) == 20 and {row["query"] for row in rows} == {"a farm", "a harbour <b>"}
+    changed = {row["path_before"] for row in rows if row["is_change"] == "True"}
+    assert changed == {"farm/p2.tif", "harbour/p5.tif", "farm/p6.tif"}, "the three that were drawn anew, and no other"
+    assert {(row["time_before"][:4], row["time_after"][:4]) for row in rows} == {("2020", "2023")}
+    shapes = json.loads((tmp_path / "m/changes.geojson").read_text())["features"]
+    assert {shape["properties"]["path_before"] for shape in shapes} == changed
+    page = (tmp_path / "m/index.html").read_text()
+    assert (
+        "a harbour &lt;b&gt;" in page
+        and "<b>" not in page.split("harbour")[1][:20]
+        and page.count("data:image/jpeg") >= 6
+    )
+
+
+def test_landuse(ask, two_dates, tmp_path):
+    regions = tmp_path / "regions.geojson"
+    west = {"type": "Polygon", "coordinates": [[[14, 41], [15.1, 41], [15.1, 42], [14, 42], [14, 41]]]}
+    feature = {"type": "Feature", "properties": {"name": "west"}, "geometry": west}
+    regions.write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    code, _, err = ask("landuse", "--classes", "farm,harbour", "--regions", regions, "--out", tmp_path / "l")
+    assert code == 0, err
+    made = json.loads((tmp_path / "l/landuse.json").read_text())
+    # Ten scenes of 640 m x 640 m; UTM's scale error on the central meridian is 0.04%.
+    assert sum(row["km2"] for row in made["classes"]) == pytest.approx(10 * 0.4096, rel=2e-3)
+    assert sum(row["images"] for row in made["classes"]) == 10
+    (west,) = made["regions"]
+    assert west["region"] == "west" and west["all"] == pytest.approx(west["farm"] + west["harbour"])
+    assert west["all"] == pytest.approx(3 * 0.4096, rel=0.02), "three scenes lie west of 15.1 degrees"
+    for name in ("map.png", "shares.png", "landuse.csv", "landuse.geojson", "index.html"):
+        assert (tmp_path / "l" / name).stat().st_size > 100
+
+
+def test_recall(ask, tmp_path):
+    code, out, _ = ask("recall", "-k", 3)
+    assert code == 0 and "recall@3" in out and "1.0000 over 10 queries" in out
+    (tmp_path / "q.txt").write_text("a farm\na harbour\n")
+    code, out, _ = ask("recall", "--queries", tmp_path / "q.txt")
+    assert code == 0 and "over 2 queries" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["query"], "needs words"),
+        (["query", " "], "empty text"),
+        (["query", "a", "-k", 0], "--k"),
+        (["query", "a", "--where", "folder"], "NAME=VALUE"),
+        (["query", "a", "--where", "colour=red"], "no point has the attribute 'colour'"),
+        (["query", "a", "--bbox", 10, 0, 20, 95], "no box"),
+        (["query", "a", "--from", "June"], "ISO 8601"),
+        (["query", "a", "--like", "nowhere.png"], "nowhere.png"),
+        (["query", "a", "--each", "--like", "x.png"], "--each"),
+        (["query", "a", "--template", "no place"], "--template"),
+        (["classify"], "--labels"),
+        (["classify", "--labels", "one"], "two classes"),
+        (["classify", "--labels", "a,b", "--truth", "nowhere.csv"], "nowhere.csv"),
+        (["classify", "--labels", "a,b", "--truth", "folders"], "no image of the index has a truth"),
+        (["landuse", "--classes", "ucm", "--out", "l", "--regions", "nowhere.json"], "nowhere.json"),
+        (["recall", "--queries", "nowhere.txt"], "nowhere.txt"),
+        (["index", "nowhere"], "no such folder"),
+        (["index"], "the folder of images"),
+        (["index", "..", "--tile", 64, "--stride", 65], "--stride 65"),
+    ],
+)
+def test_refusals(ask, words, said, tmp_path):
+    code, out, err = ask(*words)
+    assert code == 2 and said in err and "Traceback" not in err and len(err.strip().splitlines()) == 1, err
+    assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
+def test_refusals_of_stores_and_models(ask, encoder, two_dates, tmp_path):
+    for command in (
+        ["query", "a"],
+        ["classify", "--labels", "a,b"],
+        ["recall"],
+        ["landuse", "--classes", "a,b", "--out", "x"],
+    ):
+        code, _, err = ask(*command, store=tmp_path / "none")
+        assert code == 2 and "python search.py index" in err
+        code, _, err = ask(*command, store=None)
+        assert code == 2 and "--store" in err
+    encoder(image_tower="full", seed=9).save_pretrained(tmp_path / "other")
+    code, _, err = ask("query", "a", "--model", tmp_path / "other")
+    assert code == 2 and "fingerprint" in err
+    (tmp_path / "q.txt").write_text("\n# only a remark\n")
+    words = ["--before", two_dates / "2020.index", "--after", two_dates / "2023.index", "--queries", tmp_path / "q.txt"]
+    code, _, err = ask("monitor", *words, "--out", tmp_path / "m", store=None)
+    assert code == 2 and "no queries" in err and not (tmp_path / "m").exists()
