@@ -27,6 +27,10 @@ demo: $(VENV)/.ready
 	$(PY) train_caption.py --preset demo --output_dir output/demo_caption
 	$(PY) caption.py eval --preset demo
 	$(PY) caption.py generate --preset demo --image_path data/demo/images/scene_00639.tif --prompt "Describe the image."
+	rm -rf output/demo_search
+	$(PY) search.py index --preset demo
+	$(PY) search.py query --preset demo "an airport with aircraft" "a lake with ships" "从空中俯瞰一片森林，可以看到北部的两栋建筑物。" --each -k 5 --sheet output/demo_search/sheet.png
+	$(PY) search.py index data/demo/images_later --preset demo --store output/demo_search/after.index
 
 test: $(VENV)/.ready lint
 	$(PY) -m pytest

@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if store:
             made.add_argument("--store", help="folder of the index, or URL of a collection on a Qdrant server")
-        made.add_argument("--model", help="folder or name of the towers (default: those of the index)")
+        made.add_argument("--model", help=f"towers (default: those of the index; of a new one {MODEL})")
         made.add_argument("--base_model", help="folder of a matcher's base, if it is not where it was in training")
         add_device_flags(made)
         return made
@@ -236,8 +236,6 @@ def run_index(args) -> int:
     new or changed and takes out what is gone; a run that was cut short goes on."""
     need(args, "library", "store")
     refuse_number(args, batch_size=(1, 4096), tile=(0, 1 << 16))
-    if args.model is None:
-        args.model = DEMO["model"] if args.preset == "demo" else MODEL
     stride = args.stride if args.stride is not None else args.tile * 3 // 4
     if args.tile and not 1 <= stride <= args.tile:
         raise InputError(f"--stride {stride}: expected 1 to {args.tile} (--tile), or pixels would be left out")
@@ -253,6 +251,8 @@ def run_index(args) -> int:
     if not Path(args.library).is_dir():
         raise InputError(f"{args.library}: no such folder of images")
     attributes = read_attributes(args.attributes) if args.attributes else None
+    if args.model is None:
+        args.model = recorded_model(args.store) or (DEMO["model"] if args.preset == "demo" else MODEL)
     logging.disable_progress_bar()
     device, dtype = pick_device(args.device, args.dtype)
     state = PartialState(cpu=device == "cpu")
@@ -284,6 +284,16 @@ def run_index(args) -> int:
         for bad in report.rejected[:3]:
             print(f"  {bad.reason}", file=sys.stderr)
     return 1 if report.rejected else 0
+
+
+def recorded_model(location: str) -> str | None:
+    """The towers that an index was made with; None where there is no index yet."""
+    import store
+
+    if not store.exists(location):
+        return None
+    with store.open(location) as index:
+        return index.record["model"]
 
 
 # ----------------------------------------------------------------------------------------------------

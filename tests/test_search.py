@@ -51,8 +51,10 @@ def ask(call_main, two_dates, monkeypatch, tmp_path):
 
 
 def test_index_says_what_it_did(ask, two_dates, matcher, tmp_path):
-    words = [two_dates / "2020", "--model", matcher, "--tile", 48, "--stride", 48, "--workers", 0]
-    code, out, err = ask("index", *words, store=tmp_path / "x.index")
+    words = [two_dates / "2020", "--tile", 48, "--stride", 48, "--workers", 0]
+    code, _, err = ask("index", *words, store=tmp_path / "x.index")
+    assert code == 2 and "python load.py lcybuaa/Git-RSCLIP" in err and not (tmp_path / "x.index").exists()
+    code, out, err = ask("index", *words, "--model", matcher, store=tmp_path / "x.index")  # later runs know the model
     assert code == 0 and "10 files indexed (0 of them changed), 0 unchanged, 0 removed; 10 vectors" in out
     (two_dates / "2020/broken.tif").write_bytes(b"II*\0nothing")
     try:
@@ -210,7 +212,7 @@ def test_recall(ask, tmp_path):
     ],
 )
 def test_refusals(ask, words, said, tmp_path):
-    code, out, err = ask(*words)
+    code, _, err = ask(*words)
     assert code == 2 and said in err and "Traceback" not in err and len(err.strip().splitlines()) == 1, err
     assert not list(tmp_path.iterdir()), "nothing half-written"
 
