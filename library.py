@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import os
 import re
+import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -358,6 +359,8 @@ def index_library(
                 f"{root}: none of its {len(plan.files) + len(plan.rejected)} images can be read"
                 + (f"; the first: {report.rejected[0].reason}" if report.rejected else "")
             )
+        if progress and index.count() * index.dim * 4 > 1024 * store.GRAPH_FROM_KB:
+            print("building the search graph; the index may be used without, only slower", file=sys.stderr)
         index.build()
         report.total, report.seconds = index.count(), time.monotonic() - began
         return report

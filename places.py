@@ -623,6 +623,7 @@ def shares_figure(counts, areas, colours: dict[str, str], path=None, title: str 
     sorted by area (else by count); those with neither are left out. Raises ValueError where nothing is left.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     from matplotlib.patches import Patch
 
     rows = [("tiles", np.asarray(counts, float), "{:,.0f}")]
@@ -648,6 +649,7 @@ def shares_figure(counts, areas, colours: dict[str, str], path=None, title: str 
         axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()
         axes.margins(x=0.28, y=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter("{x:.0f}%")
         axes.grid(axis="x", **GRID)
         axes.set_axisbelow(True)

@@ -57,9 +57,12 @@ def test_every_command_names_a_script_and_flags_that_exist(name):
         flags = {word.lstrip("-") for word in words[words.index(script) :] if word.startswith("--")}
         if script in training and "merge" not in words:
             assert flags <= training[script], (words, flags - training[script])
-        elif script in ("inference_script.py", "compare_before_after.py"):
-            parser = importlib.import_module(script[:-3]).build_parser()
-            known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+        elif script in ("inference_script.py", "compare_before_after.py", "search.py", "web_demo.py"):
+            actions = list(importlib.import_module(script[:-3]).build_parser()._actions)
+            for action in actions:  # those of the subcommand too
+                if isinstance(action.choices, dict):
+                    actions += action.choices[words[words.index(script) + 1]]._actions
+            known = {option.lstrip("-") for action in actions for option in action.option_strings}
             assert flags <= known, (words, flags - known)
         else:
             text = (ROOT / script).read_text(encoding="utf-8")
