@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,6 @@ TEXT = {
     "where": ("Attributes, such as folder=harbour", "属性，例如 folder=harbour"),
     "go_search": ("Search", "检索"),
     "results": ("Results", "结果"),
-    "map": ("Footprints", "覆盖范围"),
     "geojson": ("Download GeoJSON", "下载 GeoJSON"),
     "found": ("{n} of {total} images, best first", "共 {total} 幅图像，按相似度列出 {n} 幅"),
     "nothing": ("Nothing passes these filters.", "没有符合条件的图像。"),
@@ -82,7 +82,12 @@ TEXT = {
     "need_text": ("Enter a text first.", "请先输入文字。"),
     "box_form": ("Box: expected four numbers, west, south, east, north.", "范围：需要四个数：西, 南, 东, 北。"),
     "where_form": ("Attributes: expected NAME=VALUE.", "属性：格式为 名称=值。"),
-    "too_long": ("A text may have {n} characters.", "文字最多 {n} 个字符。"),
+    "too_long": ("At most 50 lines of {n} characters.", "最多 50 行，每行 {n} 个字符。"),
+    "own_form": (
+        "Classes: labels between commas; a file is for the command line.",
+        "类别：用逗号分隔的名称；文件请在命令行中使用。",
+    ),
+    "large": ("{name}: {width} x {height} pixels are too many here.", "{name}：{width} x {height} 像素超出此处限制。"),
     "about": (
         "{total} images of {library}, indexed with {model}. Scores are cosines.",
         "{library} 中的 {total} 幅图像，模型 {model}。分数为余弦相似度。",
@@ -97,8 +102,10 @@ TEXT = {
 }
 CSS = """
 footer { display: none !important; }
+.gradio-container h1 { overflow-wrap: normal; word-break: normal; }
 .gradio-container .caption-label { max-width: 100%; font-size: .78rem; }
 .gradio-container .grid-wrap { max-height: none; }
+.gradio-container .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(8rem, 22%), 1fr)) !important; }
 .bars { display: grid; gap: .55rem; font-size: .95rem; } 
 .bars div { display: grid; grid-template-columns: 1fr auto; gap: .1rem .8rem; }
 .bars i { grid-column: 1 / -1; height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
@@ -184,8 +191,8 @@ def map_svg(payloads: list[dict], tile_url: str | None = None, size: tuple[int, 
                 address = tile_url.replace("{z}", str(zoom)).replace("{x}", str(i % count)).replace("{y}", str(j))
                 place = f'x="{x_of(i / count):.1f}" y="{y_of(j / count):.1f}" width="256.5" height="256.5"'
                 parts.append(f'<image href="{html.escape(address)}" {place}/>')
-    step = next((s for s in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 45)
-                 if s / 360 * scale > 90), 90)  # fmt: skip
+    steps = [m * 10.0**e for e in range(-6, 1) for m in (1, 2, 5)] + [10, 20, 45]
+    step = next((s for s in steps if s / 360 * scale > 90), 90)
     digits = max(0, -math.floor(math.log10(step)))
     line = 'stroke="#9fb0bd" stroke-width=".7"'
     for n in range(math.ceil((view[0] - 0.5) * 360 / step), math.floor((view[1] - 0.5) * 360 / step) + 1):
@@ -193,7 +200,8 @@ def map_svg(payloads: list[dict], tile_url: str | None = None, size: tuple[int, 
         parts.append(
             f'<path d="M{x:.1f} 0V{height}" {line}/><text x="{x + 3:.1f}" y="{height - 5}">{lon:.{digits}f}°</text>'
         )
-    for n in range(math.ceil(-85 / step), math.floor(85 / step) + 1):
+    south, north = (math.degrees(2 * math.atan(math.exp((0.5 - y) * 2 * math.pi))) - 90 for y in (view[3], view[2]))
+    for n in range(math.ceil(max(-85, south) / step), math.floor(min(85, north) / step) + 1):
         y = y_of(project(0, n * step)[1])
         if 0 < y < height - 16:
             parts.append(
@@ -226,19 +234,30 @@ class Page:
         settings = library.settings if library else ImageSettings()
         self.settings = ImageSettings.from_dict(settings.to_dict() | {"max_pixels": args.max_pixels})
         self.folder = Path(tempfile.mkdtemp(prefix="web_demo_"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.pairs = None
 
-    def read(self, path: str | None):
+    def read(self, path: str | None, language: str = "en"):
         """(H, W, 3) uint8 of an upload, by its content. Raises InputError with what a visitor should know: without our
         paths."""
-        from imagery import ImageError, read_image
+        from imagery import ImageError, image_size, read_image
 
         if not path:
             return None
         try:
+            height, width = image_size(path)
+            if height * width > 4 * self.args.max_pixels:  # read block by block, but 2 s and 1 GB for a file of 20 kB
+                raise InputError(self.say("large", language, name=Path(path).name, width=width, height=height))
             return read_image(path, self.settings, max_side=2048).rgb
         except ImageError as error:
             raise InputError(str(error).replace(str(path), Path(path).name)) from None
+
+    def without_paths(self, text: str) -> str:
+        """A message without the paths of our indexes and images, which are no visitor's business."""
+        for opened in (self.library, self.after):
+            for path in (opened.index.location, opened.root.resolve(), opened.root.absolute()) if opened else ():
+                text = text.replace(str(path), Path(path).name or str(path))
+        return text
 
     def keep(self, name: str, content: str) -> str:
         """The path of a new file for a visitor to download; files of an hour ago are dropped."""
@@ -291,7 +310,7 @@ class Page:
         from library import result_row
         from places import feature_collection
 
-        rgb = self.read(picture)
+        rgb = self.read(picture, language)
         if not (words or "").strip() and rgb is None:
             raise InputError(self.say("need_words", language))
         asked = self.texts(words, language) if (words or "").strip() else []
@@ -325,7 +344,7 @@ class Page:
         return status, shown, drawn, path
 
     def match(self, picture, texts, language):
-        rgb = self.read(picture)
+        rgb = self.read(picture, language)
         if rgb is None:
             raise InputError(self.say("need_picture", language))
         lines = self.texts(texts, language)
@@ -338,13 +357,14 @@ class Page:
     def classify(self, picture, classes, own, language):
         from library import read_classes
 
-        rgb = self.read(picture)
+        rgb = self.read(picture, language)
         if rgb is None:
             raise InputError(self.say("need_picture", language))
         if (own or "").strip():
-            if "/" in own or own.strip().lower().endswith(".json"):  # a path is for the command line
-                raise InputError(self.say("own", language))
-            table = read_classes(self.texts(own.replace("\n", ","), language)[0])
+            labels = self.texts(",".join(own.splitlines()), language)[0]
+            if "/" in labels or labels.lower().endswith(".json"):  # a path is for the command line
+                raise InputError(self.say("own_form", language))
+            table = read_classes(labels)
         else:
             table = read_classes(classes)
         scores = self.library.classify(self.library.picture_vector(rgb)[None], table)[0]
@@ -378,7 +398,7 @@ class Page:
                             f'<img src="{thumbnail(library.picture(payload, SIDE))}" alt="{(payload["time"] or "")[:10]}">'
                         )
                     except ImageError as error:
-                        images.append(html.escape(str(error)))
+                        images.append(html.escape(self.without_paths(str(error))))
                 word = self.say("more" if row[n] > 0 else "less", language)
                 days = " → ".join((p["time"] or "?")[:10] for p in (pairs.before[n], pairs.after[n]))
                 said = f"{html.escape(pairs.before[n]['path'])} · {word} {row[n]:+.1f} · {days}"
@@ -389,14 +409,14 @@ class Page:
         return "".join(parts)
 
     def describe(self, picture, prompt, language):
-        if self.read(picture) is None:
+        if self.read(picture, language) is None:
             raise InputError(self.say("need_picture", language))
         with self.lock:
             caption = self.captioner.caption([picture], prompt=(prompt or "").strip()[:MOST_TEXT] or None)[0]
         return f"<p>{html.escape(caption)}</p>"
 
     def ask(self, picture, questions, language):
-        if self.read(picture) is None:
+        if self.read(picture, language) is None:
             raise InputError(self.say("need_picture", language))
         lines = self.texts(questions, language)
         with self.lock:
@@ -426,13 +446,14 @@ def build(page: Page):
             try:
                 return action(*values)
             except InputError as error:
-                raise gr.Error(str(error), print_exception=False, title="") from None
+                said = html.escape(page.without_paths(str(error)), quote=False)  # a notice is HTML
+                raise gr.Error(said, print_exception=False, title="") from None
 
         return run
 
     def upload():
         """A field for a picture, read by content, with a preview of what was read."""
-        file = put(gr.File, {"label": "picture"}, type="filepath", height=120)
+        file = put(gr.File, {"label": "picture"}, type="filepath", height=150)
         shown = gr.Image(show_label=False, visible=False, interactive=False, height=240, buttons=[])
 
         def preview(path):
@@ -470,7 +491,7 @@ def build(page: Page):
                 status = gr.Markdown()
                 look = {"columns": 4, "height": "auto", "object_fit": "contain", "buttons": ["fullscreen"]}
                 gallery = put(gr.Gallery, {"label": "results"}, interactive=False, **look)
-                drawn = gr.HTML()
+                drawn = gr.HTML(padding=False)
                 saved = put(gr.DownloadButton, {"label": "geojson"}, interactive=False)
 
         def run(*values):
@@ -489,13 +510,14 @@ def build(page: Page):
                 picture = upload()
                 given = [make() for make in fields]
                 place = gr.Column()
-            out = gr.HTML()
+            out = gr.HTML(padding=False)
             with place:
                 button(name, action, [picture, *given, choice], out)
 
     with gr.Blocks(title=page.say("title", first), analytics_enabled=False, delete_cache=(3600, 3600)) as app:
-        with gr.Row(equal_height=True):
-            heading = gr.Markdown(f"# {page.say('title', first)}")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=320):  # on a phone the language goes below the title
+                heading = gr.Markdown(f"# {page.say('title', first)}")
             languages = [("English", "en"), ("中文", "zh")]
             choice = put(gr.Radio, {"label": "language"}, choices=languages, value=first, scale=0, min_width=220)
         described = gr.Markdown(visible=False)
@@ -514,7 +536,11 @@ def build(page: Page):
                 )  # fmt: skip
             if page.after:
                 with put(gr.Tab, {"label": "monitor"}):
-                    lines, place, out = put(gr.Textbox, {"label": "queries"}, lines=3), gr.Column(), gr.HTML()
+                    lines, place, out = (
+                        put(gr.Textbox, {"label": "queries"}, lines=3),
+                        gr.Column(),
+                        gr.HTML(padding=False),
+                    )
                     with place:
                         button("monitor", page.monitor, [lines, choice], out)
             if page.captioner:
@@ -573,7 +599,8 @@ def main(argv: list[str] | None = None) -> int:
         captioner = Captioner.from_pretrained(args.captioner, **options)
     if args.vqa:
         vqa = VQA.from_pretrained(args.vqa, **options)
-    app = build(Page(args, library=library, after=after, captioner=captioner, vqa=vqa))
+    page = Page(args, library=library, after=after, captioner=captioner, vqa=vqa)
+    app = build(page)
     fonts = [
         "system-ui",
         "-apple-system",
@@ -595,6 +622,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         app.block_thread()
     finally:
+        shutil.rmtree(page.folder, ignore_errors=True)
         for opened in (library, after):
             if opened:
                 opened.index.close()
