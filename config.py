@@ -202,6 +202,10 @@ class MatchConfig(DataConfig):
 class VQAConfig(DataConfig):
     """train_vqa.py: LoRA fine-tuning of Qwen2-VL or Qwen2.5-VL on questions about images."""
 
+    task: Literal["rsvqa", "chat"] = "rsvqa"
+    """rsvqa: short answers, scored as right or wrong. chat: free text, scored by held-out loss and as captions are; longer
+    limits, the question alone as prompt, no blind baseline."""
+
     base_model: str = "Qwen/Qwen2-VL-2B-Instruct"
     """Folder of the Qwen2-VL or Qwen2.5-VL base (`python load.py` brings it)."""
 
@@ -478,13 +482,24 @@ PRESETS: dict[str, dict[str, dict]] = {
 }
 
 
+# What `--task chat` changes in train_vqa.py's presets.
+CHAT_DEFAULTS = {
+    "prompt": "{question}",
+    "max_question_tokens": 512,
+    "max_answer_tokens": 512,
+    "blind_baseline": False,
+    "metric_for_best_model": "loss",
+    "greater_is_better": False,
+}
+
 # Short names of flags, by task.
 ALIASES = {
+    "VQAConfig": {"--data": "--train_file"},
     "CaptionConfig": {
         "--data_path": "--train_file",
         "--batch_size": "--per_device_train_batch_size",
         "--num_epochs": "--num_train_epochs",
-    }
+    },
 }
 
 PROJECTOR_STAGE = "projector"  # folder, in a captioner's run, of its first stage
@@ -566,6 +581,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     parser.set_defaults(**TRAINING_DEFAULTS)
     preset = flag_value("--preset", argv) or "full"
     defaults = PRESETS[config_class.__name__].get(preset, {}) | {"preset": preset}
+    if flag_value("--task", argv) == "chat":
+        defaults |= CHAT_DEFAULTS
     if flag_value("--train_file", argv):  # the preset's own data does not go with the user's
         defaults = {k: v for k, v in defaults.items() if k not in ("val_file", "test_file", "image_root")}
     parser.set_defaults(**defaults)
@@ -619,6 +636,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
 
 def check(config: DataConfig) -> None:
     """Refuse values that no run can use. Raises InputError."""
+    if getattr(config, "task", None) == "chat" and config.decode == "candidates":
+        raise InputError("--decode candidates: chooses among short answers; --task chat writes text")
     bounds = {
         "val_fraction": (0, 0.9), "max_rejected": (0, 1), "lora_dropout": (0, 1), "projection_dropout": (0, 1),
         "margin": (0, 2), "mine_margin": (0, 2), "max_samples": (1, 10**9), "projection_dim": (1, 65536),

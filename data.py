@@ -274,6 +274,8 @@ class Question:
     kind: str | None = None
     """Type of the question: RSVQA's presence, comp, count, rural_urban, area; another data set's own, or None."""
     id: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
+    """Earlier turns of the same conversation, (question, answer) each."""
 
 
 @dataclass
@@ -292,7 +294,10 @@ def read_conversations(
 
     Forms: conversations `[{"id", "conversations": [{"from": "user", "value": "Q <|vision_start|>image<|vision_end|>"},
     {"from": "assistant", "value": "A"}], "type", "split"}]` (csv2json.py writes them) and chat `[{"img", "prompt",
-    "label"}]`. Returns a `SceneFile` of `QuestionScene`s. Raises InputError as `read_scenes` does.
+    "label"}]`. A conversation may go on, user and assistant by turns: each answer makes a question of its own, with what
+    was said before as its `history`; a chat row may bring `"history": [[question, answer], ...]`.
+
+    Returns a `SceneFile` of `QuestionScene`s. Raises InputError as `read_scenes` does.
     """
     path = Path(path)
     content = load_json(path)
@@ -304,7 +309,7 @@ def read_conversations(
     seen = set()
     for number, entry in enumerate(content):
         try:
-            name, question = _question_of(entry)
+            name, questions = _questions_of(entry)
             if name not in found:
                 try:
                     found[name] = _find_image(name, roots)
@@ -320,13 +325,14 @@ def read_conversations(
         scene = scenes.setdefault(found[name], QuestionScene(found[name], split=split))
         if scene.split != split:
             raise InputError(f"{path}: row {number}: image {name!r} is in split {split!r} and in {scene.split!r}")
-        if language != "all" and (language == "zh") != bool(CHINESE.search(question.text)):
-            continue
-        key = (scene.image, question.text, question.answer)
-        result.duplicates += key in seen
-        if key not in seen:
-            seen.add(key)
-            scene.questions.append(question)
+        for question in questions:
+            if language != "all" and (language == "zh") != is_chinese(question.text):
+                continue
+            key = (scene.image, question.text, question.answer, question.history)
+            result.duplicates += key in seen
+            if key not in seen:
+                seen.add(key)
+                scene.questions.append(question)
     result.scenes = [scene for scene in scenes.values() if scene.questions]
     _refuse_rejected(path, result, max_rejected)
     if not result.scenes:
@@ -334,8 +340,19 @@ def read_conversations(
     return result
 
 
-def _question_of(entry) -> tuple[str, Question]:
-    """One row as (image name, question). Raises InputError naming the field."""
+def read_chat(path: str | Path, **options) -> SceneFile:
+    """`read_conversations`; or a file of captions in any form of `read_scenes`, as answers to their own prompts or to a
+    request for a description. options: those of both."""
+    rows = load_json(path) if Path(path).is_file() else None
+    if isinstance(rows, list) and rows and isinstance(rows[0], dict) and {"img", "conversations"} & set(rows[0]):
+        return read_conversations(path, **options)
+    found = read_scenes(path, **options)
+    found.scenes = captions_as_answers(found.scenes, "Describe the image.", "描述这幅图像。")
+    return found
+
+
+def _questions_of(entry) -> tuple[str, list[Question]]:
+    """One row as (image name, a question for each of its answers). Raises InputError naming the field."""
     if not isinstance(entry, dict):
         raise InputError(f"expected an object, found {type(entry).__name__}")
     kind, number = entry.get("type"), entry.get("id")
@@ -343,21 +360,29 @@ def _question_of(entry) -> tuple[str, Question]:
         raise InputError(f"field 'type': expected a text, found {type(kind).__name__}")
     number = None if number is None else str(number)
     if "conversations" not in entry and "img" in entry:
-        return _text(entry, "img"), Question(_text(entry, "prompt"), _text(entry, "label"), kind, number)
+        history = entry.get("history") or []
+        pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+        if not pairs or not all(isinstance(text, str) and text.strip() for pair in history for text in pair):
+            raise InputError("field 'history': expected a list of [question, answer]")
+        history = tuple(tuple(text.strip() for text in pair) for pair in history)
+        return _text(entry, "img"), [Question(_text(entry, "prompt"), _text(entry, "label"), kind, number, history)]
     turns = entry.get("conversations")
-    if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, dict) for turn in turns):
+    if not isinstance(turns, list) or not turns or len(turns) % 2 or not all(isinstance(turn, dict) for turn in turns):
         have = f"found {len(turns)}" if isinstance(turns, list) else f"found {type(turns).__name__}"
-        raise InputError(f"field 'conversations': expected two turns, the user's and the assistant's, {have}")
-    asked, said = (_text(turn, "value") for turn in turns)
-    if [turn.get("from") for turn in turns] not in (["user", "assistant"], ["human", "gpt"]):
+        raise InputError(f"field 'conversations': expected turns of the user and the assistant by turns, {have}")
+    roles = [turn.get("from") for turn in turns]
+    if roles not in (["user", "assistant"] * (len(turns) // 2), ["human", "gpt"] * (len(turns) // 2)):
         raise InputError("field 'from': expected 'user' and then 'assistant'")
-    images = VISION.findall(asked)
-    text = VISION.sub(" ", asked).strip()
-    if len(images) != 1 or not images[0].strip() or not text:
+    said = [_text(turn, "value") for turn in turns]
+    images = VISION.findall(" ".join(said))
+    said[0] = re.sub(" {2,}", " ", VISION.sub(" ", said[0]).strip())
+    if len(images) != 1 or not images[0].strip() or not said[0] or any(VISION.search(text) for text in said):
+        shown = _text(turns[0], "value")[:80]
         raise InputError(
-            f"field 'value': expected a question and one <|vision_start|>image path<|vision_end|>, found {asked[:80]!r}"
+            f"field 'value': expected a question and one <|vision_start|>image path<|vision_end|>, found {shown!r}"
         )
-    return images[0].strip(), Question(re.sub(" {2,}", " ", text), said, kind, number)
+    pairs = tuple(zip(said[::2], said[1::2]))
+    return images[0].strip(), [Question(q, a, kind, number, pairs[:n]) for n, (q, a) in enumerate(pairs)]
 
 
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp", ".gif", ".img", ".vrt"}
@@ -878,6 +903,18 @@ class ChatPrompt:
             if ids.count(image_token) != image:
                 raise InputError(f"{tokenizer.name_or_path}: the chat template puts no image into a message")
         self.end = tokenizer.eos_token_id
+        # From an answer to the next question, rendered once: the template's own words between two turns.
+        turns = [{"role": "user", "content": f"{before}x{after}"}, {"role": "assistant", "content": mark},
+                 {"role": "user", "content": f"{before}{mark}{after}"}]  # fmt: skip
+        self.between = tokenizer.apply_chat_template(turns, tokenize=False).split(mark)[1]
+        self.marks = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+
+    def asked(self, question: "Question") -> str:
+        """A question behind the turns before it, as `branches` takes it. The template's marks are cut out of what people
+        say, so that nobody speaks for another."""
+        said = [self.marks.sub(" ", text) for pair in question.history for text in pair]
+        turns = [f"{q}{self.after}{a}{self.between}" for q, a in zip(said[::2], said[1::2])]
+        return "".join([*turns, self.marks.sub(" ", question.text)])
 
     def prefix(self, grid: tuple[int, int, int] | None) -> tuple[np.ndarray, np.ndarray]:
         """Prefix of an image with `grid` (t, h, w) patches (None: no image): ids (P,) and rotary positions (3, P).
@@ -931,6 +968,11 @@ class CaptionPrompt:
         head, rest = whole.split(image)
         self.before, self.after = rest.split(prompt)
         self.head = tokenizer(head, add_special_tokens=False)["input_ids"]
+
+    @staticmethod
+    def asked(question: "Question") -> str:
+        """The prompt; captions have no turns before them."""
+        return question.text
 
     def prefix(self, grid=None) -> tuple[np.ndarray, np.ndarray]:
         """ids (P,), -1 at the image's tokens, and positions (3, P), the three rows alike."""
@@ -1075,7 +1117,7 @@ class QuestionDataset(Dataset):
         self.scenes, self.prompt, self.processor, self.store, self.tokens = scenes, prompt, processor, store, tokens
         self.texts_per_scene, self.seed, self.blind, self.share = texts_per_scene, seed, blind, share
         listed = [question for scene in scenes for question in scene.questions]
-        made = iter(prompt.branches([q.text for q in listed], [q.answer for q in listed] if answers else None))
+        made = iter(prompt.branches([prompt.asked(q) for q in listed], [q.answer for q in listed] if answers else None))
         self.branches = [[next(made) for _ in scene.questions] for scene in scenes]
 
     def __len__(self) -> int:

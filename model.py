@@ -1231,6 +1231,42 @@ class VQA(nn.Module):
         self.train(training)
         return answers
 
+    @torch.inference_mode()
+    def chat(
+        self, image: str | None, question: str, history=(), *, max_tokens: int | None = None, temperature: float = 0.0,
+        top_p: float = 1.0, streamer=None, stop=None, store=None,
+    ) -> str:  # fmt: skip
+        """The answer to one question after a `history` of (question, answer) about an image (None: about none).
+
+        Greedy, as `answer`; drawn where `temperature` is above 0 (Holtzman et al. 2020 for `top_p`). `streamer`: a
+        transformers streamer; `stop()` true ends the answer where it is. Raises imagery.ImageError.
+        """
+        part = {}
+        if image is not None:
+            part = pixel_batch([(pixel_store(self) if store is None else store)[str(image)]], self.processor)
+        prefix, _ = self.prompt.prefix(tuple(part["image_grid_thw"][0].tolist()) if part else None)
+        asked = self.prompt.asked(Question(question, "", history=tuple(map(tuple, history))))
+        ids = torch.tensor([[*prefix, *self.prompt.branches([asked])[0][0]]])
+        if part:
+            part["mm_token_type_ids"] = (ids == self.prompt.image_token).int()
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | part
+        how = {"do_sample": False}
+        if temperature > 0:
+            how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        config = GenerationConfig(
+            max_new_tokens=max_tokens or self.settings.max_answer_tokens, eos_token_id=self.ends,
+            pad_token_id=self.tokenizer.pad_token_id, **how,
+        )  # fmt: skip
+        criteria = [lambda ids, scores, **_: torch.full((len(ids),), bool(stop and stop()), device=ids.device)]
+        training = self.training
+        self.eval()
+        made = self.qwen.generate(
+            **{name: value.to(self.device) for name, value in given.items()},
+            generation_config=config, streamer=streamer, stopping_criteria=criteria,
+        )  # fmt: skip
+        self.train(training)
+        return self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
     def _prefill(self, scenes: list[dict], keep: int):
         """Run scenes with their questions; returns (tree with keys and values kept, logits (S, Q, V) at each branch's last
         token, position (S, Q) of the token to come)."""

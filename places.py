@@ -623,8 +623,8 @@ def shares_figure(counts, areas, colours: dict[str, str], path=None, title: str 
     sorted by area (else by count); those with neither are left out. Raises ValueError where nothing is left.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     rows = [("tiles", np.asarray(counts, float), "{:,.0f}")]
     if areas is not None:

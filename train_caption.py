@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.utils.data import DataLoader
 
 import caption_scores
 import report
@@ -35,7 +34,7 @@ from data import (
 )
 from imagery import ImageSettings, read_image
 from model import Captioner, base_folder, pixel_store, weight_files
-from trainer import PackedTask, SceneTrainer, read_history, write_json
+from trainer import PackedTask, SceneTrainer, held_out_loss, read_history, write_json
 
 # ----------------------------------------------------------------------------------------------------
 # Data
@@ -168,19 +167,8 @@ def main(argv: list[str] | None = None) -> dict:
     watched = random.Random(0).sample(splits["val"], min(len(splits["val"]), config.max_eval_scenes))
     held_out = dataset_of(watched)
 
-    @torch.no_grad()
-    def held_out_loss() -> float:
-        """Nats per token of the watched captions."""
-        total, terms = 0.0, 0
-        rows = [(0, i) for i in range(len(held_out))]
-        for batch in DataLoader(held_out, args.eval_batch_size, sampler=rows, collate_fn=collator):
-            for piece in batch["pieces"]:
-                total += float(model(**{name: value.to(args.device) for name, value in piece.items()}))
-            terms += batch["targets"]
-        return total / terms
-
     def evaluate(_):
-        found = {"loss": held_out_loss()}
+        found = {"loss": held_out_loss(model, held_out, collator, args.eval_batch_size)}
         for language, prompt in prompts.items():
             images, references = in_language(watched, language)
             if images:

@@ -5,6 +5,7 @@
     python train_vqa.py --resume_from_checkpoint output/training_...
     python train_vqa.py --eval_only --lora output/training_.../best_model
     python train_vqa.py merge --lora output/training_.../best_model --output merged/
+    python train_vqa.py --task chat --data captions_zh.json         # dialogue: [{"img", "prompt", "label"}], free text
 
 Leaves in output/training_YYYYMMDD_HHMMSS/: best_model/ (a peft adapter), checkpoint-N/, config.json, metrics.jsonl,
 results.json, samples.jsonl (every test question with its answers before and after), report.html, TensorBoard events.
@@ -12,6 +13,7 @@ results.json, samples.jsonl (every test question with its answers before and aft
 
 import argparse
 import copy
+import html
 import json
 import random
 import sys
@@ -22,6 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 
+import caption_scores
 import metrics
 import report
 from config import InputError, VQAConfig, flag_value, parse, user_errors
@@ -31,12 +34,14 @@ from data import (
     QuestionScene,
     drop_too_long,
     drop_unreadable,
+    is_chinese,
     load_splits,
+    read_chat,
     read_conversations,
 )
 from imagery import ImageSettings, read_image
 from model import VQA, pixel_store, read_config
-from trainer import PackedTask, SceneTrainer, read_history, write_json
+from trainer import PackedTask, SceneTrainer, held_out_loss, read_history, write_json
 
 # ----------------------------------------------------------------------------------------------------
 # Data
@@ -150,6 +155,72 @@ def summary(results: dict, best) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
+# Chat: free text
+
+
+def score_chat(made: dict, scenes: list[QuestionScene], train: list[QuestionScene]) -> tuple[dict, list[dict]]:
+    """({language of the question: `caption_scores.compare` of before and after}, a row for every question).
+
+    Beside them: how many training answers there are and how many of them are distinct, for what a data set repeats a
+    model copies."""
+    listed = [(scene.image, question) for scene in scenes for question in scene.questions]
+    said = {name: [text for row in answers for text in row] for name, answers in made.items()}
+    known = [question for scene in train for question in scene.questions]
+    scores, rows = {}, []
+    for language in ("en", "zh"):
+        chosen = [n for n, (_, question) in enumerate(listed) if is_chinese(question.text) == (language == "zh")]
+        if not chosen:
+            continue
+        learnt = [[question.answer] for question in known if is_chinese(question.text) == (language == "zh")]
+        truths = [[listed[n][1].answer] for n in chosen]
+        found = caption_scores.compare(
+            {name: [texts[n] for n in chosen] for name, texts in said.items()}, truths, learnt, language=language
+        )
+        for n, truth, values in zip(chosen, truths, caption_scores.per_image(found["after"])):
+            image, question = listed[n]
+            row = {"image": image, "language": language, "prompt": question.text, "history": question.history}
+            row |= {"caption": said["after"][n], "before": said["before"][n], "references": truth}
+            rows.append(row | values)
+        distinct = len({text for texts in learnt for text in texts})
+        training = {"answers": len(learnt), "distinct": distinct}
+        scores[language] = {"models": caption_scores.without_images(found), "training": training}
+    return scores, rows
+
+
+def chat_summary(results: dict, best) -> str:
+    lines = ["", f"{results['split']} split, {results['images'][results['split']]} images"]
+    for language, found in results["scores"].items():
+        for title, rows, columns, notes in caption_scores.tables(found["models"]):
+            lines += [title.replace("images", "questions"), report.table_text(rows, columns), notes, ""]
+        training = found["training"]
+        lines.append(f"{language}: {training['answers']} training answers, {training['distinct']} of them distinct")
+    loss = results["loss"]
+    lines.append(f"held-out loss, nats per token: before {loss['before']:.3f}, after {loss['after']:.3f}")
+    if "steps" in results:
+        lines.append(f"best step {results['best_step']} of {results['steps']}, {results['seconds']:.0f} s in all")
+    return "\n".join([*lines, f"adapter {best}"])
+
+
+def write_chat_report(run: Path, results: dict, rows: list[dict], settings: ImageSettings) -> None:
+    """`report.html`: scores before and after, curves, and pictures with what was said, best and worst first."""
+    sections = [
+        (title, report.table_html(listed, columns) + f"<p>{html.escape(notes)}</p>")
+        for found in results["scores"].values()
+        for title, listed, columns, notes in caption_scores.tables(found["models"])
+    ]
+    history = read_history(run)
+    curves = {"loss": "training loss", "eval_loss": "held-out loss"}
+    if any(key in row for row in history for key in curves):
+        sections.append(("Curves", report.figure_html(report.curves_figure(history, curves), "training curves")))
+
+    def picture(path):
+        return read_image(path, settings, max_side=448).rgb
+
+    sections += report.caption_sections(rows, picture)
+    report.page("Dialogue", sections, run / "report.html", subtitle=f"{run}")
+
+
+# ----------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -170,9 +241,12 @@ def main(argv: list[str] | None = None) -> dict | None:
     # ---- data and model
     if not config.lora:
         read_config(config.base_model)  # a missing base is said before the data is read
-    splits = load_splits(config, args.seed, rejected, read=read_conversations)
+    read = read_chat if config.task == "chat" else read_conversations
+    splits = load_splits(config, args.seed, rejected, read=read)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     options = {"dtype": dtype, "device": str(args.device)}
+    chat = config.task == "chat"
+    answers = {} if chat else known_answers(splits["train"])
     if config.lora:
         # The adapter names its base; a flag, or the record of the run that is resumed, says where it lies now.
         moved = flag_value("--base_model", argv) or args.resume_from_checkpoint
@@ -185,9 +259,9 @@ def main(argv: list[str] | None = None) -> dict | None:
             **options,
         )
         changed["base_model"] = model.settings.base_model
-        model.settings.answers = model.settings.answers or known_answers(splits["train"])
+        model.settings.answers = model.settings.answers or answers
     else:
-        model = VQA.from_base(config, seed=args.seed, answers=known_answers(splits["train"]), **options)
+        model = VQA.from_base(config, seed=args.seed, answers=answers, **options)
     limits = {
         "question": ("--max_question_tokens", config.max_question_tokens),
         "answer": ("--max_answer_tokens", config.max_answer_tokens),
@@ -213,6 +287,17 @@ def main(argv: list[str] | None = None) -> dict | None:
     tested = "test" if splits["test"] else "val"
     held = splits[tested]
 
+    collator = QuestionCollator(config.pack_tokens, packing=config.packing, pad_id=model.tokenizer.pad_token_id)
+
+    def dataset_of(scenes, blind=False, texts_per_scene=0):
+        return QuestionDataset(
+            scenes, model.prompt, processor=model.processor, store=store, tokens=tokens,
+            texts_per_scene=texts_per_scene, seed=args.seed, blind=blind,
+        )  # fmt: skip
+
+    def loss_of(scenes):
+        return held_out_loss(model, dataset_of(scenes), collator, args.eval_batch_size)
+
     def ask(scenes, **how):
         return model.answer(
             [(scene.image, scene.questions) for scene in scenes], store=store, tokens=tokens, decode=config.decode,
@@ -224,28 +309,32 @@ def main(argv: list[str] | None = None) -> dict | None:
         "split": tested,
         "images": {name: len(scenes) for name, scenes in splits.items()},
     }
-    results["majority"] = score_majority(splits["train"], held)
+    if not chat:
+        results["majority"] = score_majority(splits["train"], held)
     made: dict[str, list[list[str]]] = {}
     with model.before():
         made["before"] = ask(held, progress=main_process)
+        if chat:
+            results["loss"] = {"before": loss_of(held)}
 
     if config.eval_only:
         made["after"] = ask(held, progress=main_process)
+        if chat:
+            results["loss"]["after"] = loss_of(held)
+            results["scores"] = score_chat(made, held, splits["train"])[0]
+            say(chat_summary(results, config.lora))
+            return results
         results |= {name: score(answers, held) for name, answers in made.items()}
         results["change"] = change_of(made, held)
         say(summary(results, config.lora))
         return results
 
     # ---- training
-    def dataset_of(blind):
-        return QuestionDataset(
-            splits["train"], model.prompt, processor=model.processor, store=store, tokens=tokens,
-            texts_per_scene=config.texts_per_scene, seed=args.seed, blind=blind,
-        )  # fmt: skip
-
     watched = watched_scenes(splits["val"], config.max_eval_questions)
 
     def evaluate(_, blind):
+        if chat:
+            return {"loss": loss_of(watched)}
         found = score(ask(watched, blind=blind), watched, samples=1)
         kinds = {f"accuracy_{kind}": value["accuracy"] for kind, value in found["exact"]["types"].items()}
         return {"accuracy": found["exact"]["micro"], "accuracy_bucketed": found["bucketed"]["micro"]} | kinds
@@ -255,9 +344,9 @@ def main(argv: list[str] | None = None) -> dict | None:
             model=model,
             task=PackedTask(partial(evaluate, blind=blind)),
             args=arguments,
-            train_dataset=dataset_of(blind),
-            collator=QuestionCollator(config.pack_tokens, packing=config.packing, pad_id=model.tokenizer.pad_token_id),
-            settings={"task": "vqa", "settings": changed},
+            train_dataset=dataset_of(splits["train"], blind, config.texts_per_scene),
+            collator=collator,
+            settings={"task": "chat" if chat else "vqa", "settings": changed},
             rates={"vision": config.vision_learning_rate, "merger": config.merger_learning_rate, "language": None},
             early_stopping=config.early_stopping_patience,
         )
@@ -269,6 +358,18 @@ def main(argv: list[str] | None = None) -> dict | None:
     best = trainer.save_best()
     results |= {"steps": outcome.global_step, "best_step": trainer.state.best_global_step}
     made["after"] = ask(held, progress=main_process)
+    if chat:
+        results["loss"]["after"] = loss_of(held)
+        results["scores"], rows = score_chat(made, held, splits["train"])
+        results["seconds"] = round(time.perf_counter() - started, 1)
+        if main_process:
+            write_json(run / "results.json", results)
+            listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            report.write_atomic(run / "samples.jsonl", "".join(listed))
+            write_chat_report(run, results, rows, store.settings)
+            print(chat_summary(results, best))
+            print(f"report  {run / 'report.html'}")
+        return results
 
     # ---- the same training without images: what the questions give away
     if config.blind_baseline:

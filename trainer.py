@@ -224,6 +224,20 @@ class PackedTask:
         return total
 
 
+@torch.no_grad()
+def held_out_loss(model, dataset, collator, batch_size: int) -> float:
+    """Nats per predicted token of all texts of a `data.QuestionDataset`; the model is in eval mode meanwhile."""
+    training, total, terms = model.training, 0.0, 0
+    model.eval()
+    rows = [(0, i) for i in range(len(dataset))]
+    for batch in torch.utils.data.DataLoader(dataset, batch_size, sampler=rows, collate_fn=collator):
+        for piece in batch["pieces"]:
+            total += float(model(**{name: value.to(model.device) for name, value in piece.items()}))
+        terms += batch["targets"]
+    model.train(training)
+    return total / terms
+
+
 class EpochOfSampler(TrainerCallback):
     """Tells the sampler its epoch. accelerate does so itself, but not through the two wrappers a run on several
     processes has after it resumes inside an epoch: it would draw the first epoch's order, silently."""

@@ -198,9 +198,8 @@ def compare(args, sides: list[str], scratch: Path) -> int:
              "smallest": min(ratios), "largest": max(ratios),
              "cosine": float(torch.cosine_similarity(first, vectors[side]).min())}
         )  # fmt: skip
-    print(
-        f"{len(paths)} images, batches of {args.batch_size}, {args.threads} threads, {args.workers} workers, {args.device} {args.dtype}"
-    )
+    shared = f"batches of {args.batch_size}, {args.threads} threads, {args.workers} workers, {args.device} {args.dtype}"
+    print(f"{len(paths)} images, {shared}")
     heads = {"side": "side", "images/s": "images/s", "ratio": f"to {sides[0]}", "smallest": "smallest", "largest": "largest",
              "cosine": "least cosine to it"}  # fmt: skip
     print(table_text(rows, heads))

@@ -235,7 +235,7 @@ def turn(asked="Q? <|vision_start|>a.png<|vision_end|>", said="A"):
 @pytest.mark.parametrize(("row", "reason"), [
     ("text", "expected an object"),
     ({}, "'conversations'"),
-    ({"conversations": [{"from": "user", "value": "Q"}]}, "expected two turns"),
+    ({"conversations": [{"from": "user", "value": "Q"}]}, "by turns, found 1"),
     ({"conversations": turn()["conversations"][::-1]}, "'from'"),
     (turn(asked="Q?"), "one <|vision_start|>"),
     (turn(asked="<|vision_start|>a.png<|vision_end|>"), "one <|vision_start|>"),
