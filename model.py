@@ -1250,7 +1250,7 @@ class VQA(nn.Module):
         if part:
             part["mm_token_type_ids"] = (ids == self.prompt.image_token).int()
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | part
-        how = {"do_sample": False}
+        how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # not those of the base
         if temperature > 0:
             how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         config = GenerationConfig(

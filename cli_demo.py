@@ -1,0 +1,199 @@
+"""Talk about an image in the terminal, in Chinese or English.
+
+    python cli_demo.py --from_pretrained output/training_.../best_model
+    python cli_demo.py --from_pretrained output/.../best_model --image_path scene.tif --language zh
+    python cli_demo.py --from_pretrained output/.../best_model --quant 4                  # CUDA, bitsandbytes
+    printf 'scene.tif\\n图中有什么？\\nstop\\n' | python cli_demo.py --from_pretrained ...
+
+Type the path of an image, then ask; the turns before stay with the image. `image PATH` takes another one, `clear` forgets the
+turns, `before` asks the last question again without the adapter, `stop` ends. Ctrl-C stops the answer, not the program.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from config import InputError, add_device_flags, user_errors
+
+SAY = {
+    "image": ("Image (path, or empty for none): ", "图像路径（留空则无图像）："),
+    "ask": ("You: ", "提问："),
+    "answer": ("Model: ", "回答："),
+    "before": ("Without the adapter: ", "未加适配器："),
+    "hello": (
+        "Commands: image PATH, clear, before, stop. Ctrl-C stops an answer.",
+        "命令：image 路径（换图）、clear（清空对话）、before（不用适配器再答）、stop（退出）。Ctrl-C 中断当前回答。",
+    ),
+    "cleared": ("The turns are forgotten.", "对话已清空。"),
+    "stopped": (" [stopped]", " [已中断]"),
+    "nothing": ("There is no question yet.", "还没有问题。"),
+    "cut": ("The earliest turns are left out: the conversation is too long.", "对话过长，最早的几轮已省略。"),
+}
+COMMANDS = {"stop": "stop", "exit": "stop", "quit": "stop", "退出": "stop", "clear": "clear", "清空": "clear",
+            "before": "before"}  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--from_pretrained", required=True, help="adapter: best_model/ or checkpoint-N/ of train_vqa.py"
+    )
+    parser.add_argument("--base_model", help="folder of the base, if it is not where it was in training")
+    parser.add_argument("--quant", choices=["4", "8"], help="load the base in 4 or 8 bits (CUDA and bitsandbytes)")
+    parser.add_argument("--language", choices=["zh", "en"], default="zh", help="language of the program's own words")
+    parser.add_argument("--image_path", help="the first image")
+    parser.add_argument("--max_length", type=int, default=512, help="most tokens of an answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: draw words; 0: the likeliest ones")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest words of this total share")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other words")
+    parser.add_argument("--max_turns", type=int, default=20, help="turns that are remembered")
+    add_device_flags(parser)
+    return parser
+
+
+class Talk:
+    """One conversation: an image, the turns about it, and how answers are made."""
+
+    def __init__(self, model, args, say):
+        self.model, self.args, self.say = model, args, say
+        self.image: str | None = None
+        self.turns: list[tuple[str, str]] = []
+        self.stopped = False
+
+    def take(self, path: str | None) -> None:
+        """Another image; the turns about the one before go. Raises imagery.ImageError."""
+        from model import pixel_store
+
+        if path:
+            _ = pixel_store(self.model)[path]  # an unreadable file is said now, and the old image stays
+        self.image, self.turns = path or None, []
+
+    def answer(self, question: str, history, label: str) -> str:
+        """Ask, and write the answer as it comes. Ctrl-C ends it where it is."""
+        from transformers import TextStreamer
+
+        class Shown(TextStreamer):
+            def on_finalized_text(self, text, stream_end=False):
+                """A model may say anything: what would move the cursor or colour the terminal is left out."""
+                print("".join(c for c in text if c.isprintable() or c in "\n\t"), end="\n" if stream_end else "", flush=True)
+
+        print(self.say(label), end="", flush=True)
+        self.stopped = False
+        old = signal.signal(signal.SIGINT, lambda *_: setattr(self, "stopped", True))
+        try:
+            said = self.model.chat(
+                self.image, question, history, max_tokens=self.args.max_length, temperature=self.args.temperature,
+                top_p=self.args.top_p, stop=lambda: self.stopped,
+                streamer=Shown(self.model.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            )  # fmt: skip
+        finally:
+            signal.signal(signal.SIGINT, old)
+        if self.stopped:
+            print(self.say("stopped"))
+        return said
+
+    def line(self, text: str) -> bool:
+        """One line of the user's; False when it ends the conversation."""
+        from imagery import ImageError
+
+        word = COMMANDS.get(text.strip().lower())
+        if word == "stop":
+            return False
+        if word == "clear":
+            self.turns = []
+            print(self.say("cleared"))
+        elif word == "before":
+            if not self.turns:
+                print(self.say("nothing"))
+            else:
+                with self.model.before():
+                    self.answer(self.turns[-1][0], self.turns[:-1], "before")
+        elif text.split(maxsplit=1)[0].lower() in ("image", "图像"):
+            try:
+                self.take(text.split(maxsplit=1)[1].strip().strip("\"'") if len(text.split(maxsplit=1)) > 1 else None)
+            except ImageError as error:
+                print(error)
+        else:
+            said = self.answer(text.strip(), self.turns, "answer")
+            self.turns.append((text.strip(), said or "…"))
+            if len(self.turns) > self.args.max_turns:
+                self.turns = self.turns[-self.args.max_turns :]
+                print(self.say("cut"))
+        return True
+
+
+def reader():
+    """A function that asks for a line; prompt_toolkit in a terminal, for it edits wide characters rightly and keeps a
+    history; plain lines from a pipe. Raises EOFError at the end."""
+    if not sys.stdin.isatty():
+
+        def read(prompt):
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+            print(prompt + line, end="")  # so that what is kept of the output reads as a conversation
+            return line.rstrip("\n")
+
+        return read
+    from prompt_toolkit import PromptSession
+
+    session = PromptSession()
+    return session.prompt
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    for name, low, high in (
+        ("max_length", 1, 8192),
+        ("temperature", 0, 100),
+        ("top_p", 0.01, 1),
+        ("max_turns", 1, 1000),
+    ):
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name} {getattr(args, name)}: expected a number from {low} to {high}")
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    from imagery import ImageError
+    from model import VQA, pick_device
+
+    logging.disable_progress_bar()
+    device, dtype = pick_device(args.device, args.dtype)
+    model = VQA.from_pretrained(
+        args.from_pretrained, base_model=args.base_model, device=device, dtype=dtype, quantize=args.quant or "none"
+    )
+    set_seed(args.seed)
+    talk = Talk(model, args, lambda key: SAY[key][args.language == "zh"])
+    read = reader()
+    print(talk.say("hello"))
+    path = args.image_path
+    if path:
+        talk.take(path)
+    while path is None:
+        try:
+            path = read(talk.say("image")).strip().strip("\"'")
+            if COMMANDS.get(path.lower()) == "stop":
+                return 0
+            talk.take(path)
+        except (EOFError, KeyboardInterrupt):
+            return 0
+        except ImageError as error:
+            print(error)
+            path = None
+    if talk.image:
+        print(Path(talk.image).name)
+    while True:
+        try:
+            text = read(talk.say("ask"))
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            continue  # at the prompt: drops the line, as in a shell
+        if text.strip() and not talk.line(text):
+            return 0
+
+
+if __name__ == "__main__":
+    with user_errors():
+        sys.exit(main())

@@ -1,0 +1,111 @@
+"""cli_demo.py: turns, another image, clear, before, and Ctrl-C, through a pipe and in-process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import cli_demo
+from model import VQA
+from tests.conftest import draw
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def adapter(answerer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter") / "best_model"
+    answerer(strength=0.3, prompt="{question}").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("场景 图")  # a Chinese name with a space
+    draw(root / "a.png", 1, (60, 84), (40, 120, 60))
+    draw(root / "b.tif", 2, (84, 60), (150, 120, 60))
+    return root
+
+
+def talk(adapter, lines, *flags) -> subprocess.CompletedProcess:
+    words = ["cli_demo.py", "--from_pretrained", adapter, "--max_length", "6", "--device", "cpu", *flags]
+    text = "\n".join(map(str, lines)) + "\n"
+    return subprocess.run(
+        [sys.executable, *map(str, words)], input=text, capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+
+
+def test_a_conversation_through_a_pipe(adapter, pictures):
+    lines = [pictures / "none.png", pictures / "a.png", "How many buildings?", "And now?", "before", "clear", "before",
+             f"image {pictures / 'b.tif'}", "图中有什么？", "image nowhere.tif", "stop", "never reached"]  # fmt: skip
+    made = talk(adapter, lines, "--language", "en")
+    assert made.returncode == 0, made.stderr
+    out = made.stdout
+    assert "no such file" in out and "The turns are forgotten." in out and "There is no question yet." in out
+    assert out.count("Model: ") == 3 and out.count("Without the adapter: ") == 1 and "nowhere.tif" in out
+    # The answers are those of `chat`, and the second has the first as its history.
+    model = VQA.from_pretrained(adapter)
+    a, b = str(pictures / "a.png"), str(pictures / "b.tif")
+    first = model.chat(a, "How many buildings?", max_tokens=6)
+    second = model.chat(a, "And now?", [("How many buildings?", first)], max_tokens=6)
+    third = model.chat(b, "图中有什么？", max_tokens=6)
+    with model.before():
+        base = model.chat(a, "And now?", [("How many buildings?", first)], max_tokens=6)
+
+    def shown(label):
+        return [part.split("You: ")[0].strip() for part in out.replace("Without", "You: Without").split(label)[1:]]
+
+    assert shown("Model: ") == [printable(text) for text in (first, second, third)]
+    assert shown("Without the adapter: ")[0].split("\nThe turns")[0].strip() == printable(base)
+
+
+def printable(text: str) -> str:
+    return "".join(c for c in text if c.isprintable() or c in "\n\t").strip()
+
+
+def test_chinese_words_of_its_own(adapter, pictures):
+    made = talk(adapter, ["图中有什么？", "退出"], "--image_path", pictures / "a.png", "--language", "zh")
+    assert made.returncode == 0 and "回答：" in made.stdout and "命令" in made.stdout
+
+
+def test_ctrl_c_stops_the_answer_not_the_program(capsys):
+    """A model that would talk for ever, and a Ctrl-C while it does."""
+
+    class Endless:
+        tokenizer = None
+
+        def chat(self, image, question, history, *, stop, **_):
+            timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            end = time.monotonic() + 20
+            while not stop():
+                assert time.monotonic() < end, "Ctrl-C did not reach the answer"
+                time.sleep(0.01)
+            return "so far"
+
+    args = cli_demo.build_parser().parse_args(["--from_pretrained", "x", "--language", "en"])
+    talk = cli_demo.Talk(Endless(), args, lambda key: cli_demo.SAY[key][0])
+    assert talk.line("What is there?") and talk.turns == [("What is there?", "so far")]
+    assert "[stopped]" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "at the prompt Ctrl-C is what it was"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--max_length", 0], "--max_length 0"),
+        (["--top_p", 0], "--top_p"),
+        (["--quant", 4, "--device", "cpu"], "needs CUDA"),
+        (["--image_path", "nowhere.tif"], "nowhere.tif"),
+    ],
+)
+def test_refusals(adapter, call_main, flags, said):
+    code, _, err = call_main(cli_demo.main, "--from_pretrained", adapter, *flags)
+    assert code == 2 and said in err and "Traceback" not in err
+    code, _, err = call_main(cli_demo.main, "--from_pretrained", "nowhere")
+    assert code == 2 and "nowhere" in err
