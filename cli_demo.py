@@ -76,7 +76,11 @@ class Talk:
         class Shown(TextStreamer):
             def on_finalized_text(self, text, stream_end=False):
                 """A model may say anything: what would move the cursor or colour the terminal is left out."""
-                print("".join(c for c in text if c.isprintable() or c in "\n\t"), end="\n" if stream_end else "", flush=True)
+                print(
+                    "".join(c for c in text if c.isprintable() or c in "\n\t"),
+                    end="\n" if stream_end else "",
+                    flush=True,
+                )
 
         print(self.say(label), end="", flush=True)
         self.stopped = False

@@ -1,8 +1,9 @@
-"""A web page for a library of images and for trained models: search, match, classify, monitor, describe, ask.
+"""A web page for a library of images and for trained models: search, match, classify, monitor, describe, ask, converse.
 
     python web_demo.py --store ./library.index                             # http://127.0.0.1:7860
     python web_demo.py --store ./2020.index --after ./2023.index           # adds the Monitor tab
     python web_demo.py --captioner outputs/final --vqa output/.../best_model      # adds Describe and Ask
+    python web_demo.py --from_pretrained output/.../best_model             # Converse: an adapter of train_vqa.py --task chat
     python web_demo.py --preset demo
 
 Models are loaded once. The page needs no internet: no font, script or map comes from elsewhere (a map's tiles do where
@@ -11,6 +12,7 @@ limits of size and pixels. Behind a proxy, or for others than yourself, read dep
 """
 
 import argparse
+import contextlib
 import html
 import json
 import math
@@ -77,6 +79,19 @@ TEXT = {
     "prompt": ("Prompt", "提示词"),
     "question": ("Questions, one a line", "问题，每行一个"),
     "go_ask": ("Ask", "提问"),
+    "converse": ("Converse", "对话"),
+    "talk": ("Conversation", "对话"),
+    "plain": ("The same without the adapter", "同样的问题，未加适配器"),
+    "message": ("Your question", "你的问题"),
+    "send": ("Send", "发送"),
+    "halt": ("Stop", "停止"),
+    "retry": ("Again", "重答"),
+    "clear": ("Clear", "清空"),
+    "compare": ("Answer without the adapter too", "同时显示未加适配器的回答"),
+    "how": ("Sampling", "采样"),
+    "temperature": ("Temperature (0: the likeliest words)", "温度（0：最可能的词）"),
+    "top_p": ("Top-p", "Top-p"),
+    "length": ("Most tokens", "最大词元数"),
     "need_words": ("Enter words, or give a picture.", "请输入文字或上传图片。"),
     "need_picture": ("Give a picture first.", "请先上传图片。"),
     "need_text": ("Enter a text first.", "请先输入文字。"),
@@ -127,6 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--after", help="index of later images: Monitor compares --store with it")
     parser.add_argument("--captioner", help="final/ of a train_caption.py run: Describe")
     parser.add_argument("--vqa", help="best_model/ of a train_vqa.py run: Ask")
+    parser.add_argument("--from_pretrained", help="best_model/ of a train_vqa.py --task chat run: Converse")
     parser.add_argument("--model", help="towers of the index, if they have moved")
     parser.add_argument("--base_model", help="base of the index's matcher, if it has moved")
     parser.add_argument("--library", help="folder of the index's images, if it has moved")
@@ -226,10 +242,11 @@ def map_svg(payloads: list[dict], tile_url: str | None = None, size: tuple[int, 
 class Page:
     """The models, and what the page's buttons do. Every method may run in several threads at once."""
 
-    def __init__(self, args, *, library=None, after=None, captioner=None, vqa=None):
+    def __init__(self, args, *, library=None, after=None, captioner=None, vqa=None, chatter=None):
         from imagery import ImageSettings
 
         self.args, self.library, self.after, self.captioner, self.vqa = args, library, after, captioner, vqa
+        self.chatter = chatter
         self.lock = threading.Lock()  # the generating models keep state while they run
         settings = library.settings if library else ImageSettings()
         self.settings = ImageSettings.from_dict(settings.to_dict() | {"max_pixels": args.max_pixels})
@@ -423,6 +440,68 @@ class Page:
             answers = self.vqa.answer([(picture, lines)])[0]
         return "".join(f"<p><b>{html.escape(q)}</b><br>{html.escape(a)}</p>" for q, a in zip(lines, answers))
 
+    def talk(self, picture, question, history, *, adapter=True, temperature=0.0, top_p=1.0, max_tokens=256):
+        """The answer to a question after [(question, answer)] turns, as it grows: a generator of texts. Closing it stops the
+        model."""
+        from transformers import TextIteratorStreamer
+
+        halt, failed = threading.Event(), []
+        streamer = TextIteratorStreamer(self.chatter.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+        def run():
+            try:
+                with self.lock, contextlib.nullcontext() if adapter else self.chatter.before():
+                    self.chatter.chat(
+                        picture, question, history, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
+                        streamer=streamer, stop=halt.is_set,
+                    )  # fmt: skip
+            except Exception as error:  # the reader below must not wait for ever
+                failed.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        said = ""
+        try:
+            for piece in streamer:
+                said += piece
+                yield said
+            if failed:
+                raise failed[0]
+        finally:
+            halt.set()
+            thread.join()
+
+    def converse(self, picture, message, told, plain, compare, temperature, top_p, length, language):
+        """One turn. told, plain: the chatbots' messages, with and without the adapter. Yields both as they grow."""
+        question = (message or "").strip()
+        if not question:
+            raise InputError(self.say("need_text", language))
+        if len(question) > MOST_TEXT:
+            raise InputError(self.say("too_long", language, n=MOST_TEXT))
+        self.read(picture, language)  # None is allowed: a question about no image
+        how = {"temperature": temperature, "top_p": top_p, "max_tokens": int(length)}
+        told, plain = list(told or []), list(plain or [])
+        for messages, adapter in ((told, True), (plain, False)):
+            if not adapter and not compare:
+                continue
+            history = turns_of(messages)[-20:]
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+            yield told, plain
+            for text in self.talk(picture, question, history, adapter=adapter, **how):
+                messages[-1]["content"] = text
+                yield told, plain
+
+
+def turns_of(messages: list[dict]) -> list[tuple[str, str]]:
+    """[(question, answer)] of a chatbot's messages, whose content is a text or a list of parts with texts."""
+    texts = []
+    for message in messages:
+        content = message["content"]
+        parts = content if isinstance(content, list) else [content]
+        texts.append("".join(part if isinstance(part, str) else part.get("text", "") for part in parts).strip())
+    return [(q, a or "…") for q, a in zip(texts[::2], texts[1::2])]
+
 
 def build(page: Page):
     """The gradio app of a `Page`."""
@@ -439,6 +518,10 @@ def build(page: Page):
         translated.append((made, texts))
         return made
 
+    def notice(error: InputError):
+        said = html.escape(page.without_paths(str(error)), quote=False)  # a notice is HTML
+        return gr.Error(said, print_exception=False, title="")
+
     def kind(action):
         """A user's mistake becomes a notice on the page."""
 
@@ -446,8 +529,7 @@ def build(page: Page):
             try:
                 return action(*values)
             except InputError as error:
-                said = html.escape(page.without_paths(str(error)), quote=False)  # a notice is HTML
-                raise gr.Error(said, print_exception=False, title="") from None
+                raise notice(error) from None
 
         return run
 
@@ -514,6 +596,52 @@ def build(page: Page):
             with place:
                 button(name, action, [picture, *given, choice], out)
 
+    def converse_tab():
+        with gr.Row():
+            with gr.Column(scale=1, min_width=320):
+                picture = upload()
+                compare = put(gr.Checkbox, {"label": "compare"})
+                with put(gr.Accordion, {"label": "how"}, open=False):
+                    temperature = put(gr.Slider, {"label": "temperature"}, minimum=0, maximum=2, value=0, step=0.05)
+                    top_p = put(gr.Slider, {"label": "top_p"}, minimum=0.05, maximum=1, value=1, step=0.05)
+                    length = put(gr.Slider, {"label": "length"}, minimum=8, maximum=1024, value=256, step=8)
+            with gr.Column(scale=2, min_width=420):
+                look = {"height": 420, "render_markdown": False, "buttons": ["copy"]}  # what a model says is no page
+                with gr.Row():
+                    told = put(gr.Chatbot, {"label": "talk"}, **look)
+                    plain = put(gr.Chatbot, {"label": "plain"}, visible=False, **look)
+                message = put(gr.Textbox, {"label": "message"}, max_length=MOST_TEXT)
+                with gr.Row():
+                    send = put(gr.Button, {"value": "send"}, variant="primary")
+                    halt, again, clear = (put(gr.Button, {"value": key}) for key in ("halt", "retry", "clear"))
+
+        def run(*values):
+            for words, others in flowing(*values):
+                yield words, others, ""
+
+        def repeat(picture, _, words, others, *values):
+            if words:
+                question = turns_of(words)[-1][0]
+                yield from flowing(picture, question, words[:-2], others[: len(words) - 2], *values)
+
+        def flowing(*values):
+            try:
+                yield from page.converse(*values)
+            except InputError as error:
+                raise notice(error) from None
+
+        inputs = [picture, message, told, plain, compare, temperature, top_p, length, choice]
+        events = [
+            event(run, inputs, [told, plain, message], api_visibility="private")
+            for event in (send.click, message.submit)
+        ]
+        events.append(again.click(repeat, inputs, [told, plain], api_visibility="private"))
+        halt.click(None, cancels=events, api_visibility="private")
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        for event in (clear.click, picture.change):  # another image begins another conversation
+            event(lambda: ([], []), None, [told, plain], cancels=events, **quiet)
+        compare.change(lambda both: gr.update(visible=both, value=[]), compare, plain, **quiet)
+
     with gr.Blocks(title=page.say("title", first), analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         with gr.Row():
             with gr.Column(scale=1, min_width=320):  # on a phone the language goes below the title
@@ -548,6 +676,9 @@ def build(page: Page):
                 picture_tab("describe", page.describe, lambda: put(gr.Textbox, {"label": "prompt"}, value=first_prompt))
             if page.vqa:
                 picture_tab("ask", page.ask, lambda: put(gr.Textbox, {"label": "question"}, lines=3))
+            if page.chatter:
+                with put(gr.Tab, {"label": "converse"}):
+                    converse_tab()
 
         def translate(language):
             said = [gr.update(**{n: page.say(key, language) for n, key in texts.items()}) for _, texts in translated]
@@ -572,9 +703,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, path in DEMO.items():
             if getattr(args, name) is None and Path(path).exists():
                 setattr(args, name, path)
-    if not (args.store or args.captioner or args.vqa):
+    if not (args.store or args.captioner or args.vqa or args.from_pretrained):
         hint = "; run `make demo` first" if args.preset == "demo" else ""
-        raise InputError(f"nothing to show: give --store, --captioner or --vqa{hint}")
+        raise InputError(f"nothing to show: give --store, --captioner, --vqa or --from_pretrained{hint}")
     if args.after and not args.store:
         raise InputError("--after needs --store, the index of the earlier images")
     if args.tile_url and not all(part in args.tile_url for part in ("{z}", "{x}", "{y}")):
@@ -599,7 +730,8 @@ def main(argv: list[str] | None = None) -> int:
         captioner = Captioner.from_pretrained(args.captioner, **options)
     if args.vqa:
         vqa = VQA.from_pretrained(args.vqa, **options)
-    page = Page(args, library=library, after=after, captioner=captioner, vqa=vqa)
+    chatter = VQA.from_pretrained(args.from_pretrained, **options) if args.from_pretrained else None
+    page = Page(args, library=library, after=after, captioner=captioner, vqa=vqa, chatter=chatter)
     app = build(page)
     fonts = [
         "system-ui",

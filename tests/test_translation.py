@@ -1,0 +1,764 @@
+"""translation_en2zh.py: what a server can do wrong, kills, every check of a text, rows that training reads."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import translation_en2zh as script
+from data import read_conversations
+
+ROOT = Path(__file__).parents[1]
+GLOSSARY = script.read_glossary(str(script.PROMPTS / "glossary_zh.json"))
+
+
+# ----------------------------------------------------------------------------------------------------
+# A server that translates the captions of `english`, and breaks on demand
+
+
+def english(number: int) -> str:
+    return f"Two white planes are parked in the northeast of the airport with {number} buildings."
+
+
+def chinese(number: int) -> str:
+    return f"机场东北部停着两架白色飞机，还有{number}栋建筑。"
+
+
+BAD_TEXTS = {
+    "refusal": "抱歉，作为AI语言模型，我无法翻译这些内容。",
+    "meta": "以下是翻译：{}",
+    "dropped": "机场东北部停着白色飞机，还有一些建筑。",
+    "direction": "机场西南部停着两架白色飞机，还有{n}栋建筑。",
+    "colour": "机场东北部停着两架红色飞机，还有{n}栋建筑。",
+    "english": "机场东北部停着两架白色planes，还有{n}栋建筑和飞机。",
+    "classifier": "机场东北部停着两白色飞机，还有{n}栋建筑。",
+    "short": "机场。",
+    "same": "机场东北部停着两架白色飞机，还有7栋建筑。",
+}
+
+
+class Server:
+    """`with Server() as server: ...` -> `server.url`.
+
+    plan       {number: [fault, ...]}  what to do wrong at each request about the captions of that number ("ok": nothing)
+    sent_back  numbers that get a bad answer to their first message, whenever it comes
+    status     (code, message) of every answer
+    seen       counts requests by their messages; asked: by their number
+    """
+
+    def __init__(self, delay=0.0):
+        self.plan: dict[int, list[str]] = {}
+        self.sent_back: set[int] = set()
+        self.seen, self.asked, self.delay = Counter(), Counter(), delay
+        self.times: list[float] = []
+        self.bodies: list[dict] = []
+        self.under_way = self.most = 0
+        self.status: tuple[int, str] | None = None
+        self.lock, self.stop = threading.Lock(), threading.Event()
+
+    def __enter__(self):
+        outer = self
+
+        class Handler(_Handler):
+            server_of_test = outer
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.http.block_on_close = False
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception):
+        self.stop.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+    def total(self) -> int:
+        return sum(self.seen.values())
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *words):
+        pass
+
+    def handle(self):
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # a client that was killed
+            super().handle()
+
+    def do_POST(self):
+        server = self.server_of_test
+        data = self.rfile.read(size := int(self.headers["content-length"]))
+        if len(data) < size:  # its client was killed
+            self.close_connection = True
+            return
+        body = json.loads(data)
+        text = body["messages"][0]["content"]
+        number = int(re.search(r"with (\d+) buildings", text)[1])
+        with server.lock:
+            server.seen[json.dumps(body["messages"])] += 1
+            step = server.asked[number]
+            server.asked[number] += 1
+            server.times.append(time.monotonic())
+            server.bodies.append(body | {"path": self.path, "key": self.headers["authorization"]})
+            server.under_way += 1
+            server.most = max(server.most, server.under_way)
+        try:
+            if server.delay:
+                time.sleep(server.delay)
+            steps = server.plan.get(number, [])
+            fault = "dropped" if number in server.sent_back and len(body["messages"]) == 1 else "ok"
+            self.act(steps[step] if step < len(steps) else fault, number)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+        finally:
+            with server.lock:
+                server.under_way -= 1
+
+    def act(self, fault: str, number: int):
+        server = self.server_of_test
+        if server.status:
+            return self.send(server.status[0], json.dumps({"error": {"message": server.status[1], "code": "x"}}))
+        if fault.startswith("429"):
+            return self.send(
+                429, '{"error": {"message": "slow down"}}', {"Retry-After": fault[4:]} if fault[4:] else {}
+            )
+        if fault.isdigit():
+            return self.send(int(fault), json.dumps({"error": {"message": f"planted {fault}"}}))
+        if fault == "slow":
+            server.stop.wait(5)
+            self.close_connection = True
+            return None
+        if fault == "drip":  # never silent for long, and never done
+            self.send_response(200)
+            self.send_header("Content-Length", "99")
+            self.end_headers()
+            for _ in range(50):
+                self.wfile.write(b" ")
+                server.stop.wait(0.1)
+            self.close_connection = True
+            return None
+        if fault == "late":
+            server.stop.wait(0.4)
+        if fault == "malformed":
+            return self.send(200, '{"choices": [{"message"')
+        if fault == "page":
+            return self.send(200, "<html>gateway</html>", {"Content-Type": "text/html"})
+        text, why, message = chinese(number), "stop", {}
+        if fault in BAD_TEXTS:
+            text = BAD_TEXTS[fault].replace("{n}", str(number)).replace("{}", text)
+        elif fault == "length":
+            text, why = text[:12], "length"
+        elif fault == "none":
+            message = {"content": None}
+        elif fault == "thinks":
+            text = f"<think>two planes\n</think>\n\n“{text}”"
+        elif fault == "detail":
+            text = f"{number}栋建筑旁的机场里，两架白色飞机停在东北部。"
+        message = {"role": "assistant", "content": text} | message
+        choices = [] if fault == "choices" else [{"index": 0, "finish_reason": why, "message": message}]
+        made = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices})
+        if fault == "cut":  # the connection closes in the middle of the body
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(made)))
+            self.end_headers()
+            self.wfile.write(made[: len(made) // 2].encode())
+            self.close_connection = True
+            return None
+        return self.send(200, made)
+
+    def send(self, status: int, text: str, headers=None):
+        data = text.encode()
+        self.send_response(status)
+        for name, value in (
+            {"Content-Type": "application/json", "Content-Length": len(data)} | (headers or {})
+        ).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def server():
+    with Server() as running:
+        yield running
+
+
+def write_input(folder: Path, captions: list[list[str]], split="train", name="captions_en.json") -> Path:
+    """Scenes with one tiny image each."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    first = folder / "images" / "0.png"
+    Image.new("RGB", (56, 56), (90, 160, 60)).save(first)
+    for i in range(1, len(captions)):
+        path = folder / "images" / f"{i}.png"
+        if not path.exists():
+            os.link(first, path)
+    rows = [{"image": f"{i}.png", "caption": text} | ({"split": split} if split else {})
+            for i, texts in enumerate(captions) for text in texts]  # fmt: skip
+    (folder / name).write_text(json.dumps(rows))
+    return folder / name
+
+
+def rows_in(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def aside_in(path: Path) -> dict[str, dict]:
+    return {row["img"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+
+
+@pytest.fixture
+def call(call_main, tmp_path, server):
+    """`call("--flag", ...) -> (exit code, stdout, stderr)` on captions_en.json of `tmp_path`."""
+
+    def run(*words, url=None):
+        given = ["--input", tmp_path / "captions_en.json", "--output", tmp_path / "zh.json"]
+        given += ["--base_url", url or server.url, "--model", "m", "--backoff", 0.01]
+        return call_main(script.main, *given, *words)
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------
+# Rows
+
+
+def test_rows_and_what_is_sent(tmp_path, call, server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # no way to a server on this machine
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    write_input(tmp_path, [[english(i), f"An airport with {i} buildings."] for i in range(6)])
+    server.plan = {3: ["thinks"]}
+    code, out, err = call("--extra", '{"chat_template_kwargs": {"enable_thinking": false}}')
+    assert code == 0 and "6 rows of 6 images" in out and "error" not in err
+    rows = rows_in(tmp_path / "zh.json")
+    questions = script.read_questions(str(script.PROMPTS / "questions_zh.txt"))
+    assert [row["img"] for row in rows] == [f"{i}.png" for i in range(6)]
+    assert [row["label"] for row in rows] == [chinese(i) for i in range(6)]
+    assert {row["split"] for row in rows} == {"train"} and all(
+        set(row) == {"img", "prompt", "label", "split"} for row in rows
+    )
+    assert {row["prompt"] for row in rows} <= set(questions) and len({row["prompt"] for row in rows}) > 1
+    sent = server.bodies[0]
+    assert sent["path"] == "/v1/chat/completions" and sent["key"] == "Bearer secret" and sent["temperature"] == 0
+    assert sent["model"] == "m" and sent["chat_template_kwargs"] == {"enable_thinking": False}
+    assert all("airport: 机场" in body["messages"][0]["content"] for body in server.bodies)
+    assert all(
+        body["messages"][0]["content"].count("buildings") == 2 for body in server.bodies
+    )  # both captions, merged
+
+    found = read_conversations(tmp_path / "zh.json")
+    assert not found.rejected and [scene.split for scene in found.scenes] == ["train"] * 6
+    assert [scene.questions[0].answer for scene in found.scenes] == [row["label"] for row in rows]
+
+    report = rows_in(tmp_path / "zh.json.report.json")
+    assert report["rows"] == report["requests"] == 6 and report["cached"] == 0 and report["rejected"] == {}
+    assert report["length"] == {"min": len(chinese(0)), "median": len(chinese(0)), "max": len(chinese(0))}
+    assert len(report["samples"]) == 5 and not (tmp_path / "zh.json.rejected.jsonl").exists()
+
+    before = (tmp_path / "zh.json").read_bytes()
+    code, out, _ = call("--extra", '{"chat_template_kwargs": {"enable_thinking": false}}')
+    assert code == 0 and server.total() == 6 and (tmp_path / "zh.json").read_bytes() == before
+    assert rows_in(tmp_path / "zh.json.report.json")["cached"] == 6 and "6 answers from the cache, 0 requests" in out
+    call("--seed", "5", "--questions", "3", "--extra", '{"chat_template_kwargs": {"enable_thinking": false}}')
+    more = rows_in(tmp_path / "zh.json")
+    assert server.total() == 6 and len(more) == 18 and len({(row["img"], row["prompt"]) for row in more}) == 18
+    call("--temperature", "0.5")  # another sampling is another answer
+    assert server.total() == 12
+
+
+def test_each_caption_by_itself(tmp_path, call, server):
+    write_input(tmp_path, [[english(2 * i), english(2 * i + 1)] for i in range(3)], split=None)
+    code, out, _ = call("--each")
+    rows = rows_in(tmp_path / "zh.json")
+    assert code == 0 and [row["label"] for row in rows] == [chinese(i) for i in range(6)]
+    assert [row["img"] for row in rows] == ["0.png", "0.png", "1.png", "1.png", "2.png", "2.png"]
+    assert all("split" not in row for row in rows) and "6 rows of 3 images" in out
+    assert all(rows[i]["prompt"] != rows[i + 1]["prompt"] for i in (0, 2, 4))
+    assert len(read_conversations(tmp_path / "zh.json").scenes) == 3
+
+
+def test_images_are_found_from_another_folder(tmp_path, call_main, server):
+    source = write_input(tmp_path / "in", [[english(0)]])
+    (tmp_path / "out").mkdir()
+    words = ["--input", source, "--output", tmp_path / "out" / "zh.jsonl", "--base_url", server.url, "--model", "m"]
+    assert call_main(script.main, *words)[0] == 0
+    (scene,) = read_conversations(tmp_path / "out" / "zh.jsonl").scenes
+    assert scene.image == str(tmp_path / "in" / "images" / "0.png")
+    write_input(tmp_path / "out", [[]])  # another image of that name lies there
+    assert call_main(script.main, *words)[0] == 0 and server.total() == 1
+    (scene,) = read_conversations(tmp_path / "out" / "zh.jsonl").scenes
+    assert scene.image == str(tmp_path / "in" / "images" / "0.png")
+
+
+@pytest.mark.parametrize("form", ["triplets", "karpathy", "scenes", "folder"])
+def test_every_form_of_captions(tmp_path, call_main, server, form):
+    source = write_input(tmp_path, [[english(4)]], name="captions.json")
+    content = {
+        "triplets": [{"image_name": "images/0.png", "positive": english(4), "negative": "A desert."}],
+        "karpathy": {"images": [{"filename": "0.png", "filepath": "images", "split": "restval",
+                                 "sentences": [{"raw": english(4)}]}]},
+        "scenes": [{"image": "0.png", "captions": [english(4)], "zh_answer": "机场。", "split": "test"}],
+    }  # fmt: skip
+    if form != "folder":
+        source.write_text(json.dumps(content[form]))
+    given = tmp_path if form == "folder" else source
+    words = ["--input", given, "--output", tmp_path / "zh.json", "--base_url", server.url, "--model", "m"]
+    assert call_main(script.main, *words)[0] == 0
+    (row,) = rows_in(tmp_path / "zh.json")
+    (scene,) = read_conversations(tmp_path / "zh.json").scenes
+    assert row["label"] == chinese(4) and Path(scene.image).name == "0.png"
+    assert row.get("split") == {"triplets": None, "karpathy": "train", "scenes": "test", "folder": "train"}[form]
+    assert row["img"] == ("images/0.png" if form in ("triplets", "karpathy") else "0.png")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Faults
+
+
+def test_every_planted_fault_is_caught_and_counted(tmp_path, call, server):
+    server.plan = {
+        0: ["429:1", "ok"], 1: ["500"], 2: ["503", "502"], 3: ["slow"], 4: ["cut"], 5: ["malformed"], 6: ["page"],
+        8: ["choices"], 9: ["none"], 10: ["429"], 20: ["drip"],
+        # answers that are sent back once, and come right
+        11: ["refusal"], 12: ["dropped"], 13: ["direction"], 14: ["english"], 15: ["colour"], 16: ["length"],
+        17: ["meta"], 18: ["classifier"], 19: ["short"],
+        # and those that stay wrong
+        21: ["refusal"] * 2, 22: ["dropped"] * 2, 23: ["direction"] * 2, 24: ["english"] * 2, 25: ["colour"] * 2,
+        26: ["length"] * 2,
+        # one request that the server does not take
+        27: ["400"],
+    }  # fmt: skip
+    write_input(tmp_path, [[english(i)] for i in range(30)])
+    code, out, err = call("--timeout", 1.5, "--concurrency", 4)
+    report = rows_in(tmp_path / "zh.json.report.json")
+    assert code == 1 and "1 texts have no answer" in err
+    assert report["retries"] == {
+        "429": 2,
+        "5xx": 3,
+        "timeout": 2,
+        "connection": 1,
+        "malformed body": 2,
+        "empty answer": 2,
+    }
+    assert report["sent_back"] == {
+        "refusal": 2, "number missing": 3, "direction missing": 3, "direction added": 2, "colour missing": 3,
+        "colour added": 2, "English left": 2, "cut off": 2, "meta talk": 1, "number without a classifier": 1,
+        "too short": 1, "glossary": 1,
+    }  # fmt: skip
+    aside = aside_in(tmp_path / "zh.json.rejected.jsonl")
+    assert set(aside) == {f"{i}.png" for i in range(21, 28)} and report["rejected_texts"] == 7
+    assert aside["21.png"]["reasons"] == ["refusal"] and aside["26.png"]["reasons"] == ["cut off"]
+    assert aside["22.png"]["reasons"] == ["number missing"]
+    assert aside["23.png"]["reasons"] == ["direction missing", "direction added"]
+    assert aside["24.png"]["reasons"] == ["English left"]
+    assert aside["25.png"]["reasons"] == ["colour missing", "colour added"]
+    assert aside["27.png"]["reasons"] == ["no answer"] and "planted 400" in aside["27.png"]["details"][0]
+    assert aside["25.png"]["earlier"][0]["answer"] == BAD_TEXTS["colour"].replace("{n}", "25")
+    assert report["rejected"]["no answer"] == 1 and report["rejected"]["direction added"] == 1
+    rows = {row["img"]: row["label"] for row in rows_in(tmp_path / "zh.json")}
+    assert rows == {f"{i}.png": chinese(i) for i in range(30) if f"{i}.png" not in aside}
+    assert "put aside: " in out and report["requests"] == server.total() == 30 + 12 + 15
+    told = [body["messages"] for body in server.bodies if len(body["messages"]) == 3 and "with 13 b" in str(body)]
+    assert (
+        told[0][1]["content"] == BAD_TEXTS["direction"].replace("{n}", "13")
+        and "缺少方位“东北”" in told[0][2]["content"]
+    )
+
+    before = server.total()
+    code, _, _ = call("--timeout", 1.5)  # only the one without an answer is asked again; bad answers are not paid twice
+    assert code == 0 and server.total() == before + 1 and len(rows_in(tmp_path / "zh.json")) == 24
+
+
+def test_retry_after_is_honoured_by_all(tmp_path, call, server):
+    server.plan = {0: ["429:1"], 1: ["late"]}  # the second worker is free at 0.4 s
+    write_input(tmp_path, [[english(i)] for i in range(4)])
+    assert call("--concurrency", 2)[0] == 0 and server.total() == 5
+    assert server.times[2] - server.times[0] >= 1
+    headers = {"retry-after": formatdate(time.time() + 30, usegmt=True)}
+    assert 28 < script.wait_asked(headers) <= 30
+    assert script.wait_asked({"retry-after": "0.5"}) == 0.5 and script.wait_asked({"retry-after": "soon"}) is None
+    assert script.wait_asked({}) is None
+
+
+def test_limits(tmp_path, call, server):
+    write_input(tmp_path, [[english(i)] for i in range(6)])
+    server.delay = 0.1
+    assert call("--concurrency", 3)[0] == 0 and server.most == 3
+    server.times.clear()
+    assert call("--requests_per_minute", 600, "--temperature", "1")[0] == 0
+    assert server.times[-1] - server.times[0] >= 0.45
+
+
+@pytest.mark.parametrize("status, told", [(401, "--api_key"), (402, "--api_key"), (403, "--api_key"), (404, "--model")])
+def test_what_no_retry_can_mend_stops_the_run(tmp_path, call, server, status, told):
+    write_input(tmp_path, [[english(i)] for i in range(50)])
+    server.status = (status, "not you,\nwith sk-123")
+    code, out, err = call("--api_key", "sk-123", "--concurrency", 2)
+    assert code == 2 and out == "" and server.total() <= 4
+    line = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(line) == 1 and f"HTTP {status}: " in line[0] and told in line[0] and "sk-123" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions_en.json", "images"]
+
+
+def test_a_server_that_is_not_there_or_goes_away(tmp_path, call, server):
+    write_input(tmp_path, [[english(i)] for i in range(20)])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    code, _, err = call("--retries", 2, url=closed)
+    assert code == 2 and "no answer after 3 tries" in err and "connection failed" in err
+    server.status = (400, "no such thing")
+    code, _, err = call()
+    assert code == 2 and "refuses every request" in err and "no such thing" in err
+    server.status, server.plan = None, {i: ["500"] * 9 for i in range(5, 20)}
+    code, _, err = call("--retries", 1, "--concurrency", 2)
+    assert code == 2 and "answers so far are kept" in err and not (tmp_path / "zh.json").exists()
+    server.plan, before = {}, server.total()
+    assert call()[0] == 0 and server.total() == before + 15 and len(rows_in(tmp_path / "zh.json")) == 20
+    server.plan = {0: ["429:9999"]}
+    server.asked.clear()
+    code, _, err = call("--temperature", "1", "--concurrency", 1)
+    assert code == 2 and "asks to wait 9999 s" in err
+
+
+def test_one_failure_does_not_hold_up_the_rest(tmp_path, call, server):
+    write_input(tmp_path, [[english(i)] for i in range(4)])
+    server.plan = {2: ["500"] * 9}
+    for _ in range(2):  # the second run asks for nothing else, and must not take the server for dead
+        code, _, err = call("--retries", 1, "--concurrency", 1)
+        assert code == 1 and "1 texts have no answer" in err and len(rows_in(tmp_path / "zh.json")) == 3
+
+
+def test_duplicates_are_asked_for_more_detail(tmp_path, call, server):
+    """Seven images with one description: three keep it, two come back better, two stay as they are."""
+    captions = [[english(7)] for _ in range(5)] + [[english(7) + " " + "An airport."], ["An airport.", english(7)]]
+    write_input(tmp_path, [*captions, [english(1)]])
+    server.plan = {7: ["same"] * 3 + ["detail", "same", "detail", "same"]}
+    code, _, _ = call("--concurrency", 1)
+    report = rows_in(tmp_path / "zh.json.report.json")
+    assert code == 0 and report["duplicates"] == {"before": 6, "after": 3} and report["rejected"] == {"duplicate": 2}
+    assert report["requests"] == server.total() == 8  # five equal requests are one, four more for detail, one other
+    labels = Counter(row["label"] for row in rows_in(tmp_path / "zh.json"))
+    assert sorted(labels.values()) == [1, 2, 3] and labels[BAD_TEXTS["same"]] == 3
+    assert set(aside_in(tmp_path / "zh.json.rejected.jsonl")) == {"4.png", "6.png"}
+    code, _, _ = call("--keep_duplicates")
+    assert code == 0 and server.total() == 8 and len(rows_in(tmp_path / "zh.json")) == 8
+    assert rows_in(tmp_path / "zh.json.report.json")["duplicates"]["after"] == 5
+    assert call("--max_duplicates", 10)[0] == 0 and server.total() == 8 and len(rows_in(tmp_path / "zh.json")) == 8
+
+
+# ----------------------------------------------------------------------------------------------------
+# Kills
+
+FORKS = """
+import os, sys
+sys.path.insert(0, {root!r})
+import openai, data, report, translation_en2zh, tqdm
+from config import user_errors
+for line in sys.stdin:  # importing takes seconds and is no part of a run: every run is a fork of this process
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with user_errors():
+            sys.exit(translation_en2zh.main(line.rstrip("\\n").split("\\t")))
+    print(child, flush=True)
+    _, status = os.waitpid(child, 0)
+    print("code", os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+def test_kills_lose_nothing_and_pay_nothing_twice(tmp_path, server):
+    """2,000 captions, five SIGKILLs, a half-written line: at most what was under way is asked for again."""
+    count, workers = 2000, 16
+    source = write_input(tmp_path, [[english(i + k) for k in range(20)] for i in range(0, count, 20)])
+    server.sent_back = set(range(0, count, 50))  # these take two requests
+    words = ["--input", source, "--output", tmp_path / "zh.json", "--base_url", server.url, "--model", "m",
+             "--concurrency", workers, "--each"]  # fmt: skip
+    line = "\t".join(map(str, words)) + "\n"
+    runs = subprocess.Popen(
+        [sys.executable, "-c", FORKS.format(root=str(ROOT))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    cache = tmp_path / "zh.json.cache.jsonl"
+
+    def say() -> int:
+        runs.stdin.write(line)
+        runs.stdin.flush()
+        return int(runs.stdout.readline().split()[-1])
+
+    try:
+        kept = 0
+        for at in (1, 400, 1000, 1700, count + 15):  # the last one falls among the second tries
+            pid = say()
+            while server.total() < at:
+                time.sleep(0.002)
+            os.kill(pid, signal.SIGKILL)
+            assert runs.stdout.readline().split() == ["code", "-9"]
+            assert not (tmp_path / "zh.json").exists()
+            lines = cache.read_bytes().split(b"\n")[:-1] if cache.exists() else []
+            assert len(lines) >= kept
+            kept = len(lines)
+            if at == 1000:  # the kill that falls into a write
+                with open(cache, "ab") as file:
+                    file.write(b'{"key": "abc", "te')
+        say()
+        assert runs.stdout.readline().split() == ["code", "0"]
+        repeated = server.total() - len(server.seen)
+        assert len(server.seen) == count + count // 50 and repeated <= 5 * workers
+        assert [row["label"] for row in rows_in(tmp_path / "zh.json")] == [chinese(i) for i in range(count)]
+        before = server.total()
+        say()
+        assert runs.stdout.readline().split() == ["code", "0"] and server.total() == before
+        assert rows_in(tmp_path / "zh.json.report.json")["requests"] == 0
+    finally:
+        runs.kill()
+        runs.wait()
+
+
+def test_half_a_line_is_ignored(tmp_path):
+    path = tmp_path / "cache.jsonl"
+    cache = script.Cache(path)
+    cache.add("a", script.Answer("一\u2028二"))
+    cache.close()
+    with open(path, "ab") as file:
+        file.write('{"key": "b", "text": "三'.encode()[:-1])
+    cache = script.Cache(path)
+    assert cache.answers == {"a": script.Answer("一\u2028二")}
+    with pytest.raises(script.InputError, match="another run"):
+        script.Cache(path)
+    cache.add("c", script.Answer("四", True))
+    cache.close()
+    assert script.Cache(path).answers == {"a": script.Answer("一\u2028二"), "c": script.Answer("四", True)}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Checks: (captions, good text, bad text, its reason)
+
+PAIRS = [
+    ("two planes", "两架飞机", "一架飞机", "number missing"),
+    ("two planes", "2架飞机", "两飞机", "number without a classifier"),
+    ("two large planes", "两架大型飞机", "三架大型飞机", "number added"),
+    ("three ships at the pier", "码头有三艘船", "码头有船", "number missing"),
+    ("twelve buildings", "十二栋建筑", "十一栋建筑", "number missing"),
+    ("twenty-five cars", "25辆汽车", "二十辆汽车", "number missing"),
+    ("120 cars", "一百二十辆汽车", "102辆汽车", "number missing"),
+    ("1,200 houses", "1200座房屋", "120座房屋", "number missing"),
+    ("a bridge 0.5 km long", "一座长0.5千米的桥", "一座长5千米的桥", "number missing"),
+    ("many trees", "许多树木", "有树木", "number missing"),
+    ("several buildings", "几栋建筑", "有建筑", "number missing"),
+    ("one tennis court", "一个网球场", "网球场有两个", "number missing"),
+    ("a plane on each of the two sides of one road", "一条道路两侧各有一架飞机", "一条道路旁有一架飞机", "number missing"),
+    ("some cars", "一些汽车", "五辆汽车", "number added"),
+    ("a crossroads", "一个十字路口", "四个十字路口", "number added"),
+    ("A river north of the town", "城镇北边有一条河流", "城镇南边有一条河流", "direction missing"),
+    ("a lake in the northwest", "西北部有一个湖泊", "北部有一个湖泊", "direction missing"),
+    ("a lake in the north", "北部有一个湖泊", "东北部有一个湖泊", "direction added"),
+    ("a pond in the center", "中央有一个池塘", "图像中有一个池塘", "direction missing"),
+    ("a church on the left", "左侧有一座教堂", "右侧有一座教堂", "direction added"),
+    ("a church on the right", "右侧有一座教堂", "有一座教堂在旁边", "direction missing"),
+    ("a road in the upper left corner", "左上角有一条道路", "左下角有一条道路", "direction missing"),
+    ("a road at the bottom", "下方有一条道路", "上方有一条道路", "direction missing"),
+    ("a church right next to a lake", "教堂紧挨着一个湖泊", "教堂在湖泊左边", "direction added"),
+    ("a red roof", "红色的屋顶", "蓝色的屋顶", "colour missing"),
+    ("gray roofs", "灰色屋顶", "屋顶", "colour missing"),
+    ("reddish soil", "泛红的土壤", "土壤一片", "colour missing"),
+    ("a roof", "一个屋顶", "一个红色屋顶", "colour added"),
+    ("trees near bare land", "绿树靠近裸露的黄土地和裸地", "树木旁的裸地是紫色的", "colour added"),
+    ("storage tanks", "储罐", "坦克", "glossary"),
+    ("residential areas", "居民区", "居住的地方", "glossary"),
+    ("a 30 m wide river", "一条30m宽的河流", "一条30 m宽的river河流", "English left"),
+    ("an RGB picture of a T junction", "RGB图像，有一个T字路口", "Picture里有一个T字路口", "English left"),
+    ("a car of the UNHCR", "UNHCR的一辆汽车", "UNICEF的一辆汽车", "English left"),
+    ("a dense forest beside a wide and quiet lake", "宽阔平静的湖泊旁有一片茂密的森林", "湖旁林", "too short"),
+    ("a dense forest", "一片茂密的森林", "A dense forest", "not Chinese"),
+    ("a dense forest", "一片茂密的森林", "一片茂密的森林" * 20, "too long"),
+    ("a forest", "一片无法通行的森林", "抱歉，我无法翻译。", "refusal"),
+    ("a forest", "一片森林", "As an AI language model, I cannot translate", "refusal"),
+    ("a forest", "一片森林", "以下是翻译：一片森林", "meta talk"),
+    ("a forest", "一片森林", "好的，一片森林", "meta talk"),
+    ("a forest", "一片森林", "**一片森林**", "meta talk"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("caption, good, bad, reason", PAIRS)
+def test_checks(caption, good, bad, reason):
+    assert script.check([caption], good, GLOSSARY) == []
+    assert reason in [found for found, _ in script.check([caption], bad, GLOSSARY)]
+
+
+def test_captions_that_disagree_leave_the_choice():
+    captions = ["two planes at the airport", "several planes at the airport", "three planes"]
+    for text in ("机场有两架飞机", "机场有三架飞机", "机场有几架飞机"):
+        assert script.check(captions, text, GLOSSARY) == []
+    assert script.check(captions, "机场有飞机停着", GLOSSARY)[0][0] == "number missing"
+    kinds = ["many planes", "eight different kinds of planes"]
+    assert script.check(kinds, "这里有八架飞机", GLOSSARY) == script.check(kinds, "这里有许多飞机", GLOSSARY) == []
+    agreed = ["two planes at the airport with three hangars", "two planes"]
+    assert script.check(agreed, "机场有两架飞机和三个机库", GLOSSARY) == []
+    assert script.check(agreed, "机场有两架飞机和机库", GLOSSARY)[0][0] == "number missing"
+
+
+def test_numbers():
+    value = lambda text: [sorted(values) for values, _, _ in script.chinese_numbers(text)]  # noqa: E731
+    assert value("十五栋，二十辆，一百零三个，两千三百座") == [[15], [20], [103], [2300]]
+    assert value("两三架") == [[2, 3, 23]] and 12 in value("十几架")[0] and value("第三条A380") == []
+    assert script.english_numbers("another one, each one and thirty-two tanks") == [(32, "tank")]
+
+
+def test_clean():
+    assert script.clean("<think>a</think>\n\n“一片\n森林。”") == "一片森林。"
+    assert script.clean("thoughts</think>一片森林") == "一片森林" and script.clean("<think>never ends") == ""
+    assert script.clean("“东”和“西”") == "“东”和“西”"
+
+
+def test_glossary_file():
+    assert len(GLOSSARY) >= 60 and all(
+        re.search("[\u4e00-\u9fff]", a) for accepted in GLOSSARY.values() for a in accepted
+    )
+    assert list(script.terms_in(["Storage tanks, a railway station and cities"], GLOSSARY)) == [
+        "railway station",
+        "storage tank",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------
+# What the user gives
+
+
+def test_input_errors(tmp_path, call_main, server):
+    source = write_input(tmp_path, [[english(0)]])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    files = {
+        "no_captions.txt": "翻译 {glossary}", "no_glossary.txt": "翻译 {captions}", "empty.txt": "# nothing\n",
+        "list.json": "[]", "broken.json": "{", "wrong.json": '{"river": "河"}', "none.json": '{"river": []}',
+    }  # fmt: skip
+    others = tmp_path / "given"
+    others.mkdir()
+    for name, text in files.items():
+        (others / name).write_text(text, encoding="utf-8")
+    cases = [
+        (["--base_url", ""], "give --base_url"), (["--local", "x"], "one of the two"), 
+        (["--base_url", "here"], "expected an address"),
+        (["--model", ""], "needs --model"), (["--concurrency", 0], "--concurrency 0"), (["--timeout", "nan"], "--timeout nan"),
+        (["--retries", -1], "--retries -1"), (["--extra", "{"], "--extra: not JSON"), (["--extra", "[]"], "a JSON object"),
+        (["--api_key", "钥匙"], "--api_key"),
+        (["--prompt_file", others / "no_captions.txt"], "placeholder {captions} is missing"),
+        (["--prompt_file", others / "no_glossary.txt"], "placeholder {glossary} is missing"),
+        (["--prompt_file", others / "absent.txt"], "cannot be read"), (["--questions_file", others / "empty.txt"], "no question"),
+        (["--glossary", others / "list.json"], "expected {English term"), (["--glossary", others / "broken.json"], "line 1"),
+        (["--glossary", others / "wrong.json"], "term 'river'"), (["--glossary", others / "none.json"], "term 'river'"),
+        (["--output", source], "would write over"), (["--output", tmp_path / "no" / "zh.json"], "folder does not exist"),
+        (["--output", tmp_path / "images"], "is a folder"), (["--input", tmp_path / "absent.json"], "no such file"),
+        (["--prompt_file", others / "zh.txt", "--output", others / "zh.txt"], "would write over"),
+    ]  # fmt: skip
+    for words, told in cases:
+        given = ["--input", source, "--output", tmp_path / "zh.json", "--base_url", server.url, "--model", "m", *words]
+        code, out, err = call_main(script.main, *given)
+        assert code == 2 and out == "" and told in err, (words, err)
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert server.total() == 0 and sorted(path.name for path in tmp_path.iterdir()) == [
+        *before[:1],
+        "given",
+        *before[1:],
+    ]
+
+
+def test_no_usable_answer(tmp_path, call, server):
+    write_input(tmp_path, [[english(0)]])
+    server.plan = {0: ["refusal"] * 2}
+    code, _, err = call()
+    assert code == 2 and "no answer passed the checks" in err and not (tmp_path / "zh.json").exists()
+    assert aside_in(tmp_path / "zh.json.rejected.jsonl")["0.png"]["reasons"] == ["refusal"]
+
+
+def test_captions_with_braces(tmp_path, call, server):
+    write_input(tmp_path, [[english(0) + " {glossary} {captions} {x}"]])
+    call("--retries", 0)
+    assert "{glossary} {captions} {x}" in server.bodies[0]["messages"][0]["content"]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Models
+
+
+def test_local_model(tmp_path, call_main, qwen3_base, monkeypatch):
+    """A model with random weights says nothing of use: what it says is asked for in batches, kept and judged."""
+    source = write_input(tmp_path, [[english(i)] for i in range(5)])
+    words = ["--input", source, "--output", tmp_path / "zh.json", "--local", qwen3_base, "--device", "cpu",
+             "--max_tokens", 8, "--max_duplicates", 9, "--batch_size", 2]  # fmt: skip
+    code, _, err = call_main(script.main, *words)
+    assert code == 2 and "no answer passed the checks" in err
+    report = rows_in(tmp_path / "zh.json.report.json")
+    assert report["requests"] == 10 and report["rejected_texts"] == 5
+    call_main(script.main, *words)
+    assert rows_in(tmp_path / "zh.json.report.json")["requests"] == 0  # all from the cache
+
+    monkeypatch.setattr(
+        script.Translator, "judge", lambda self, item, answer: setattr(item, "text", f"描述{answer.text}")
+    )
+    assert call_main(script.main, *words)[0] == 0
+    batched = rows_in(tmp_path / "zh.json")
+    (tmp_path / "zh.json.cache.jsonl").unlink()
+    assert call_main(script.main, *words[:-1], 1)[0] == 0
+    assert rows_in(tmp_path / "zh.json") == batched and len(batched) == 5  # padding changes nothing
+    code, _, err = call_main(script.main, *words[:4], "--local", tmp_path / "nothing")
+    assert code == 2 and "no model here" in err
+
+
+SERVING = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "transformers.cli.serve"))
+
+
+@pytest.mark.skipif(not SERVING, reason="transformers serve needs fastapi and uvicorn")
+def test_transformers_serve(tmp_path, call_main, qwen3_base):
+    """The protocol against a real server."""
+    source = write_input(tmp_path, [[english(i)] for i in range(2)])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
+    words = ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", str(qwen3_base)]
+    log = open(tmp_path / "log", "wb")  # noqa: SIM115
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    try:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        end = time.monotonic() + 60
+        while True:
+            try:
+                opener.open(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                assert running.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+        given = ["--input", source, "--output", tmp_path / "zh.json", "--base_url", f"http://127.0.0.1:{port}/v1",
+                 "--model", qwen3_base, "--max_tokens", 8, "--retries", 0]  # fmt: skip
+        _, _, err = call_main(script.main, *given)
+        assert "no answer passed the checks" in err, err + (tmp_path / "log").read_text()[-2000:]
+        report = rows_in(tmp_path / "zh.json.report.json")
+        assert report["requests"] == 4 and report["retries"] == {} and "no answer" not in report["rejected"]
+    finally:
+        running.terminate()
+        running.wait(20)
+        log.close()

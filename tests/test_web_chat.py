@@ -1,0 +1,117 @@
+"""The page's Converse tab: turns, both answers side by side, stop, clear; in-process and in a browser."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from config import InputError
+from model import VQA
+from tests.conftest import draw
+from tests.test_web_demo import CHROMIUM, ROOT, free_port
+from web_demo import Page, build_parser, turns_of
+
+
+@pytest.fixture(scope="module")
+def adapter(answerer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter") / "best_model"
+    answerer(strength=0.3, prompt="{question}").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    return str(draw(tmp_path_factory.mktemp("talk") / "a.tif", 1, (60, 84), (40, 120, 60)))
+
+
+@pytest.fixture(scope="module")
+def page(adapter):
+    args = build_parser().parse_args(["--from_pretrained", str(adapter)])
+    return Page(args, chatter=VQA.from_pretrained(adapter))
+
+
+def last(made):
+    *_, end = made
+    return end
+
+
+def test_turns_of_messages():
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
+    assert turns_of(messages) == [("q", "a")] and turns_of(messages[:1]) == []
+    assert turns_of([messages[0], {"role": "assistant", "content": ""}]) == [("q", "…")]
+
+
+def test_turns_stream_with_their_history_and_without_the_adapter(page, picture):
+    fields = (True, 0.0, 1.0, 6, "en")
+    told, plain = last(page.converse(picture, "How many buildings?", [], [], *fields))
+    told, plain = last(page.converse(picture, "And now?", told, plain, *fields))
+    model = page.chatter
+    first = model.chat(picture, "How many buildings?", max_tokens=6)
+    second = model.chat(picture, "And now?", [("How many buildings?", first)], max_tokens=6)
+    assert [a for _, a in turns_of(told)] == [first or "…", second or "…"]
+    with model.before():
+        base = model.chat(picture, "How many buildings?", max_tokens=6)
+    assert turns_of(plain)[0] == ("How many buildings?", base or "…") and len(plain) == 4
+    told, plain = last(page.converse(None, "Hello", [], [], False, 0.0, 1.0, 4, "en"))
+    assert len(told) == 2 and plain == [], "without a picture, and without the other answer, if one likes"
+    for words in ("", "x" * 5000):
+        with pytest.raises(InputError):
+            last(page.converse(picture, words, [], [], *fields))
+
+
+def test_closing_the_stream_stops_the_model(page, picture):
+    stream = page.talk(picture, "How many buildings?", [], max_tokens=2000)
+    began = time.monotonic()
+    next(stream)
+    stream.close()
+    assert time.monotonic() - began < 20 and not page.lock.locked()
+
+
+def test_an_error_of_the_model_reaches_the_reader(page, picture, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(page.chatter, "chat", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(page.talk(picture, "How many?", []))
+
+
+def test_browser_converses(adapter, picture, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not os.path.exists(CHROMIUM):
+        pytest.skip(f"{CHROMIUM} is not installed")
+    port, log = free_port(), tmp_path / "log"
+    words = ["web_demo.py", "--from_pretrained", adapter, "--port", port, "--device", "cpu", "--language", "en"]
+    with log.open("wb") as file:
+        server = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        until = time.monotonic() + 120
+        while b"Ctrl-C stops it" not in log.read_bytes():
+            assert server.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.2)
+        with sync_api.sync_playwright() as play:
+            browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            tab = browser.new_page(viewport={"width": 1280, "height": 900}, locale="en-US")
+            tab.goto(f"http://127.0.0.1:{port}")
+            tab.locator("input[type=file]").first.set_input_files(picture)
+            tab.locator(".image-container img, .image-frame img").first.wait_for()  # another picture clears the talk
+            tab.wait_for_timeout(500)
+            tab.get_by_role("button", name="Sampling").click()
+            tab.get_by_label("number input for Most tokens").fill("8")
+            tab.get_by_label("Answer without the adapter too").check()
+            for words in ("How many buildings?", "And now?"):
+                tab.get_by_label("Your question").fill(words)
+                tab.get_by_role("button", name="Send").click()
+                # Both answers of this turn: the question stands in both columns.
+                sync_api.expect(tab.get_by_text(words, exact=True)).to_have_count(2, timeout=60_000)
+            tab.wait_for_timeout(1500)
+            tab.screenshot(path=tmp_path / "converse.png", full_page=True)
+            tab.locator("label", has_text="中文").click()
+            tab.get_by_role("button", name="清空").click()
+            sync_api.expect(tab.get_by_text("And now?", exact=True)).to_have_count(0, timeout=20_000)
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait(20)

@@ -1,0 +1,1067 @@
+"""Chinese chat rows from English captions: a language model merges or translates them, and every answer is checked.
+
+    python translation_en2zh.py --input captions_en.json --output captions_zh.json \\
+        --base_url http://127.0.0.1:8000/v1 --model qwen --prompt_file prompts/translate_zh.txt
+    python translation_en2zh.py --input captions_en.json --output captions_zh.json --local Qwen/Qwen3-4B
+
+--input is any caption file that train_caption.py reads. --output is a list of {"img", "prompt", "label"} with the `split`
+of the input where it has one; `img` is the name the input uses where that finds the same image from the output's folder,
+else an absolute path. Beside it stand `<output>.report.json` (counts), `<output>.rejected.jsonl` (what was put aside,
+with the reasons) and `<output>.cache.jsonl` (every answer, written as it comes: a run that was stopped goes on from there
+and pays for nothing twice).
+
+Exit code: 0, or 1 where the server left captions without an answer (run the same command again), or 2 where nothing
+was written.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import email.utils
+import hashlib
+import json
+import os
+import random
+import re
+import statistics
+import sys
+import time
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from config import InputError, add_device_flags, user_errors
+
+PROMPTS = Path(__file__).parent / "prompts"
+PLACEHOLDERS = ("{captions}", "{glossary}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, help="English captions, in any form train_caption.py reads")
+    parser.add_argument("--output", required=True, help='file for [{"img", "prompt", "label"}] (.json or .jsonl)')
+    parser.add_argument("--image_root", help="folder of the images (default: the input's folder, or its images/)")
+    parser.add_argument(
+        "--max_rejected",
+        type=float,
+        default=0.01,
+        help="share of input rows that may be unusable (default: %(default)s)",
+    )
+
+    engine = parser.add_argument_group("who translates")
+    engine.add_argument("--base_url", help="an OpenAI-compatible server: DeepSeek, Qwen, vLLM, transformers serve")
+    engine.add_argument("--model", help="the model's name on that server")
+    engine.add_argument("--api_key", help="default: the variable OPENAI_API_KEY; a server of your own needs none")
+    engine.add_argument("--local", help="instead of a server: folder of a language model that runs here")
+    engine.add_argument(
+        "--batch_size", type=int, default=8, help="captions that --local works on at once (default: %(default)s)"
+    )
+    add_device_flags(engine)
+    engine.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0: the likeliest words; --local is always so (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--max_tokens", type=int, default=1024, help="longest answer, with a model's thinking (default: %(default)s)"
+    )
+    engine.add_argument("--extra", help='JSON to send along, e.g. {"chat_template_kwargs": {"enable_thinking": false}}')
+
+    network = parser.add_argument_group("requests")
+    network.add_argument("--concurrency", type=int, default=8, help="requests under way at once (default: %(default)s)")
+    network.add_argument(
+        "--requests_per_minute", type=float, default=0, help="at most so many (0: no limit) (default: %(default)s)"
+    )
+    network.add_argument("--timeout", type=float, default=120, help="seconds for one answer (default: %(default)s)")
+    network.add_argument(
+        "--retries", type=int, default=5, help="further tries of a request that failed (default: %(default)s)"
+    )
+    network.add_argument(
+        "--backoff",
+        type=float,
+        default=1.0,
+        help="seconds before the first retry; doubles each time (default: %(default)s)",
+    )
+    network.add_argument(
+        "--max_wait",
+        type=float,
+        default=300,
+        help="longest wait a server may ask for, in seconds (default: %(default)s)",
+    )
+
+    text = parser.add_argument_group("texts")
+    mode = text.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--merge", dest="mode", action="store_const", const="merge", help="one description of all captions of an image"
+    )
+    mode.add_argument("--each", dest="mode", action="store_const", const="each", help="every caption by itself")
+    parser.set_defaults(mode="merge")
+    text.add_argument("--prompt_file", default=str(PROMPTS / "translate_zh.txt"), help="has {captions} and {glossary}")
+    text.add_argument("--questions_file", default=str(PROMPTS / "questions_zh.txt"), help="questions, one a line")
+    text.add_argument(
+        "--questions",
+        type=int,
+        default=1,
+        help="rows, each with another question, of one description (default: %(default)s)",
+    )
+    text.add_argument("--glossary", default=str(PROMPTS / "glossary_zh.json"), help="{English term: [Chinese terms]}")
+    text.add_argument("--seed", type=int, default=0, help="another seed draws other questions (default: %(default)s)")
+    text.add_argument(
+        "--min_chars",
+        type=int,
+        default=6,
+        help="a shorter text is refused (unless its caption is short) (default: %(default)s)",
+    )
+    text.add_argument(
+        "--max_duplicates", type=int, default=3, help="images that may share one description (default: %(default)s)"
+    )
+    text.add_argument("--keep_duplicates", action="store_true", help="keep those that stay alike after asking again")
+    return parser
+
+
+# ----------------------------------------------------------------------------------------------------
+# What the user gives
+
+
+def checked(args) -> None:
+    """Refuse what no run can use, before anything is read. Raises InputError."""
+    if bool(args.base_url) == bool(args.local):
+        raise InputError("give --base_url (a server) or --local (a model's folder), one of the two")
+    if args.base_url:
+        if urlsplit(args.base_url).scheme not in ("http", "https") or not urlsplit(args.base_url).hostname:
+            raise InputError(f"--base_url {args.base_url}: expected an address such as http://127.0.0.1:8000/v1")
+        if not args.model:
+            raise InputError("--base_url needs --model, the model's name on that server")
+    args.api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
+    if not args.api_key.isascii() or not args.api_key.isprintable():
+        raise InputError("--api_key: holds characters that no key has")
+    for name, low, high in (
+        ("batch_size", 1, 4096), ("temperature", 0, 2), ("max_tokens", 1, 1e6), ("concurrency", 1, 1000),
+        ("requests_per_minute", 0, 1e6), ("timeout", 0.001, 86400), ("retries", 0, 100), ("backoff", 0, 3600),
+        ("max_wait", 0, 86400), ("questions", 1, 100), ("min_chars", 1, 1000), ("max_duplicates", 1, 1e9),
+        ("max_rejected", 0, 1),
+    ):  # fmt: skip
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name} {getattr(args, name):g}: expected a number from {low:g} to {high:g}")
+    if args.extra:
+        try:
+            args.extra = json.loads(args.extra)
+        except json.JSONDecodeError as error:
+            raise InputError(f"--extra: not JSON: {error.msg} at character {error.pos}") from None
+        if not isinstance(args.extra, dict):
+            raise InputError("--extra: expected a JSON object")
+
+
+def places_beside(output: Path, sources: list[Path]) -> dict[str, Path]:
+    """{what: file} of everything a run writes. Raises InputError where it cannot."""
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"--output {output}: its folder does not exist")
+    ends = {"cache": ".cache.jsonl", "rejected": ".rejected.jsonl", "report": ".report.json"}
+    places = {"output": output} | {what: output.with_name(output.name + end) for what, end in ends.items()}
+    for path in places.values():
+        if path.is_dir():
+            raise InputError(f"--output {output}: would write {path}, which is a folder")
+        if path.resolve() in {source.resolve() for source in sources}:
+            raise InputError(f"--output {output}: would write over {path}, which is read")
+    return places
+
+
+def read_text(path: str, flag: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise InputError(f"{flag} {path}: cannot be read: {why}") from None
+
+
+def read_prompt(path: str) -> str:
+    """The prompt with its two placeholders. Raises InputError naming the one that is missing."""
+    text = read_text(path, "--prompt_file")
+    for name in PLACEHOLDERS:
+        if name not in text:
+            raise InputError(f"--prompt_file {path}: the placeholder {name} is missing")
+    return text.strip()
+
+
+def read_questions(path: str) -> list[str]:
+    lines = [line.strip() for line in read_text(path, "--questions_file").splitlines()]
+    questions = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not questions:
+        raise InputError(f"--questions_file {path}: no question in it")
+    return questions
+
+
+def read_glossary(path: str) -> dict[str, list[str]]:
+    """{English term in lower case: accepted Chinese}. Raises InputError naming the term."""
+    from data import load_json
+
+    content = load_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected {{English term: [Chinese terms]}}, found {type(content).__name__}")
+    for term, accepted in content.items():
+        if not isinstance(accepted, list) or not accepted or not all(isinstance(a, str) and a for a in accepted):
+            raise InputError(f"{path}: term {term!r}: expected a list of Chinese terms with at least one")
+    return {term.lower(): accepted for term, accepted in content.items()}
+
+
+def names_of(source: Path, image_root: str | None) -> dict[str, str]:
+    """{path `data.read_scenes` found: the name that the file uses}."""
+    from data import load_json
+
+    content = load_json(source)
+    roots = [Path(image_root)] if image_root else [source.parent, source.parent / "images"]
+    names: dict[str, str] = {}
+    for entry in content["images"] if isinstance(content, dict) else content:
+        if not isinstance(entry, dict):
+            continue
+        for key in ("image_name", "image", "filename"):
+            if isinstance(entry.get(key), str):
+                name = entry[key].strip()
+                if key == "filename" and isinstance(entry.get("filepath"), str):
+                    name = str(Path(entry["filepath"]) / name)
+                for root in roots:
+                    names.setdefault(str(root / name), name)
+    return names
+
+
+def name_for(image: str, name: str, output: Path) -> str:
+    """What `data.read_conversations` finds `image` by from the output's folder: its own name, else the absolute path."""
+    for root in (output.parent, output.parent / "images"):
+        if (root / name).is_file():
+            return name if os.path.samefile(root / name, image) else os.path.abspath(image)
+    return os.path.abspath(image)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Is an answer a faithful Chinese text? Every check returns [(reason, what to tell the model)].
+
+SMALL = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+         "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]  # fmt: skip
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+WORDS = {word: i for i, word in enumerate(SMALL)} | {word: 20 + 10 * i for i, word in enumerate(TENS)}
+ENGLISH_NUMBER = re.compile(
+    rf"(?<![\w.])(?:(?P<digits>\d[\d,]*(?:\.\d+)?)|(?P<tens>{'|'.join(TENS)})[- ](?P<ones>{'|'.join(SMALL[1:10])})\b"
+    rf"|(?P<word>{'|'.join(reversed(WORDS))})\b|(?P<vague>many|numerous|lots of|plenty of|several|a few|dozens of)\b)"
+)
+NOT_A_COUNT = re.compile(r"\b(?:this|that|another|each|any|every|which|no|the other|the)$")  # "another one", "each one"
+NOUN_ENDS = re.compile(
+    "of|in|on|at|near|next|with|and|or|are|is|was|were|to|by|from|along|beside|between|behind|around|that|which|has|have"
+    "|there|this|it|surrounded|parked|arranged|located|lined|while|as|for|into|under|over|above|below"
+)
+IMPLIED = {2: r"\b(both|pair|couple|double|dual|twin|two)\b", 3: r"\b(triang|triple|tri-|three)", 4: r"\b(square|four)",
+           12: r"\bdozen", 10: r"\b(cross|ten\b|intersect)"}  # fmt: skip
+MANY = re.compile(r"多|大量|不少|无数|若干|密集|成群|林立|遍布|布满|大片|些|[几数]")
+
+DIGIT = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
+UNIT = {"十": 10, "百": 100, "千": 1000, "万": 10000}
+CHINESE_NUMBER = re.compile(
+    r"(?<![A-Za-z\d.第])(?:\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|[零〇一二两三四五六七八九十百千万]+)"
+)
+CLASSIFIERS = set(
+    "个架艘辆条栋座幢幅片块棵株排行列处所间家只头匹台部层级张面侧边旁岸端角段道股组群簇堆种类样些半起直口根支枝颗粒位名把"
+    "扇顶丛簇团圈串束滴套批队对双次年月日度米公厘毫亩平顷倍吨元分秒小时圆方点车跑泊轨线字体者大小长短整余多来几%mkch"
+)
+IDIOM = re.compile(
+    r"十字|四[周面处方边角通]|两[侧边旁岸端者头]|两两|三三|三角|五颜六色|八角|[五六八]边|七彩|百货|二手|三面|第[一二三四五六七八九十]+"
+)
+
+
+def english_numbers(text: str) -> list[tuple[float | str, str]]:
+    """[(value or "many", the noun it counts)] of one caption."""
+    text, found = text.lower(), []
+    for match in ENGLISH_NUMBER.finditer(text):
+        if match["vague"]:
+            value = "many"
+        elif match["digits"]:
+            value = float(match["digits"].rstrip(",").replace(",", ""))
+        elif match["tens"]:
+            value = WORDS[match["tens"]] + WORDS[match["ones"]]
+        else:
+            value = WORDS[match["word"]]
+        after = re.sub("^ (?:different |various )*(?:kinds|types|sizes|sorts) of", "", text[match.end() :])
+        if value == 1 and (NOT_A_COUNT.search(text[: match.start()].rstrip()) or re.match(r" (another|by one)", after)):
+            continue
+        words = []
+        for word in re.match(r"[\w\s'-]*", after)[0].split()[:4]:
+            if NOUN_ENDS.fullmatch(word):
+                break
+            words.append(word)
+        noun = next((word for word in words if word.endswith("s")), words[-1] if words else "")
+        found.append((value, noun.rstrip("s")))
+    return found
+
+
+def chinese_numbers(text: str) -> list[tuple[set[float], bool, bool]]:
+    """[(values it may stand for, is a classifier or unit behind it, is it only about so many)] of a Chinese text."""
+    text, found = text.replace("千米", "公里").replace("平方", "平"), []
+    for match in CHINESE_NUMBER.finditer(text):
+        token, after = match[0], text[match.end() :].lstrip()[:1]
+        if token[0] in "百千万":  # 百货, 千...: no count of its own
+            continue
+        if token[0].isdigit():
+            values = {float(token.replace(",", ""))}
+        elif len(token) > 1 and all(c in DIGIT for c in token):  # 两三: two or three; 二〇二五: a year
+            values = {float(DIGIT[c]) for c in token} | {float("".join(str(DIGIT[c]) for c in token))}
+        else:
+            total = section = last = 0
+            for c in token:
+                if c in DIGIT:
+                    last = DIGIT[c]
+                elif c == "万":
+                    total, section, last = (total + section + last) * 10000, 0, 0
+                else:
+                    section, last = section + (last or 1) * UNIT[c], 0
+            values = {float(total + section + last)}
+        about = len(values) > 1 or after in ("几", "多", "余", "来")
+        if token == "十" and after == "几":
+            values |= {float(n) for n in range(11, 20)}
+        found.append((values, after in CLASSIFIERS and after != "", about))
+    return found
+
+
+def wanted_numbers(captions: list[str]) -> list[set]:
+    """One set of values for each number that must be there; any of a set will do. Captions of one image that count the
+    same thing differently ("two planes", "several planes") leave the choice."""
+    by_noun: dict[str, list[set]] = {}
+    for caption in captions:
+        mine: dict[str, set] = {}
+        for value, noun in english_numbers(caption):
+            mine.setdefault(noun, set()).add(value)
+        for noun, values in mine.items():
+            by_noun.setdefault(noun, []).append(values)
+    wanted = []
+    for sets in by_noun.values():
+        if all(values == sets[0] for values in sets):
+            wanted += [{value} for value in sets[0]]
+        else:
+            wanted.append(set().union(*sets))
+    return wanted
+
+
+def shown(value) -> str:
+    return "许多" if value == "many" else f"{value:g}"
+
+
+def check_numbers(captions: list[str], text: str) -> list[tuple[str, str]]:
+    found, wrong = chinese_numbers(text), []
+    for wanted in wanted_numbers(captions):
+        named = "或".join(shown(value) for value in sorted(wanted, key=str))
+        if "many" in wanted and MANY.search(text):
+            continue
+        if 2 in wanted and re.search("双|俩|一对|成对", text):
+            continue
+        if 1 in wanted and re.search("[单独唯]", text):
+            continue
+        if 12 in wanted and "打" in text:
+            continue
+        at = [good for values, good, _ in found if values & wanted]
+        if not at:
+            wrong.append(("number missing", f"缺少数量{named}"))
+        elif not any(at):
+            wrong.append(("number without a classifier", f"数字{named}后面缺少量词"))
+    known = {value for caption in captions for value, _ in english_numbers(caption)}
+    english = " ".join(captions).lower()
+    known |= {value for value, pattern in IMPLIED.items() if re.search(pattern, english)}
+    for values, good, about in chinese_numbers(IDIOM.sub("", text)):
+        # 一 is also the Chinese article, and "about so many" may stand for many.
+        if good and 1 not in values and not values & known and not (about and "many" in known):
+            wrong.append(("number added", f"原文没有数量{shown(min(values))}"))
+    return wrong
+
+
+DIRECTIONS = {
+    "northeast": ("东北|北东|东偏北|北偏东", r"north-?\s?east\w*"),
+    "northwest": ("西北|北西|西偏北|北偏西", r"north-?\s?west\w*"),
+    "southeast": ("东南|南东|东偏南|南偏东", r"south-?\s?east\w*"),
+    "southwest": ("西南|南西|西偏南|南偏西", r"south-?\s?west\w*"),
+    "north": ("北", r"north\w*"), "south": ("南", r"south\w*"), "east": ("东", r"east\w*"), "west": ("西", r"west\w*"),
+    "centre": ("中央|中[心间部段轴线]|[正居当海湖河水林田]中|央|之间", r"cent(?:er|re|ers|res|ral)|middle"),
+    "left": ("左", r"(?<!is )(?<!are )(?<!was )(?<!were )left(?! over| behind| empty| by)\w*"),
+    "right": ("右", r"right(?! next| beside| behind| angle| now| at| by| in the| above| below)(?:most|-hand)?"),
+    "top": ("上|顶", r"(?:top|upper)(?![- ](?:view|down))\w*"), "bottom": ("下|底", r"(?:bottom|lower)\w*"),
+}  # fmt: skip
+LETTER_OF = {"东": "east", "西": "west", "南": "south", "北": "north", "左": "left", "右": "right"}
+
+
+def check_directions(captions: list[str], text: str) -> list[tuple[str, str]]:
+    english, wrong = " ".join(captions).lower(), []
+    masked = english  # "northeast" is found before its parts
+    for name, (accepted, pattern) in DIRECTIONS.items():
+        masked, times = re.subn(rf"\b(?:{pattern})\b", " ", masked)
+        if times and not re.search(accepted, text):
+            wrong.append(("direction missing", f"缺少方位“{accepted.split('|')[0]}”（{name}）"))
+    rest = re.sub("东西(?![侧部边方面端向两走])|左右|[西南冬]瓜", "", text)
+    for letter, name in LETTER_OF.items():
+        if letter in rest and name not in english:
+            wrong.append(("direction added", f"原文没有方位“{letter}”"))
+    return wrong
+
+
+COLOURS = {
+    "red": "红|赤", "orange": "橙|橘", "yellow": "黄", "green": "绿|青|翠|碧", "blue": "蓝|碧", "purple": "紫", "pink": "粉",
+    "brown": "棕|褐|咖啡|茶色", "grey": "灰", "gray": "灰", "black": "黑", "white": "白", "silver": "银", "golden": "金",
+    "beige": "米|浅黄|卡其", "turquoise": "青|绿|碧|蓝",
+}  # fmt: skip
+COLOUR_OF = {  # what an English text must say for a Chinese one to name the colour
+    "红": "red|pink|maroon|crimson|brick|brown", "橙": "orange", "黄": "yellow|gold|beige|tan|sand|khaki|brown|orange",
+    "绿": "green|lush|verdant|grass|lawn|meadow|vegetat|tree|forest|plant|turquoise|emerald|crop|farm|field|park|teal",
+    "蓝": "blue|azure|cyan|turquoise|navy|teal", "紫": "purple|violet", "粉": "pink", "棕": "brown|tan", "褐": "brown|tan",
+    "灰": "gr[ae]y|ash|silver|concrete|cement|dark", "黑": "black|dark", "白": "white|snow|pale|bright|light",
+}  # fmt: skip
+COLOUR_IDIOM = re.compile(
+    "绿[化地植洲篱荫野林道]|黄[土沙昏河金]|蓝天|白[天云]|红绿灯|黑夜|灰尘|粉末|橙子|空白|裸露黄土|金黄|粉刷|赤道"
+)
+
+
+def check_colours(captions: list[str], text: str) -> list[tuple[str, str]]:
+    english, wrong = " ".join(captions).lower(), []
+    for name, accepted in COLOURS.items():
+        if re.search(rf"\b{name}(?:d?ish)?\b(?! house\b)", english) and not re.search(accepted, text):
+            wrong.append(("colour missing", f"缺少颜色“{accepted.split('|')[0]}”（{name}）"))
+    rest = COLOUR_IDIOM.sub("", text)
+    for letter, said in COLOUR_OF.items():
+        if letter in rest and not re.search(said, english):
+            wrong.append(("colour added", f"原文没有颜色“{letter}”"))
+    return wrong
+
+
+def terms_in(captions: list[str], glossary: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Terms of the glossary that the captions use, the longest first: "storage tank" is no "tank"."""
+    english, found = " ".join(captions).lower(), {}
+    for term in sorted(glossary, key=lambda term: (-len(term), term)):
+        stem, plural = (
+            (term[:-1], "(?:y|ies)") if term[-1:] == "y" and term[-2:-1] not in "aeiou" else (term, "(?:s|es)?")
+        )
+        if stem not in english:  # most are not: a hundred searches a caption take a millisecond
+            continue
+        english, times = re.subn(rf"\b{re.escape(stem)}{plural}\b", " ", english)
+        if times:
+            found[term] = glossary[term]
+    return found
+
+
+def check_glossary(captions: list[str], text: str, glossary: dict[str, list[str]]) -> list[tuple[str, str]]:
+    said = [re.sub(r"\b(?:no|without)(?: any)? \w+", " ", caption.lower()) for caption in captions]
+    return [  # what is not there may be left out of a description
+        ("glossary", f"“{term}”应译为{'或'.join(accepted)}")
+        for term, accepted in terms_in(said, glossary).items()
+        if not any(one in text for one in accepted)
+    ]
+
+
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
+MAY_STAY = re.compile(
+    r"[A-Za-z]|[kcmdn]?m2?|km2|ha|px|pixels?|RGB|GPS|GSD|UAV|SAR|NDVI|NIR|SWIR|DEM|DSM|GIS|LED|ATM|ETC|Landsat|Sentinel|LiDAR"
+)
+
+
+def check_language(captions: list[str], text: str) -> list[tuple[str, str]]:
+    if not CHINESE.search(text):
+        return [("not Chinese", "回答不是中文")]
+    capitals = set(re.findall(r"\b[A-Z][A-Z\d]+\b", " ".join(captions)))
+    left = [word for word in re.findall(r"[A-Za-z]+\d?", text) if not MAY_STAY.fullmatch(word) and word not in capitals]
+    return [("English left", f"还有英文“{left[0]}”")] if left else []
+
+
+REFUSAL = re.compile(
+    r"抱歉|对不起|作为(?:一个|一名|一款)?(?:AI|人工智能|语言模型|大模型)|(?:我|暂时|目前)无法|无法(?:翻译|提供|完成|查看|描述|回答|处理)"
+    r"|不能(?:翻译|提供|完成)|as an? (?:AI|language model)|\bI(?:'m| am) sorry|\bI can(?:no|')t|unable to",
+    re.IGNORECASE,
+)
+META = re.compile(
+    r"以下(?:是|为)|翻译(?:如下|结果|为)|译文|翻译[:：]|(?:描述|合并|结果)(?:如下|为)?[:：]|合并后|^好的|^当然|根据(?:您|你|以上|上述|提供|给出|这)"
+    r"|希望(?:这|对)|请提供|术语表|注[:：]|(?:原文|英文)(?:描述|中|为)|```|\*\*|^#|^[-*] |here (?:is|are)|translation",
+    re.IGNORECASE,
+)
+
+
+def check_form(captions: list[str], text: str, min_chars: int) -> list[tuple[str, str]]:
+    wrong = []
+    if REFUSAL.search(text):
+        wrong.append(("refusal", "回答拒绝了翻译，请直接给出中文描述"))
+    if META.search(text):
+        wrong.append(("meta talk", "回答里有描述以外的话，只输出描述本身"))
+    letters = [len(re.sub(r"[^A-Za-z\d]", "", caption)) for caption in captions]
+    size = len(re.findall(r"[\u4e00-\u9fff\d]", text))
+    # A Chinese text has about a third of the letters of the English one; "a river" is 一条河.
+    if size < max(min(min_chars, max(letters) / 6), 0.12 * max(letters)):
+        wrong.append(("too short", "回答太短，请写全所有内容"))
+    if size > sum(letters) + 60:
+        wrong.append(("too long", "回答太长或有重复，请写得简洁"))
+    return wrong
+
+
+def check(captions: list[str], text: str, glossary: dict[str, list[str]], min_chars: int = 6) -> list[tuple[str, str]]:
+    """What is wrong with a Chinese text of these captions: [(reason, what to tell the model)]."""
+    wrong = check_form(captions, text, min_chars)
+    if any(reason in ("refusal", "meta talk") for reason, _ in wrong):
+        return wrong  # a refusal has lost the numbers too: one reason says it better than ten
+    language = check_language(captions, text)
+    if language and language[0][0] == "not Chinese":
+        return language
+    text = unicodedata.normalize("NFKC", text)
+    return [
+        *wrong,
+        *language,
+        *check_numbers(captions, text),
+        *check_directions(captions, text),
+        *check_colours(captions, text),
+        *check_glossary(captions, text, glossary),
+    ]
+
+
+def clean(answer: str) -> str:
+    """An answer without a model's thinking, line breaks and quotes around it."""
+    text = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
+    text = text.rsplit("</think>", 1)[-1].strip()
+    if "<think>" in text:  # the thinking did not end within --max_tokens
+        return ""
+    text = re.sub(r"\s*\n\s*", "", text)
+    for pair in ("“”", '""', "「」", "''"):
+        if len(text) > 1 and text[0] == pair[0] and text[-1] == pair[1] and not set(pair) & set(text[1:-1]):
+            text = text[1:-1].strip()
+    return text
+
+
+def plain(text: str) -> str:
+    """A text as it counts for likeness: no punctuation, no spaces, one form of two."""
+    return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text)).replace("二", "两")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Answers on disk
+
+
+@dataclass
+class Answer:
+    text: str
+    cut: bool = False
+    """The model ran into its longest answer, or a filter of the server stopped it."""
+
+
+class Cache:
+    """Append-only JSON lines {"key", "text", "cut"}, each on the disk before the next request takes its place.
+
+    A line that a kill left half-written is ignored. Raises InputError where the file cannot be read or written, or where
+    another run holds it.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.answers = path, {}
+        try:
+            self.file = open(path, "ab+")  # noqa: SIM115  it stays open for the whole run
+            with contextlib.suppress(ImportError):
+                import fcntl
+
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.file.seek(0)
+            content = self.file.read()
+        except BlockingIOError:
+            raise InputError(
+                f"{path}: another run writes this output; wait for it or choose another --output"
+            ) from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be opened: {error.strerror}") from None
+        for line in content.split(b"\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                self.answers[row["key"]] = Answer(row["text"], row["cut"])
+        self.ragged = not content.endswith(b"\n") and content != b""
+
+    def add(self, key: str, answer: Answer) -> None:
+        line = json.dumps({"key": key, "text": answer.text, "cut": answer.cut}).encode() + b"\n"
+        try:
+            self.file.write(b"\n" + line if self.ragged else line)
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
+        self.ragged = False
+        self.answers[key] = answer
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if not self.path.stat().st_size:  # a run that could not begin leaves nothing behind
+                self.path.unlink()
+            self.file.close()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Engines: `ask([(key, messages)], keep)` calls `keep(key, Answer)` as answers come and returns {key: why there is none}
+
+
+class Retry(Exception):
+    """A request that may succeed when it is sent again."""
+
+    def __init__(self, cause: str, message: str, wait: float | None = None):
+        super().__init__(message)
+        self.cause, self.wait = cause, wait
+
+
+class Refused(Exception):
+    """The server does not take this one request."""
+
+
+def wait_asked(headers) -> float | None:
+    """Seconds of a Retry-After header, as a number or as a date; None without one."""
+    given = headers.get("retry-after", "")
+    try:
+        return max(0.0, float(given))
+    except ValueError:
+        with contextlib.suppress(TypeError, ValueError):
+            return max(0.0, email.utils.parsedate_to_datetime(given).timestamp() - time.time())
+    return None
+
+
+def answer_in(body: str) -> Answer:
+    """The answer in the body of a chat completion. Raises Retry: malformed, empty."""
+    try:
+        choices = json.loads(body)["choices"]
+        if not choices:
+            raise Retry("empty answer", "the list of choices is empty")
+        text, why = choices[0]["message"]["content"], choices[0].get("finish_reason")
+        if not (text is None or isinstance(text, str)):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise Retry("malformed body", f"not a chat completion: {body[:80]!r}") from None
+    if not (text or "").strip() and why not in ("content_filter", "length"):  # those would be so again
+        raise Retry("empty answer", "the answer is empty")
+    return Answer(text or "", why in ("length", "content_filter"))
+
+
+class Endpoint:
+    """An OpenAI-compatible server, asked by `concurrency` workers."""
+
+    def __init__(self, args):
+        self.args, self.name = args, args.model
+        self.sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens, "extra": args.extra}
+        self.requests, self.retries = 0, Counter()
+        self.answered = False  # now or in an earlier run: then one captions' failure does not speak for the server
+        self.refused_in_a_row = self.failed_in_a_row = 0
+        self.next_start = self.paused_until = 0.0
+        self.dice = random.Random()  # waits only: nothing that is written depends on it
+
+    def ask(self, jobs: list[tuple[str, list[dict]]], keep) -> dict[str, str]:
+        return asyncio.run(self._ask(jobs, keep))
+
+    async def _ask(self, jobs, keep) -> dict[str, str]:
+        try:
+            import openai
+        except ImportError:
+            raise InputError("--base_url needs the package openai: pip install openai") from None
+
+        options = {}
+        if urlsplit(self.args.base_url).hostname in ("localhost", "127.0.0.1", "::1"):
+            # A proxy of the environment cannot reach a server on this machine.
+            options["http_client"] = openai.DefaultAsyncHttpxClient(trust_env=False)
+        client = openai.AsyncOpenAI(
+            api_key=self.args.api_key, base_url=self.args.base_url, timeout=self.args.timeout, max_retries=0, **options
+        )
+        failures: dict[str, str] = {}
+        waiting = iter(jobs)
+
+        async def work():
+            for key, messages in waiting:
+                try:
+                    keep(key, await self._answer(client, messages))
+                    self.answered, self.failed_in_a_row, self.refused_in_a_row = True, 0, 0
+                except Refused as error:
+                    failures[key] = str(error)
+                    self.refused_in_a_row += 1
+                    if self.refused_in_a_row >= (2 * self.args.concurrency + 5 if self.answered else 5):
+                        raise InputError(f"{self.args.base_url}: refuses every request: {error}") from None
+                except Retry as error:
+                    failures[key] = str(error)
+                    self.failed_in_a_row += 1
+                    if not self.answered or self.failed_in_a_row > 2 * self.args.concurrency:
+                        raise InputError(
+                            f"{self.args.base_url}: no answer after {self.args.retries + 1} tries: {error};"
+                            " answers so far are kept, run the same command again to go on"
+                        ) from None
+
+        async with client:
+            workers = [asyncio.create_task(work()) for _ in range(min(self.args.concurrency, len(jobs)))]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        return failures
+
+    async def _answer(self, client, messages: list[dict]) -> Answer:
+        for attempt in range(self.args.retries + 1):
+            await self._turn()
+            self.requests += 1
+            try:
+                return await self._request(client, messages)
+            except Retry as error:
+                if attempt == self.args.retries:
+                    raise
+                self.retries[error.cause] += 1
+                if error.wait is not None and error.wait > self.args.max_wait:
+                    raise InputError(
+                        f"{self.args.base_url}: asks to wait {error.wait:.0f} s (allowed: --max_wait"
+                        f" {self.args.max_wait:g}): {error}; answers so far are kept, run the same command again later"
+                    ) from None
+                wait = min(60.0, self.args.backoff * 2**attempt) * self.dice.uniform(0.5, 1.0)
+                if error.wait is not None:  # the limit is on the key, so all workers hold
+                    self.paused_until = max(self.paused_until, time.monotonic() + error.wait)
+                    wait = error.wait + self.dice.uniform(0, 0.1) * min(1.0, wait)
+                await asyncio.sleep(wait)
+
+    async def _turn(self) -> None:
+        """Wait for a pause of the server and for --requests_per_minute."""
+        while (left := self.paused_until - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        if self.args.requests_per_minute:
+            now = time.monotonic()
+            start = max(now, self.next_start)
+            self.next_start = start + 60 / self.args.requests_per_minute
+            await asyncio.sleep(start - now)
+
+    async def _request(self, client, messages: list[dict]) -> Answer:
+        """One try. Raises Retry, Refused, or InputError where the run has to stop."""
+        import openai
+
+        asked = client.chat.completions.with_raw_response.create(
+            model=self.name, messages=messages, temperature=self.args.temperature, max_tokens=self.args.max_tokens,
+            extra_body=self.args.extra,
+        )  # fmt: skip
+        try:
+            # The client's own limit is on the silence between two pieces: a server that drips would hold it for ever.
+            response = await asyncio.wait_for(asked, self.args.timeout)
+            return answer_in(response.text)
+        except (openai.APITimeoutError, asyncio.TimeoutError):
+            raise Retry("timeout", f"no answer within {self.args.timeout:g} s") from None
+        except openai.APIStatusError as error:
+            self._raise_for(error)
+        except (openai.APIConnectionError, OSError) as error:
+            raise Retry("connection", f"connection failed ({error.__cause__ or error})") from None
+        except (openai.OpenAIError, ValueError) as error:
+            raise Retry("malformed body", one_line(error)) from None
+
+    def _raise_for(self, error) -> None:
+        status = error.status_code
+        said = f"HTTP {status}: {one_line(error.message)}".replace(self.args.api_key, "***")
+        where = f"{self.args.base_url}: {said}"
+        if status in (401, 402, 403):
+            raise InputError(f"{where}; check --api_key (OPENAI_API_KEY) and what the account may use") from None
+        if status == 429 and error.code == "insufficient_quota":
+            raise InputError(f"{where}; the account has no quota left") from None
+        if status in (404, 405):
+            raise InputError(f"{where}; check --base_url (it often ends in /v1) and --model {self.name}") from None
+        if status in (408, 409, 425, 429) or status >= 500:
+            cause = "429" if status == 429 else "timeout" if status == 408 else "5xx" if status >= 500 else str(status)
+            raise Retry(cause, said, wait_asked(error.response.headers)) from None
+        raise Refused(f"request refused: {said}") from None
+
+
+def one_line(error) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+class Local:
+    """A language model of a folder, greedy, batch by batch."""
+
+    def __init__(self, args):
+        from transformers.utils import logging
+
+        from model import base_folder, fingerprint, load_language, pick_device
+
+        logging.disable_progress_bar()
+        folder = base_folder(args.local)
+        device, dtype = pick_device(args.device, args.dtype)
+        self.args, self.requests, self.retries = args, 0, Counter()
+        self.model, self.tokenizer = load_language(folder, dtype)
+        self.model.set_attn_implementation("sdpa")  # nothing is packed here
+        self.model.to(device).eval()
+        self.tokenizer.padding_side = "left"
+        self.name = f"{args.local} {fingerprint(folder)}"
+        self.sampling = {"max_tokens": args.max_tokens}
+
+    def text_of(self, messages: list[dict]) -> str:
+        if not self.tokenizer.chat_template:
+            return "\n\n".join(message["content"] for message in messages) + "\n\n"
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+
+    def ask(self, jobs: list[tuple[str, list[dict]]], keep) -> dict[str, str]:
+        import torch
+
+        texts = {key: self.text_of(messages) for key, messages in jobs}
+        order = sorted(texts, key=lambda key: -len(texts[key]))  # like lengths together; too long shows at once
+        end = self.tokenizer.eos_token_id
+        for start in range(0, len(order), self.args.batch_size):
+            keys = order[start : start + self.args.batch_size]
+            batch = self.tokenizer(
+                [texts[key] for key in keys], return_tensors="pt", padding=True, add_special_tokens=False
+            ).to(self.model.device)
+            self.requests += len(keys)
+            with torch.inference_mode():
+                made = self.model.generate(
+                    **batch, max_new_tokens=self.args.max_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )[:, batch["input_ids"].shape[1] :]  # fmt: skip
+            ends = self.model.generation_config.eos_token_id or end
+            ends = set(ends if isinstance(ends, list) else [ends]) | {end, self.tokenizer.pad_token_id}
+            for key, row in zip(keys, made.tolist()):
+                cut = len(row) == self.args.max_tokens and not ends & set(row)
+                keep(key, Answer(self.tokenizer.decode(row, skip_special_tokens=True), cut))
+        return {}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Captions -> rows
+
+
+@dataclass
+class Item:
+    """One text to make: a scene's captions merged, or one caption."""
+
+    name: str
+    captions: list[str]
+    split: str | None
+    messages: list[dict]
+    text: str = ""
+    reasons: list[tuple[str, str]] = field(default_factory=list)
+    tries: list[dict] = field(default_factory=list)
+    """Answers that were not taken, with what was wrong with them."""
+    failed: bool = False
+    """There is no answer at all."""
+
+
+class Translator:
+    """Asks an engine through a cache and judges what comes back."""
+
+    def __init__(self, engine, cache: Cache, glossary: dict[str, list[str]], args):
+        self.engine, self.cache, self.glossary, self.args = engine, cache, glossary, args
+        self.cached = 0
+
+    def key(self, messages: list[dict]) -> str:
+        """What an answer depends on: the model, its settings, the mode, and the prompt with its captions."""
+        asked = [self.engine.name, self.engine.sampling, self.args.mode, messages]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def ask(self, items: list[Item], title: str) -> None:
+        """Fill in `text` and `reasons` of items from their `messages`. Equal messages are asked once."""
+        from tqdm import tqdm
+
+        keys = [self.key(item.messages) for item in items]
+        jobs = {key: item.messages for key, item in zip(keys, items) if key not in self.cache.answers}
+        self.cached += len(set(keys)) - len(jobs)
+        failures = {}
+        if jobs:
+            with tqdm(total=len(jobs), desc=title, unit="text", file=sys.stderr, mininterval=1.0) as bar:
+
+                def keep(key: str, answer: Answer) -> None:
+                    self.cache.add(key, answer)
+                    bar.update()
+
+                failures = self.engine.ask(list(jobs.items()), keep)
+        for key, item in zip(keys, items):
+            item.failed = key not in self.cache.answers
+            if item.failed:
+                item.text, item.reasons = "", [("no answer", failures[key])]
+            else:
+                self.judge(item, self.cache.answers[key])
+
+    def judge(self, item: Item, answer: Answer) -> None:
+        item.text = clean(answer.text)
+        if answer.cut or not item.text:
+            item.reasons = [("cut off", "回答没有写完，请写得简洁")]
+        else:
+            item.reasons = check(item.captions, item.text, self.glossary, self.args.min_chars)
+
+    def again(self, item: Item, request: str) -> None:
+        """Put the answer and what is asked of the next one behind the item's messages."""
+        item.tries.append({"answer": item.text, "reasons": [reason for reason, _ in item.reasons]})
+        said = [{"role": "assistant", "content": item.text}] if item.text else []
+        item.messages = [*item.messages[:1], *said, {"role": "user", "content": request}]
+        if not said:
+            item.messages = [{"role": "user", "content": f"{item.messages[0]['content']}\n\n{request}"}]
+
+    def translate(self, items: list[Item]) -> Counter:
+        """All of an item's tries; `reasons` is empty where its text is taken. Returns what sent answers back."""
+        self.ask(items, "translate")
+        bad = [item for item in items if item.reasons and not item.failed]
+        sent_back = Counter(reason for item in bad for reason in {reason for reason, _ in item.reasons})
+        for item in bad:
+            told = "；".join(dict.fromkeys(told for _, told in item.reasons))
+            self.again(item, f"上面的回答有问题：{told}。请对照英文重新写，只输出改好的中文描述。")
+        self.ask(bad, "ask again")
+        return sent_back
+
+    def part_duplicates(self, items: list[Item]) -> tuple[int, int]:
+        """Ask again for texts that more than `max_duplicates` images have. Returns the copies before and after: texts
+        that an earlier image has too."""
+        limit = self.args.max_duplicates
+        taken = [item for item in items if not item.reasons]
+        before = copies(taken)
+        images: dict[str, list[str]] = {}  # text -> the images that keep it
+        over: list[Item] = []
+        rank = Counter()
+        for item in taken:
+            holders = images.setdefault(plain(item.text), [])
+            if item.name not in holders and len(holders) >= limit:
+                over.append(item)
+                rank[plain(item.text)] += 1
+                # The number makes requests for equal captions differ, else they would share one answer again.
+                item.reasons = [("duplicate", "")]
+                self.again(
+                    item,
+                    f"另外{limit}幅图像已经有同样的描述。请换一种说法，写全英文里的每个细节，不要增加英文里没有的内容。"
+                    f"这是第{rank[plain(item.text)]}种写法，只输出中文描述。",
+                )
+            elif item.name not in holders:
+                holders.append(item.name)
+        self.ask(over, "duplicates")
+        for item in over:
+            holders = images.setdefault(plain(item.text), [])
+            if item.reasons or (item.name not in holders and len(holders) >= limit):
+                if self.args.keep_duplicates:
+                    item.text, item.reasons, item.failed = item.tries[-1]["answer"], [], False
+                elif not item.reasons:
+                    item.reasons = [("duplicate", "")]
+            elif item.name not in holders:
+                holders.append(item.name)
+        return before, copies([item for item in items if not item.reasons])
+
+
+def copies(items: list[Item]) -> int:
+    """Texts that an earlier image has too."""
+    images: dict[str, set[str]] = {}
+    for item in items:
+        images.setdefault(plain(item.text), set()).add(item.name)
+    return sum(len(names) - 1 for names in images.values())
+
+
+def items_of(scenes, names: dict[str, str], output: Path, prompt: str, glossary, mode: str) -> list[Item]:
+    items = []
+    for scene in scenes:
+        name = name_for(scene.image, names.get(scene.image, scene.image), output)
+        for captions in [scene.texts] if mode == "merge" else [[text] for text in scene.texts]:
+            terms = terms_in(captions, glossary)
+            lines = [f"- {term}: {'、'.join(accepted)}" for term, accepted in sorted(terms.items())]
+            # In one pass: a caption may hold the words "{glossary}".
+            parts = {"{captions}": "\n".join(captions), "{glossary}": "\n".join(lines) or "（无）"}
+            text = re.sub("|".join(map(re.escape, parts)), lambda match, parts=parts: parts[match[0]], prompt)
+            items.append(Item(name, captions, scene.split, [{"role": "user", "content": text}]))
+    return items
+
+
+def rows_of(items: list[Item], questions: list[str], count: int, seed: int) -> list[dict]:
+    """Chat rows. Questions are drawn by seed, image and captions, so a row keeps its question when others come or go."""
+    rows, seen, asked = [], set(), {}
+    for item in items:
+        if item.reasons or (item.name, item.text) in seen:
+            continue
+        seen.add((item.name, item.text))
+        drawn = random.Random(json.dumps([seed, Path(item.name).name, item.captions])).sample(questions, len(questions))
+        used = asked.setdefault(item.name, set())
+        drawn.sort(key=lambda question: question in used)  # captions of one image get different questions first
+        for question in drawn[:count]:
+            used.add(question)
+            split = {} if item.split is None else {"split": item.split}
+            rows.append({"img": item.name, "prompt": question, "label": item.text} | split)
+    return rows
+
+
+def write_results(places: dict[str, Path], rows: list[dict], items: list[Item], report: dict) -> None:
+    from report import write_atomic
+
+    aside = [
+        {"img": item.name, "captions": item.captions, "answer": item.text,
+         "reasons": list(dict.fromkeys(reason for reason, _ in item.reasons)),
+         "details": [told for _, told in item.reasons if told], "earlier": item.tries}
+        for item in items if item.reasons
+    ]  # fmt: skip
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    try:
+        if aside:
+            write_atomic(places["rejected"], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in aside))
+        else:
+            places["rejected"].unlink(missing_ok=True)
+        write_atomic(places["report"], json.dumps(report, ensure_ascii=False, indent=2) + "\n")
+        if not rows:
+            raise InputError(
+                f"no answer passed the checks; {places['rejected']} says why, {places['output']} is not written"
+            )
+        one_a_line = places["output"].suffix == ".jsonl"
+        text = "\n".join(lines) + "\n" if one_a_line else "[\n" + ",\n".join(lines) + "\n]\n"
+        write_atomic(places["output"], text)
+    except OSError as error:
+        raise InputError(f"{error.filename or places['output']}: cannot be written: {error.strerror}") from None
+
+
+def summary(report: dict) -> str:
+    def counts(found: dict) -> str:
+        return ", ".join(f"{name} {count}" for name, count in found.items()) or "none"
+
+    length = report["length"]
+    lines = [
+        f"{report['rows']} rows of {report['images']} images; {report['texts']} texts asked for, {report['cached']} answers"
+        f" from the cache, {report['requests']} requests",
+        f"retries: {counts(report['retries'])}",
+        f"answers sent back: {counts(report['sent_back'])}",
+        f"put aside: {counts(report['rejected'])}",
+        f"duplicates: {report['duplicates']['before']} before, {report['duplicates']['after']} after",
+        f"characters: {length['min']} to {length['max']}, median {length['median']}",
+    ]
+    lines += [f"  {row['img']}: {row['label']}" for row in report["samples"]]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    checked(args)
+    source, output = Path(args.input), Path(args.output)
+    if source.is_dir():
+        source = source / "captions.json"
+    places = places_beside(output, [source, *map(Path, (args.prompt_file, args.questions_file, args.glossary))])
+    prompt, questions = read_prompt(args.prompt_file), read_questions(args.questions_file)
+
+    from data import read_scenes
+
+    glossary = read_glossary(args.glossary)
+    found = read_scenes(source, image_root=args.image_root, language="en", max_rejected=args.max_rejected)
+    for bad in found.rejected[:5]:
+        print(f"warning: {bad.file}: row {bad.row}: {bad.reason}", file=sys.stderr)
+    items = items_of(found.scenes, names_of(source, args.image_root), output, prompt, glossary, args.mode)
+    engine = Local(args) if args.local else Endpoint(args)
+    with contextlib.closing(Cache(places["cache"])) as cache:
+        engine.answered = bool(cache.answers)
+        translator = Translator(engine, cache, glossary, args)
+        sent_back = translator.translate(items)
+        before, after = translator.part_duplicates(items)
+        rows = rows_of(items, questions, args.questions, args.seed)
+        sizes = [len(item.text) for item in items if not item.reasons]
+        taken = list({row["img"]: row for row in rows}.values())
+        report = {
+            "input": args.input, "output": args.output, "model": engine.name, "mode": args.mode,
+            "rows": len(rows), "images": len(taken), "texts": len(items),
+            "requests": engine.requests, "cached": translator.cached, "retries": dict(engine.retries),
+            "sent_back": dict(sent_back),
+            "rejected": dict(Counter(r for item in items for r in dict.fromkeys(reason for reason, _ in item.reasons))),
+            "rejected_texts": sum(bool(item.reasons) for item in items),
+            "duplicates": {"before": before, "after": after},
+            "length": {"min": min(sizes), "median": statistics.median(sizes), "max": max(sizes)} if sizes else
+                      {"min": 0, "median": 0, "max": 0},
+            "samples": [taken[i * len(taken) // min(5, len(taken))] for i in range(min(5, len(taken)))],
+        }  # fmt: skip
+        write_results(places, rows, items, report)
+    print(summary(report))
+    print(f"{output}" + (f"; put aside: {places['rejected']}" if report["rejected_texts"] else ""))
+    unanswered = sum(item.failed for item in items)
+    if unanswered:
+        print(f"error: {unanswered} texts have no answer; run the same command again to ask for them", file=sys.stderr)
+    return 1 if unanswered else 0
+
+
+if __name__ == "__main__":
+    with user_errors():
+        sys.exit(main())
