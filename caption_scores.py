@@ -17,6 +17,7 @@ unusual punctuation may differ a little: see `english_tokens`. METEOR runs on Ja
 """
 
 import contextlib
+import html
 import importlib.util
 import json
 import os
@@ -34,6 +35,7 @@ from pathlib import Path
 import numpy as np
 
 import metrics
+import report
 from config import InputError
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
@@ -615,6 +617,25 @@ def tables(found: dict) -> list[tuple[str, list[dict], dict[str, str], str]]:
             notes.append(f"{' and '.join(name for name in absent if absent[name] == why)} absent: {why}")
         made.append((f"{_NAMES[key[0]]}, {_NAMES[key[1]]}, {images} images", rows, columns, "; ".join(notes)))
     return made
+
+
+def write_page(
+    path, title: str, scores: dict, rows: list[dict], history: list[dict], picture, subtitle: str = ""
+) -> None:
+    """The page of a training run on texts: the tables of `scores`, {language: {"models": `compare`'s result, "prompt"}}, the
+    curves of its `history`, and pictures with what was written (`report.caption_sections`), best and worst first."""
+    sections = [
+        (
+            f"{found.get('prompt', '')} {heading}".strip(),
+            report.table_html(listed, columns) + f"<p>{html.escape(notes)}</p>",
+        )
+        for found in scores.values()
+        for heading, listed, columns, notes in tables(found["models"])
+    ]
+    curves = {"loss": "training loss", "eval_loss": "held-out loss", "eval_CIDEr": "CIDEr"}
+    if any(key in row for row in history for key in curves):
+        sections.append(("Curves", report.figure_html(report.curves_figure(history, curves), "training curves")))
+    report.page(title, sections + report.caption_sections(rows, picture), path, subtitle)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ results.json, captions.jsonl (every test image with its references and captions)
 """
 
 import copy
-import html
 import json
 import random
 import time
@@ -239,29 +238,14 @@ def main(argv: list[str] | None = None) -> dict:
         write_json(run / "results.json", results)
         listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         report.write_atomic(run / "captions.jsonl", "".join(listed))
-        write_report(run, results, rows, ImageSettings.from_dict(model.settings.images))
+        settings = ImageSettings.from_dict(model.settings.images)
+        caption_scores.write_page(
+            run / "report.html", "Captions", results["scores"], rows, read_history(run),
+            lambda path: read_image(path, settings, max_side=448).rgb, subtitle=f"{run}",
+        )  # fmt: skip
         print(summary(results, final))
         print(f"report  {run / 'report.html'}")
     return results
-
-
-def write_report(run: Path, results: dict, rows: list[dict], settings: ImageSettings) -> None:
-    """`report.html`: scores beside the baselines, curves, and pictures with their captions, best and worst first."""
-    sections = [
-        (f"{found['prompt']} {title}", report.table_html(rows_, columns) + f"<p>{html.escape(notes)}</p>")
-        for found in results["scores"].values()
-        for title, rows_, columns, notes in caption_scores.tables(found["models"])
-    ]
-    history = read_history(run)
-    curves = {"loss": "training loss", "eval_loss": "held-out loss", "eval_CIDEr": "CIDEr"}
-    if any(key in row for row in history for key in curves):
-        sections.append(("Curves", report.figure_html(report.curves_figure(history, curves), "training curves")))
-
-    def picture(path):
-        return read_image(path, settings, max_side=448).rgb
-
-    sections += report.caption_sections(rows, picture)
-    report.page("Captions", sections, run / "report.html", subtitle=f"{run}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ results.json, samples.jsonl (every test question with its answers before and aft
 
 import argparse
 import copy
-import html
 import json
 import random
 import sys
@@ -201,25 +200,6 @@ def chat_summary(results: dict, best) -> str:
     return "\n".join([*lines, f"adapter {best}"])
 
 
-def write_chat_report(run: Path, results: dict, rows: list[dict], settings: ImageSettings) -> None:
-    """`report.html`: scores before and after, curves, and pictures with what was said, best and worst first."""
-    sections = [
-        (title, report.table_html(listed, columns) + f"<p>{html.escape(notes)}</p>")
-        for found in results["scores"].values()
-        for title, listed, columns, notes in caption_scores.tables(found["models"])
-    ]
-    history = read_history(run)
-    curves = {"loss": "training loss", "eval_loss": "held-out loss"}
-    if any(key in row for row in history for key in curves):
-        sections.append(("Curves", report.figure_html(report.curves_figure(history, curves), "training curves")))
-
-    def picture(path):
-        return read_image(path, settings, max_side=448).rgb
-
-    sections += report.caption_sections(rows, picture)
-    report.page("Dialogue", sections, run / "report.html", subtitle=f"{run}")
-
-
 # ----------------------------------------------------------------------------------------------------
 # The run
 
@@ -366,7 +346,10 @@ def main(argv: list[str] | None = None) -> dict | None:
             write_json(run / "results.json", results)
             listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             report.write_atomic(run / "samples.jsonl", "".join(listed))
-            write_chat_report(run, results, rows, store.settings)
+            caption_scores.write_page(
+                run / "report.html", "Dialogue", results["scores"], rows, read_history(run),
+                lambda path: read_image(path, store.settings, max_side=448).rgb, subtitle=f"{run}",
+            )  # fmt: skip
             print(chat_summary(results, best))
             print(f"report  {run / 'report.html'}")
         return results

@@ -222,6 +222,14 @@ def captioner(clip_base, qwen3_base):
     return make
 
 
+@pytest.fixture(scope="session")
+def chat_adapter(answerer, tmp_path_factory) -> Path:
+    """The folder of an adapter that says something, for whoever talks."""
+    folder = tmp_path_factory.mktemp("chat") / "best_model"
+    answerer(strength=0.3, prompt="{question}").save_pretrained(folder)
+    return folder
+
+
 def loss_and_gradient(model, examples, *, packing, budget=10**6):
     """(loss, gradient, names of the parameters that have one, number of pieces) of one step over scenes of a packed task."""
     from data import QuestionCollator

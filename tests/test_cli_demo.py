@@ -18,13 +18,6 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def adapter(answerer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapter") / "best_model"
-    answerer(strength=0.3, prompt="{question}").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     root = tmp_path_factory.mktemp("场景 图")  # a Chinese name with a space
     draw(root / "a.png", 1, (60, 84), (40, 120, 60))
@@ -32,24 +25,24 @@ def pictures(tmp_path_factory):
     return root
 
 
-def talk(adapter, lines, *flags) -> subprocess.CompletedProcess:
-    words = ["cli_demo.py", "--from_pretrained", adapter, "--max_length", "6", "--device", "cpu", *flags]
+def talk(chat_adapter, lines, *flags) -> subprocess.CompletedProcess:
+    words = ["cli_demo.py", "--from_pretrained", chat_adapter, "--max_length", "6", "--device", "cpu", *flags]
     text = "\n".join(map(str, lines)) + "\n"
     return subprocess.run(
         [sys.executable, *map(str, words)], input=text, capture_output=True, text=True, timeout=120, cwd=ROOT
     )
 
 
-def test_a_conversation_through_a_pipe(adapter, pictures):
+def test_a_conversation_through_a_pipe(chat_adapter, pictures):
     lines = [pictures / "none.png", pictures / "a.png", "How many buildings?", "And now?", "before", "clear", "before",
              f"image {pictures / 'b.tif'}", "图中有什么？", "image nowhere.tif", "stop", "never reached"]  # fmt: skip
-    made = talk(adapter, lines, "--language", "en")
+    made = talk(chat_adapter, lines, "--language", "en")
     assert made.returncode == 0, made.stderr
     out = made.stdout
     assert "no such file" in out and "The turns are forgotten." in out and "There is no question yet." in out
     assert out.count("Model: ") == 3 and out.count("Without the adapter: ") == 1 and "nowhere.tif" in out
     # The answers are those of `chat`, and the second has the first as its history.
-    model = VQA.from_pretrained(adapter)
+    model = VQA.from_pretrained(chat_adapter)
     a, b = str(pictures / "a.png"), str(pictures / "b.tif")
     first = model.chat(a, "How many buildings?", max_tokens=6)
     second = model.chat(a, "And now?", [("How many buildings?", first)], max_tokens=6)
@@ -68,8 +61,8 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c.isprintable() or c in "\n\t").strip()
 
 
-def test_chinese_words_of_its_own(adapter, pictures):
-    made = talk(adapter, ["图中有什么？", "退出"], "--image_path", pictures / "a.png", "--language", "zh")
+def test_chinese_words_of_its_own(chat_adapter, pictures):
+    made = talk(chat_adapter, ["图中有什么？", "退出"], "--image_path", pictures / "a.png", "--language", "zh")
     assert made.returncode == 0 and "回答：" in made.stdout and "命令" in made.stdout
 
 
@@ -104,8 +97,8 @@ def test_ctrl_c_stops_the_answer_not_the_program(capsys):
         (["--image_path", "nowhere.tif"], "nowhere.tif"),
     ],
 )
-def test_refusals(adapter, call_main, flags, said):
-    code, _, err = call_main(cli_demo.main, "--from_pretrained", adapter, *flags)
+def test_refusals(chat_adapter, call_main, flags, said):
+    code, _, err = call_main(cli_demo.main, "--from_pretrained", chat_adapter, *flags)
     assert code == 2 and said in err and "Traceback" not in err
     code, _, err = call_main(cli_demo.main, "--from_pretrained", "nowhere")
     assert code == 2 and "nowhere" in err

@@ -15,21 +15,14 @@ from web_demo import Page, build_parser, turns_of
 
 
 @pytest.fixture(scope="module")
-def adapter(answerer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapter") / "best_model"
-    answerer(strength=0.3, prompt="{question}").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     return str(draw(tmp_path_factory.mktemp("talk") / "a.tif", 1, (60, 84), (40, 120, 60)))
 
 
 @pytest.fixture(scope="module")
-def page(adapter):
-    args = build_parser().parse_args(["--from_pretrained", str(adapter)])
-    return Page(args, chatter=VQA.from_pretrained(adapter))
+def page(chat_adapter):
+    args = build_parser().parse_args(["--from_pretrained", str(chat_adapter)])
+    return Page(args, chatter=VQA.from_pretrained(chat_adapter))
 
 
 def last(made):
@@ -78,12 +71,12 @@ def test_an_error_of_the_model_reaches_the_reader(page, picture, monkeypatch):
         list(page.talk(picture, "How many?", []))
 
 
-def test_browser_converses(adapter, picture, tmp_path):
+def test_browser_converses(chat_adapter, picture, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not os.path.exists(CHROMIUM):
         pytest.skip(f"{CHROMIUM} is not installed")
     port, log = free_port(), tmp_path / "log"
-    words = ["web_demo.py", "--from_pretrained", adapter, "--port", port, "--device", "cpu", "--language", "en"]
+    words = ["web_demo.py", "--from_pretrained", chat_adapter, "--port", port, "--device", "cpu", "--language", "en"]
     with log.open("wb") as file:
         server = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     try:
