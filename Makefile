@@ -33,7 +33,7 @@ demo: $(VENV)/.ready
 	$(PY) search.py index data/demo/images_later --preset demo --store output/demo_search/after.index
 
 test: $(VENV)/.ready lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

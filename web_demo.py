@@ -616,8 +616,8 @@ def build(page: Page):
                     halt, again, clear = (put(gr.Button, {"value": key}) for key in ("halt", "retry", "clear"))
 
         def run(*values):
-            for words, others in flowing(*values):
-                yield words, others, ""
+            for n, (words, others) in enumerate(flowing(*values)):
+                yield words, others, gr.skip() if n else ""  # what is typed meanwhile stays
 
         def repeat(picture, _, words, others, *values):
             if words:

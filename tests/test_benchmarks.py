@@ -224,6 +224,6 @@ def test_search_names_missing_peers(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"run `pip install faiss-cpu==[\d.]+ scikit-learn==[\d.]+`"):
-        bench_search.main(["--sides", "ours,faiss flat,faiss hnsw,sklearn"])
+        bench_search.main(["--sides", "ours,faiss flat,faiss hnsw,sklearn", "--threads", "1"])
     with pytest.raises(InputError, match=r"expected some of ours, ours exact, .*; got annoy"):
-        bench_search.main(["--sides", "ours,annoy"])
+        bench_search.main(["--sides", "ours,annoy", "--threads", "1"])

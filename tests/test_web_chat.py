@@ -99,6 +99,7 @@ def test_browser_converses(chat_adapter, picture, tmp_path):
                 tab.get_by_role("button", name="Send").click()
                 # Both answers of this turn: the question stands in both columns.
                 sync_api.expect(tab.get_by_text(words, exact=True)).to_have_count(2, timeout=60_000)
+                tab.wait_for_timeout(4000)  # the last of eight tokens: while an answer comes, Send does nothing
             tab.wait_for_timeout(1500)
             tab.screenshot(path=tmp_path / "converse.png", full_page=True)
             tab.locator("label", has_text="中文").click()

@@ -403,7 +403,7 @@ def test_downloads_go_after_an_hour_or_with_the_page():
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ([], "nothing to show: give --store, --captioner or --vqa"),
+        ([], "nothing to show: give --store, --captioner, --vqa or --from_pretrained"),
         (["--preset", "demo"], "run `make demo` first"),
         (["--captioner", "x", "--after", "y"], "--after needs --store"),
         (["--store", "x", "--tile_url", "https://x.org/{z}/{x}"], "expected {z}, {x} and {y}"),
