@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from config import InputError, add_device_flags, user_errors
+from config import InputError, add_device_flags, refuse_outside, user_errors
 
 DEMO = {
     "model_path": "output/demo_caption/final",
@@ -79,11 +79,9 @@ def checked(args) -> None:
     for name in needed:
         if not getattr(args, name):
             raise InputError(f"{args.command} needs --{name}")
-    for name, low, high in (("max_length", 1, 4096), ("num_beams", 1, 64), ("temperature", 0, 100), ("top_p", 0.01, 1),
-                            ("batch_size", 1, 4096)):  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name} {value}: expected a number from {low} to {high}")
+    refuse_outside(
+        args, max_length=(1, 4096), num_beams=(1, 64), temperature=(0, 100), top_p=(0.01, 1), batch_size=(1, 4096)
+    )
     if args.temperature and args.num_beams > 1:
         raise InputError("--num_beams searches and --temperature draws: give one of them")
     output = args.output_file and Path(args.output_file)

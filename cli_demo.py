@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from config import InputError, add_device_flags, user_errors
+from config import add_device_flags, refuse_outside, user_errors
 
 SAY = {
     "image": ("Image (path, or empty for none): ", "图像路径（留空则无图像）："),
@@ -101,7 +101,8 @@ class Talk:
         """One line of the user's; False when it ends the conversation."""
         from imagery import ImageError
 
-        word = COMMANDS.get(text.strip().lower())
+        text = text.strip()
+        word, (first, *rest) = COMMANDS.get(text.lower()), text.split(maxsplit=1)
         if word == "stop":
             return False
         if word == "clear":
@@ -113,14 +114,14 @@ class Talk:
             else:
                 with self.model.before():
                     self.answer(self.turns[-1][0], self.turns[:-1], "before")
-        elif text.split(maxsplit=1)[0].lower() in ("image", "图像"):
+        elif first.lower() in ("image", "图像"):
             try:
-                self.take(text.split(maxsplit=1)[1].strip().strip("\"'") if len(text.split(maxsplit=1)) > 1 else None)
+                self.take("".join(rest).strip("\"'"))
             except ImageError as error:
                 print(error)
         else:
-            said = self.answer(text.strip(), self.turns, "answer")
-            self.turns.append((text.strip(), said or "…"))
+            said = self.answer(text, self.turns, "answer")
+            self.turns.append((text, said or "…"))
             if len(self.turns) > self.args.max_turns:
                 self.turns = self.turns[-self.args.max_turns :]
                 print(self.say("cut"))
@@ -148,14 +149,7 @@ def reader():
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    for name, low, high in (
-        ("max_length", 1, 8192),
-        ("temperature", 0, 100),
-        ("top_p", 0.01, 1),
-        ("max_turns", 1, 1000),
-    ):
-        if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name} {getattr(args, name)}: expected a number from {low} to {high}")
+    refuse_outside(args, max_length=(1, 8192), temperature=(0, 100), top_p=(0.01, 1), max_turns=(1, 1000))
     from transformers import set_seed
     from transformers.utils import logging
 

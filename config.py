@@ -634,6 +634,33 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     return config, training_args, changed
 
 
+def refuse_outside(values, **bounds: tuple[float, float]) -> None:
+    """Refuse flags outside their bounds, {name: (low, high)}, both included; one that is absent or None is not looked at.
+    Raises InputError."""
+    for name, (low, high) in bounds.items():
+        value = getattr(values, name, None)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name} {value}: expected a number from {low} to {high}")
+
+
+def read_text(path: str, flag: str) -> str:
+    """The UTF-8 text of a file that `flag` named. Raises InputError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise InputError(f"{flag} {path}: cannot be read: {why}") from None
+
+
+def read_lines(path: str, flag: str, what: str) -> list[str]:
+    """The distinct lines of such a file, without empty ones and those behind a #. Raises InputError where there is none."""
+    lines = [line.strip() for line in read_text(path, flag).splitlines()]
+    lines = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not lines:
+        raise InputError(f"{flag} {path}: no {what} in it; expected one a line")
+    return lines
+
+
 def check(config: DataConfig) -> None:
     """Refuse values that no run can use. Raises InputError."""
     if getattr(config, "task", None) == "chat" and config.decode == "candidates":
@@ -649,10 +676,7 @@ def check(config: DataConfig) -> None:
         "early_stopping_patience": (0, 10**9), "lora_alpha": (1, 10**6), "max_caption_tokens": (1, 4096),
         "projector_epochs": (0, 10**6), "freeze_language_model_except_layers": (0, 10**6),
     }  # fmt: skip
-    for name, (low, high) in bounds.items():
-        value = getattr(config, name, None)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name} {value}: expected a number from {low} to {high}")
+    refuse_outside(config, **bounds)
     if config.min_pixels > config.max_pixels:
         raise InputError(f"--min_pixels {config.min_pixels} is above --max_pixels {config.max_pixels}")
     if str(config.cache_dir).lower() == "none":

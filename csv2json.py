@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from config import InputError, user_errors
+from config import InputError, refuse_outside, user_errors
 
 NEEDED = ("image_path", "question", "answer")
 SPECIAL_TOKEN = re.compile(r"<\|[^|]*\|>")
@@ -245,9 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path("data/demo" if args.preset == "demo" else ".")
     source = Path(args.csv or folder / "rsvqa-dataset.csv")
     output = Path(args.output or folder / "data_vl.json")
-    for name in ("val_fraction", "test_fraction", "max_rejected"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise InputError(f"--{name} {getattr(args, name)}: expected a number from 0 to 1")
+    refuse_outside(args, val_fraction=(0, 1), test_fraction=(0, 1), max_rejected=(0, 1))
     command = "data2csv.py" + (" --preset demo" if args.preset == "demo" else "")
     rows = read_csv(source, "check --csv" if args.csv else f"run `python {command}` first, or give --csv")
     train, test, report = places_beside(output, source)

@@ -3,7 +3,7 @@
     model = DualEncoder.from_pretrained("lcybuaa/Git-RSCLIP")
     report = index_library(model, "./library", "./library.index")
     with Library.open("./library.index") as library:
-        for hit in library.search(library.text_query("a river winding through farmland"), 10):
+        for hit in library.search(library.query(["a river winding through farmland"]), 10):
             print(hit.score, hit.payload["path"], hit.payload["window"])
 
 Reading runs in worker processes ahead of the model. Every FLUSH tiles are on disk before the next are encoded, so a kill
@@ -14,6 +14,7 @@ import csv
 import datetime
 import hashlib
 import itertools
+import json
 import os
 import re
 import sys
@@ -31,8 +32,8 @@ import store
 from config import InputError
 from data import Rejected, image_files, is_chinese, load_json, pixel_batch
 from imagery import ImageError, ImageSettings, image_size, read_image, read_windows, tile_windows
-from model import DualEncoder, pixel_store
-from places import match_footprints
+from model import DualEncoder, Encoder, pixel_store
+from places import change_scores, feature_collection, match_footprints
 from store import Filter, Hit, Point
 
 WHOLE = 1.5  # an image up to this many tiles long and wide is not cut: scenes "of 256 pixels" have 253 or 280 too
@@ -44,6 +45,7 @@ TEMPLATES = {
     "en": ("{}", "{}.", "a satellite image of {}.", "an aerial image of {}.", "a remote sensing image of {}."),
     "zh": ("{}", "{}。", "{}的卫星影像。", "一幅{}的遥感图像。"),
 }
+CHANGE = 3.0  # spreads of the unchanged from which a change is one
 CLASS_LISTS = Path(__file__).parent / "classes"
 NEIGHBOURS = 0.2  # share of the smaller of two tiles that the other covers, above which both show one place
 
@@ -75,9 +77,6 @@ class Plan:
     """Paths whose points are to be removed: gone, or changed since."""
     unchanged: int
     rejected: list[Rejected]
-
-    def tiles(self) -> int:
-        return sum(len(file.windows) for file in self.files)
 
 
 def windows_of(height: int, width: int, tile: int, stride: int) -> list:
@@ -112,14 +111,18 @@ def time_in_name(path: str) -> str | None:
     return None
 
 
-def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
-    """{path of an image: {name: value}} from a CSV whose first column is the path below the library. Raises InputError."""
-    path = Path(path)
+def read_table(path: str | Path) -> list[list[str]]:
+    """The rows of a CSV file. Raises InputError."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file))
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            return list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as CSV ({error})") from None
+
+
+def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
+    """{path of an image: {name: value}} from a CSV whose first column is the path below the library. Raises InputError."""
+    rows = read_table(path)
     if not rows or len(rows[0]) < 2:
         raise InputError(f"{path}: expected a header such as `path,label` with the image's path first")
     names = rows[0][1:]
@@ -208,12 +211,14 @@ class TileBatches(torch.utils.data.Dataset):
     """Batches of tiles, read and prepared for a tower; made in DataLoader workers."""
 
     def __init__(
-        self, root: Path, files: list[PlannedFile], batch_size: int, model: DualEncoder, settings: ImageSettings
-    ):
+        self, root: Path, files: list[PlannedFile], batch_size: int, model: Encoder, settings: ImageSettings,
+        share: slice = slice(None),
+    ):  # fmt: skip
+        """share: which of the batches; each of several processes takes its own."""
         self.root, self.files, self.settings = root, files, settings
         self.resize, self.processor = pixel_store(model).resize, model.processor
         tiles = [(number, window) for number, file in enumerate(files) for window in file.windows]
-        self.batches = [tiles[start : start + batch_size] for start in range(0, len(tiles), batch_size)]
+        self.batches = [tiles[start : start + batch_size] for start in range(0, len(tiles), batch_size)][share]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -260,7 +265,7 @@ def loader_of(batches: TileBatches, workers: int, device: str = "cpu"):
 
 
 @torch.inference_mode()
-def encode(model: DualEncoder, loader) -> Iterable[tuple[torch.Tensor | None, dict]]:
+def encode(model: Encoder, loader) -> Iterable[tuple[torch.Tensor | None, dict]]:
     """(unit vectors (n, D) on the model's device or None, the batch) for each of a `loader_of`."""
     for made in loader:
         vectors = None
@@ -291,7 +296,7 @@ class IndexReport:
 
 
 def index_library(
-    model: DualEncoder, root: str | Path, location: str, *, tile: int = 256, stride: int = 192,
+    model: Encoder, root: str | Path, location: str, *, tile: int = 256, stride: int = 192,
     settings: ImageSettings | None = None, attributes: dict | None = None, workers: int = 1, batch_size: int = 32,
     moved: bool = False, progress: bool = False,
 ) -> IndexReport | None:  # fmt: skip
@@ -324,9 +329,8 @@ def index_library(
     plan = broadcast_object_list([plan])[0] if state.num_processes > 1 else plan
     report = IndexReport(unchanged=plan.unchanged, rejected=plan.rejected)
     writer = _Writer(index, plan, report) if index is not None else None
-    batches = TileBatches(root, plan.files, batch_size, model, settings)
-    everything = batches.batches
-    batches.batches = everything[state.process_index :: state.num_processes]
+    share = slice(state.process_index, None, state.num_processes)
+    batches = TileBatches(root, plan.files, batch_size, model, settings, share)
     bar = tqdm(
         total=sum(map(len, batches.batches)), desc="index", unit="image", smoothing=0.05,
         disable=not progress or not state.is_main_process or not batches.batches,
@@ -374,13 +378,14 @@ def _open_for_writing(model, root, location, about, attributes, moved):
     record = {"model": model.source, **about, "library": str(root.resolve())}
     record["created"] = datetime.datetime.now().isoformat(timespec="seconds")
     tiling = {"tile": about["tile"], "stride": about["stride"], "attributes": attributes}
-    if not store.exists(location):
+    try:
+        index = store.open(location)
+    except store.Missing:
         plan = plan_index(root, None, **tiling)  # before anything is made: a wrong folder leaves nothing behind
         if not plan.files:
             reasons = "; ".join(bad.reason for bad in plan.rejected[:3])
-            raise InputError(f"{root}: none of its {len(plan.rejected)} images can be read: {reasons}")
+            raise InputError(f"{root}: none of its {len(plan.rejected)} images can be read: {reasons}") from None
         return plan, store.create(location, record=record, dim=model.settings.projection_dim)
-    index = store.open(location)
     try:
         index.check({"model": record["model"], **about})
         if index.record.get("library") != record["library"]:
@@ -493,13 +498,13 @@ def read_classes(source: str) -> dict[str, list[str]]:
 class Library:
     """An index opened together with the model that made it: what search.py and web_demo.py ask."""
 
-    def __init__(self, index, model: DualEncoder, root: str | Path):
+    def __init__(self, index, model: Encoder, root: str | Path):
         self.index, self.model, self.root = index, model, Path(root)
         self.settings = ImageSettings.from_dict(index.record["image"])
 
     @classmethod
     def open(
-        cls, location: str, *, model: str | None = None, encoder: DualEncoder | None = None, root: str | Path | None = None,
+        cls, location: str, *, model: str | None = None, encoder: Encoder | None = None, root: str | Path | None = None,
         base_model: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32,
     ) -> "Library":  # fmt: skip
         """model: where the index's model is now, if it has moved; encoder: one loaded already; root: where the images are
@@ -646,6 +651,15 @@ def same_place(a: dict, b: dict) -> bool:
     return common > NEIGHBOURS * min((r1 - l1) * (t1 - b1), (r2 - l2) * (t2 - b2))
 
 
+def geojson(payloads: list[dict], properties: list[dict]) -> str:
+    """The footprints of points, with what is said of each, as GeoJSON (RFC 7946)."""
+    rows = [
+        {"polygon": payload["extra"].get("polygon"), "footprint": payload["footprint"], "properties": said}
+        for payload, said in zip(payloads, properties)
+    ]
+    return json.dumps(feature_collection(rows), ensure_ascii=False) + "\n"
+
+
 def result_row(rank: int, hit: Hit) -> dict:
     """What a table, JSON, CSV or GeoJSON says of a hit; `where` is the latitude and longitude of its middle, in degrees."""
     payload = hit.payload
@@ -676,6 +690,12 @@ class Pairs:
     after_vectors: np.ndarray
     notes: list[str]
     """What was left out, and why."""
+
+    def changes(self, words: np.ndarray, alike: int = 32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scores before and after, (Q, N) each, under queries (Q, D), and by how many spreads of the unchanged they differ,
+        as `places.change_scores` counts: against the `alike` places most alike, or against all places (0)."""
+        before, after = words @ self.before_vectors.T, words @ self.after_vectors.T
+        return before, after, change_scores(before, after, self.before_vectors if alike else None, alike or 1)
 
 
 def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> Pairs:

@@ -257,7 +257,77 @@ class ProjectionHead(nn.Sequential):
         super().__init__(*layers)
 
 
-class DualEncoder(nn.Module):
+class Encoder(nn.Module):
+    """What every pair of towers offers whose score is a cosine. A subclass brings `settings`, `processor`, `tokenizer`,
+    `logit_scale`, `logit_bias`, and `pool_image`, `pool_text`, `project_image`, `project_text`, `tokenize`."""
+
+    def _came_from(self, name: str, fingerprint: str) -> None:
+        """Note what an index records: the fingerprint, and the name by which the model is found from any folder."""
+        self.fingerprint = fingerprint
+        self.source = str(Path(name).resolve()) if Path(name).exists() else name
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def encode_image(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        """Patches (P, C) and grids (B, 3) -> unit embeddings (B, projection_dim)."""
+        return self.project_image(self.pool_image(pixel_values, image_grid_thw))
+
+    def encode_text(self, input_ids: torch.Tensor, text_lengths: torch.Tensor) -> torch.Tensor:
+        """Token ids (T, L) and lengths (T,) -> unit embeddings (T, projection_dim)."""
+        return self.project_text(self.pool_text(input_ids, text_lengths))
+
+    def probabilities(self, cosines: torch.Tensor) -> torch.Tensor:
+        """Cosines (N, C) of images and C classes -> probabilities (N, C), as the loss of training reads them: each class
+        on its own, sigmoid(e^scale cos + bias), for a sigmoid loss (SigLIP, Zhai et al. 2023), else
+        softmax(e^scale cos) over the classes (CLIP, Radford et al. 2021)."""
+        logits = cosines * self.logit_scale.float().exp().to(cosines.device)
+        if self.settings.loss == "sigmoid":
+            return torch.sigmoid(logits + self.logit_bias.float().to(cosines.device))
+        return logits.softmax(-1)
+
+    @torch.inference_mode()
+    def embed_images(
+        self, images, *, batch_size: int = 32, store=None, progress: bool = False, pool_only: bool = False
+    ) -> torch.Tensor:
+        """Paths or resized (H, W, 3) uint8 arrays -> unit embeddings (N, projection_dim) float32 on the CPU.
+
+        Files are read a batch at a time, from `store` (a `data.PixelStore`) where one is given. Raises
+        imagery.ImageError for a file that cannot be read.
+        `pool_only` stops before the projection (features of a frozen tower).
+        """
+        store = store or pixel_store(self)
+        made = []
+        for start in _batches(len(images), batch_size, "images", progress):
+            chunk = [images[i] for i in range(start, min(start + batch_size, len(images)))]
+            pixels = [store[str(image)] if isinstance(image, (str, Path)) else image for image in chunk]
+            batch = {key: value.to(self.device) for key, value in pixel_batch(pixels, self.processor).items()}
+            features = self.pool_image(**batch)
+            made.append((features if pool_only else self.project_image(features)).cpu())
+        return torch.cat(made) if made else torch.zeros(0, self.settings.projection_dim)
+
+    @torch.inference_mode()
+    def embed_texts(
+        self, texts, *, batch_size: int = 128, progress: bool = False, pool_only: bool = False
+    ) -> torch.Tensor:
+        """Texts -> unit embeddings (N, projection_dim) float32 on the CPU; batches are sorted by length."""
+        rows, _ = self.tokenize(list(texts))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        made = []
+        for start in _batches(len(rows), batch_size, "texts", progress):
+            batch = token_batch([rows[i] for i in order[start : start + batch_size]], self.tokenizer.pad_token_id)
+            features = self.pool_text(**{key: value.to(self.device) for key, value in batch.items()})
+            made.append((features if pool_only else self.project_text(features)).cpu())
+        if not made:
+            return torch.zeros(0, self.settings.projection_dim)
+        sorted_rows = torch.cat(made)
+        result = torch.empty_like(sorted_rows)
+        result[torch.tensor(order)] = sorted_rows
+        return result
+
+
+class DualEncoder(Encoder):
     """Image tower and text tower of a Qwen-VL base, each with a projection head; score = cosine.
 
     Image: the vision encoder's merged patch tokens (the ones the language model would read), averaged. Text: the
@@ -340,7 +410,7 @@ class DualEncoder(nn.Module):
         base_model: str | None = None,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
-    ) -> "DualEncoder":
+    ) -> "DualEncoder | ClipEncoder":
         """Load a checkpoint folder; a tower that was trained in full comes from it alone, others from the base. A folder of
         a whole CLIP, Chinese-CLIP or SigLIP gives a `ClipEncoder`, which is used in the same way.
 
@@ -373,11 +443,6 @@ class DualEncoder(nn.Module):
         model.load_trained(folder)
         model._came_from(name, _digest([folder / SETTINGS, folder / "preprocessor_config.json"], [folder / WEIGHTS]))
         return model.to(device=device, dtype=dtype).eval()
-
-    def _came_from(self, name: str, fingerprint: str) -> None:
-        """Note what an index records: the fingerprint, and the name by which the model is found from any folder."""
-        self.fingerprint = fingerprint
-        self.source = str(Path(name).resolve()) if Path(name).exists() else name
 
     def trained_names(self) -> list[str]:
         """Names of the tensors a checkpoint holds: those of towers in training, the heads, scale and bias."""
@@ -462,14 +527,6 @@ class DualEncoder(nn.Module):
         """Pooled features (T, D) -> unit embeddings (T, projection_dim) float32."""
         return F.normalize(self.text_projection(features.to(self.text_projection[0].weight.dtype)).float(), dim=-1)
 
-    def encode_image(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
-        """Patches (P, C) and grids (B, 3) -> unit embeddings (B, projection_dim)."""
-        return self.project_image(self.pool_image(pixel_values, image_grid_thw))
-
-    def encode_text(self, input_ids: torch.Tensor, text_lengths: torch.Tensor) -> torch.Tensor:
-        """Token ids (T, L) and lengths (T,) -> unit embeddings (T, projection_dim)."""
-        return self.project_text(self.pool_text(input_ids, text_lengths))
-
     def forward(
         self,
         pixel_values=None,
@@ -491,64 +548,12 @@ class DualEncoder(nn.Module):
             "logit_bias": self.logit_bias.float() * 1.0,
         }
 
-    def probabilities(self, cosines: torch.Tensor) -> torch.Tensor:
-        """Cosines (N, C) of images and C classes -> probabilities (N, C), as the loss of training reads them: each class
-        on its own, sigmoid(e^scale cos + bias), for a sigmoid loss (SigLIP, Zhai et al. 2023), else
-        softmax(e^scale cos) over the classes (CLIP, Radford et al. 2021)."""
-        logits = cosines * self.logit_scale.float().exp().to(cosines.device)
-        if self.settings.loss == "sigmoid":
-            return torch.sigmoid(logits + self.logit_bias.float().to(cosines.device))
-        return logits.softmax(-1)
-
     def tokenize(self, texts: list[str]) -> tuple[list[np.ndarray], int]:
         """Token ids of each text, the end-of-text token last; and how many texts were cut to max_text_tokens."""
         limit = self.settings.max_text_tokens - 1
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         cut = sum(len(row) > limit for row in rows)
         return [np.array([*row[:limit], self.tokenizer.eos_token_id]) for row in rows], cut
-
-    @property
-    def device(self) -> torch.device:
-        return self.logit_scale.device
-
-    @torch.inference_mode()
-    def embed_images(
-        self, images, *, batch_size: int = 32, store=None, progress: bool = False, pool_only: bool = False
-    ) -> torch.Tensor:
-        """Paths or resized (H, W, 3) uint8 arrays -> unit embeddings (N, projection_dim) float32 on the CPU.
-
-        Files are read a batch at a time, from `store` (a `data.PixelStore`) where one is given. Raises
-        imagery.ImageError for a file that cannot be read.
-        `pool_only` stops before the projection (features of a frozen tower).
-        """
-        store = store or pixel_store(self)
-        made = []
-        for start in _batches(len(images), batch_size, "images", progress):
-            chunk = [images[i] for i in range(start, min(start + batch_size, len(images)))]
-            pixels = [store[str(image)] if isinstance(image, (str, Path)) else image for image in chunk]
-            batch = {key: value.to(self.device) for key, value in pixel_batch(pixels, self.processor).items()}
-            features = self.pool_image(**batch)
-            made.append((features if pool_only else self.project_image(features)).cpu())
-        return torch.cat(made) if made else torch.zeros(0, self.settings.projection_dim)
-
-    @torch.inference_mode()
-    def embed_texts(
-        self, texts, *, batch_size: int = 128, progress: bool = False, pool_only: bool = False
-    ) -> torch.Tensor:
-        """Texts -> unit embeddings (N, projection_dim) float32 on the CPU; batches are sorted by length."""
-        rows, _ = self.tokenize(list(texts))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        made = []
-        for start in _batches(len(rows), batch_size, "texts", progress):
-            batch = token_batch([rows[i] for i in order[start : start + batch_size]], self.tokenizer.pad_token_id)
-            features = self.pool_text(**{key: value.to(self.device) for key, value in batch.items()})
-            made.append((features if pool_only else self.project_text(features)).cpu())
-        if not made:
-            return torch.zeros(0, self.settings.projection_dim)
-        sorted_rows = torch.cat(made)
-        result = torch.empty_like(sorted_rows)
-        result[torch.tensor(order)] = sorted_rows
-        return result
 
 
 CLIPS = {  # model_type -> (model, image processor, whether a text is always padded to its full length)
@@ -569,7 +574,7 @@ class ClipSettings:
     images: dict
 
 
-class ClipEncoder(DualEncoder):
+class ClipEncoder(Encoder):
     """A whole CLIP (RemoteCLIP, GeoRSCLIP), Chinese-CLIP or SigLIP (Git-RSCLIP) folder of transformers' layout; made by
     `DualEncoder.from_pretrained`. For use, not for training.
 
@@ -577,7 +582,7 @@ class ClipEncoder(DualEncoder):
     """
 
     def __init__(self, settings: ClipSettings, model, tokenizer, processor):
-        nn.Module.__init__(self)
+        super().__init__()
         self.settings, self.tokenizer, self.processor = settings, tokenizer, processor
         self.model = model.requires_grad_(False)
         self.fixed_length = CLIPS[model.config.model_type][2]
@@ -647,9 +652,6 @@ class ClipEncoder(DualEncoder):
         fill = {"padding": "max_length"} if self.fixed_length else {}
         rows = self.tokenizer(texts, truncation=True, max_length=limit, **fill)["input_ids"] if texts else []
         return [np.array(row) for row in rows], sum(len(row) > limit for row in whole)
-
-    def save_pretrained(self, folder, state_dict=None) -> None:
-        raise NotImplementedError("a ClipEncoder is for use; its folder is the model's own")
 
 
 def length_groups(lengths: list[int], fill: float = 0.8, least: int = 16) -> list[list[int]]:
@@ -1822,7 +1824,7 @@ def load_language(folder: str | Path, dtype: torch.dtype = torch.float32, tokeni
     return model, tokenizer
 
 
-def pixel_store(model: DualEncoder | VQA | Captioner, cache_dir: str | None = None) -> PixelStore:
+def pixel_store(model: Encoder | VQA | Captioner, cache_dir: str | None = None) -> PixelStore:
     """Pixels as a model's vision tower takes them, read as in its training."""
     resize = QwenResize if hasattr(model.processor, "merge_size") else SquareResize
     return PixelStore(resize(model.processor), ImageSettings.from_dict(model.settings.images), cache_dir)

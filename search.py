@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import InputError, add_device_flags, user_errors
+from config import InputError, add_device_flags, read_lines, refuse_outside, user_errors
 
 MODEL = "lcybuaa/Git-RSCLIP"
 DEMO = {
@@ -125,9 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     watch.add_argument("--queries", help="text file, what to watch for, one a line")
     watch.add_argument("--out", help="folder for changes.csv, changes.geojson and a page with pictures")
     watch.add_argument("-k", type=int, default=8, help="places shown for each query")
-    watch.add_argument(
-        "--threshold", type=float, default=3.0, help="spreads of the unchanged above which it is a change"
-    )
+    watch.add_argument("--threshold", type=float, help="spreads of the unchanged that make a change (default: 3)")
     watch.add_argument("--alike", type=int, default=32, help="like places by which a change is judged (0: all places)")
     watch.add_argument("--min_overlap", type=float, default=0.5, help="least intersection over union of matched tiles")
 
@@ -154,12 +152,6 @@ def need(args, *names: str) -> None:
             raise InputError(f"{args.command} needs {'the folder of images' if name == 'library' else '--' + name}")
 
 
-def refuse_number(args, **bounds: tuple[float, float]) -> None:
-    for name, (low, high) in bounds.items():
-        if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name} {getattr(args, name)}: expected a number from {low} to {high}")
-
-
 def open_library(args, location: str | None = None, encoder=None):
     from transformers.utils import logging
 
@@ -176,28 +168,11 @@ def open_library(args, location: str | None = None, encoder=None):
 
 def filter_of(args):
     """The `store.Filter` of the flags, or None."""
-    from store import Filter
+    from store import Filter, attributes_of
 
-    attributes: dict[str, list[str]] = {}
-    for pair in args.where:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise InputError(f"--where {pair}: expected NAME=VALUE, such as folder=harbour")
-        attributes.setdefault(name, []).append(value)
+    attributes = attributes_of(args.where)
     made = Filter(bbox=args.bbox and tuple(args.bbox), start=args.start, end=args.end, attributes=attributes)
     return None if made == Filter() else made
-
-
-def read_lines(path: str, what: str) -> list[str]:
-    """Lines of a text file, without empty ones and those behind a #. Raises InputError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    if not lines:
-        raise InputError(f"{path}: no {what} in it; expected one a line")
-    return list(dict.fromkeys(lines))
 
 
 def output_folder(path: str) -> Path:
@@ -235,7 +210,7 @@ def run_index(args) -> int:
     """Encode the images of a folder and keep their vectors with place, time, path and window. A second run reads what is
     new or changed and takes out what is gone; a run that was cut short goes on."""
     need(args, "library", "store")
-    refuse_number(args, batch_size=(1, 4096), tile=(0, 1 << 16))
+    refuse_outside(args, batch_size=(1, 4096), tile=(0, 1 << 16))
     stride = args.stride if args.stride is not None else args.tile * 3 // 4
     if args.tile and not 1 <= stride <= args.tile:
         raise InputError(f"--stride {stride}: expected 1 to {args.tile} (--tile), or pixels would be left out")
@@ -290,10 +265,11 @@ def recorded_model(location: str) -> str | None:
     """The towers that an index was made with; None where there is no index yet."""
     import store
 
-    if not store.exists(location):
+    try:
+        with store.open(location) as index:
+            return index.record["model"]
+    except store.Missing:
         return None
-    with store.open(location) as index:
-        return index.record["model"]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -303,7 +279,7 @@ def recorded_model(location: str) -> str | None:
 def run_query(args) -> int:
     """Find images by words, by pictures, or by both; less what is unwanted; within a box, a time, attributes."""
     need(args, "store")
-    refuse_number(args, k=(1, 10_000), like_weight=(0, 1), not_weight=(0, 10))
+    refuse_outside(args, k=(1, 10_000), like_weight=(0, 1), not_weight=(0, 10))
     if args.each and args.like:
         raise InputError("--each takes words alone, not --like")
     if not args.words and not args.like:
@@ -312,8 +288,7 @@ def run_query(args) -> int:
         raise InputError("query: an empty text")
     limit = filter_of(args)
     from imagery import read_image
-    from library import result_row
-    from places import feature_collection
+    from library import geojson, result_row
     from report import contact_sheet, table_text
 
     context = ", ".join(
@@ -349,23 +324,14 @@ def run_query(args) -> int:
             }
             for title, _ in results:
                 mine = [row for row in rows if row["query"] == title]
-                columns = {key: name for key, name in columns.items() if any(row[key] is not None for row in mine)}
-                print(f"{title}\n{table_text(mine, columns)}\n" if mine else f"{title}\n")
+                filled = {key: name for key, name in columns.items() if any(row[key] is not None for row in mine)}
+                print(f"{title}\n{table_text(mine, filled)}\n" if mine else f"{title}\n")
         if args.json:
             put(args.json, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
         if args.csv and rows:
             put(args.csv, csv_text(rows))
         if args.geojson:
-            placed = [(row, hit) for row, hit in zip(rows, (hit for _, hits in results for hit in hits))]
-            shapes = [
-                {
-                    "polygon": hit.payload["extra"].get("polygon"),
-                    "footprint": hit.payload["footprint"],
-                    "properties": row,
-                }
-                for row, hit in placed
-            ]
-            put(args.geojson, json.dumps(feature_collection(shapes), ensure_ascii=False) + "\n")
+            put(args.geojson, geojson([hit.payload for _, hits in results for hit in hits], rows))
         if args.sheet:
             found = []
             for title, hits in results:
@@ -457,6 +423,7 @@ def run_classify(args) -> int:
 
 def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, int]:
     """{path: number of its class}; labels are compared without case, spaces, - and _. Raises InputError."""
+    from library import read_table
 
     def key(label):
         return label.lower().replace(" ", "").replace("_", "").replace("-", "")
@@ -467,11 +434,7 @@ def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, in
         where = "the folders of the library"
     else:
         where = source
-        try:
-            with open(source, newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.reader(file))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{source}: cannot be read as CSV ({error})") from None
+        rows = read_table(source)
         if not rows or rows[0][:2] != ["path", "label"]:
             raise InputError(f"{source}: line 1: expected the header path,label")
         pairs = []
@@ -523,45 +486,40 @@ def run_monitor(args) -> int:
     """Compare two dates of the same places: for each query, where its score rose or fell by more than the season, the
     sensor and the light explain, which move the scores of like places alike."""
     need(args, "before", "after", "queries", "out")
-    refuse_number(args, k=(1, 1000), threshold=(0, 100), alike=(0, 100_000), min_overlap=(0.01, 1))
+    refuse_outside(args, k=(1, 1000), threshold=(0, 100), alike=(0, 100_000), min_overlap=(0.01, 1))
     out = output_folder(args.out)
-    queries = read_lines(args.queries, "queries")
-    from library import match_places
-    from places import change_scores, feature_collection
+    queries = read_lines(args.queries, "--queries", "queries")
+    from library import CHANGE, geojson, match_places
     from report import page, table_html, table_text, write_atomic
 
+    threshold = CHANGE if args.threshold is None else args.threshold
     args.library = None
     with open_library(args, args.before) as before, open_library(args, args.after, before.model) as after:
         pairs = match_places(before, after, args.min_overlap)
         for note in pairs.notes:
             print(f"note: {note}", file=sys.stderr)
-        words = before.text_vectors(queries)  # (Q, D)
-        scores = [words @ vectors.T for vectors in (pairs.before_vectors, pairs.after_vectors)]  # 2 x (Q, N)
-        z = change_scores(*scores, pairs.before_vectors if args.alike else None, args.alike or 1)
+        first, second, z = pairs.changes(before.text_vectors(queries), args.alike)  # (Q, N) each
         rows = []
         for q, query in enumerate(queries):
             for n in np.argsort(-np.abs(z[q]), kind="stable"):
                 a, b = pairs.before[n], pairs.after[n]
                 rows.append(
-                    {"query": query, "change": round(float(z[q, n]), 2), "before": round(float(scores[0][q, n]), 4),
-                     "after": round(float(scores[1][q, n]), 4), "is_change": bool(abs(z[q, n]) >= args.threshold),
+                    {"query": query, "change": round(float(z[q, n]), 2), "before": round(float(first[q, n]), 4),
+                     "after": round(float(second[q, n]), 4), "is_change": bool(abs(z[q, n]) >= threshold),
                      "path_before": a["path"], "path_after": b["path"], "window": a["window"] and ",".join(map(str, a["window"])),
                      "time_before": a["time"], "time_after": b["time"], "pair": int(n)}
                 )  # fmt: skip
         summary = []
         for q, query in enumerate(queries):
-            up, down = int((z[q] >= args.threshold).sum()), int((z[q] <= -args.threshold).sum())
+            up, down = int((z[q] >= threshold).sum()), int((z[q] <= -threshold).sum())
             summary.append({"query": query, "places": len(pairs.before), "more": up, "less": down})
         heads = {"query": "query", "places": "places", "more": "more of it", "less": "less of it"}
         print(table_text(summary, heads))
         shown = [row for row in rows if row["is_change"]]
-        shapes = [
-            {"polygon": pairs.before[row["pair"]]["extra"].get("polygon"), "footprint": pairs.before[row["pair"]]["footprint"],
-             "properties": {key: value for key, value in row.items() if key != "pair"}}
-            for row in shown
-        ]  # fmt: skip
-        write_atomic(out / "changes.csv", csv_text([{k: v for k, v in row.items() if k != "pair"} for row in rows]))
-        write_atomic(out / "changes.geojson", json.dumps(feature_collection(shapes), ensure_ascii=False) + "\n")
+        plain = [{key: value for key, value in row.items() if key != "pair"} for row in rows]
+        changed = [row for row in plain if row["is_change"]]
+        write_atomic(out / "changes.csv", csv_text(plain))
+        write_atomic(out / "changes.geojson", geojson([pairs.before[row["pair"]] for row in shown], changed))
         sections = [("Summary", table_html(summary, heads) + "".join(f"<p>{html.escape(n)}</p>" for n in pairs.notes))]
         for query in queries:
             top = [row for row in shown if row["query"] == query][: args.k]
@@ -610,8 +568,8 @@ def run_landuse(args) -> int:
     need(args, "store", "classes", "out")
     limit = filter_of(args)
     out = output_folder(args.out)
-    from library import read_classes
-    from places import feature_collection, land_use_areas, map_figure, read_regions, shares_figure
+    from library import geojson, read_classes
+    from places import land_use_areas, map_figure, read_regions, shares_figure
     from report import figure_html, page, table_html, table_text, write_atomic
     from trainer import write_json
 
@@ -678,12 +636,11 @@ def run_landuse(args) -> int:
         sections.append(("Map", figure_html(drawn.read_bytes(), "map")))
     if by_region:
         sections.append(("Square kilometres by region", table_html(by_region, region_heads)))
-    shapes = [
-        {"polygon": payload["extra"].get("polygon"), "footprint": payload["footprint"],
-         "properties": {"path": payload["path"], "class": labels[best[n]], "score": round(float(scores[n, best[n]]), 4)}}
+    said = [
+        {"path": payload["path"], "class": labels[best[n]], "score": round(float(scores[n, best[n]]), 4)}
         for n, payload in enumerate(payloads)
-    ]  # fmt: skip
-    write_atomic(out / "landuse.geojson", json.dumps(feature_collection(shapes), ensure_ascii=False) + "\n")
+    ]
+    write_atomic(out / "landuse.geojson", geojson(payloads, said))
     write_atomic(out / "landuse.csv", csv_text(rows))
     write_json(out / "landuse.json", {"classes": rows, "regions": by_region, "notes": notes})
     page("Land use", sections, out / "index.html", args.store)
@@ -698,12 +655,12 @@ def run_landuse(args) -> int:
 def run_recall(args) -> int:
     """How much of the exact k nearest the graph finds, on this index: with pictures of it, or with your queries."""
     need(args, "store")
-    refuse_number(args, k=(1, 1000), number=(1, 100_000))
+    refuse_outside(args, k=(1, 1000), number=(1, 100_000))
     import store
 
     if args.queries:
         with open_library(args) as library:
-            vectors = library.text_vectors(read_lines(args.queries, "queries"))
+            vectors = library.text_vectors(read_lines(args.queries, "--queries", "queries"))
             value = library.index.recall(vectors, args.k)
     else:
         with store.open(args.store) as index:

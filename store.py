@@ -147,6 +147,17 @@ class Hit:
     """path, window, footprint [west, south, east, north], time, attributes, hash, size, mtime_ns, extra ..."""
 
 
+def attributes_of(pairs: Iterable[str]) -> dict[str, list[str]]:
+    """`Filter.attributes` from texts such as folder=harbour; several values of a name may be given. Raises InputError."""
+    found: dict[str, list[str]] = {}
+    for pair in pairs:
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not name:
+            raise InputError(f"{pair}: expected NAME=VALUE, such as folder=harbour")
+        found.setdefault(name, []).append(value)
+    return found
+
+
 def _box(box, what: str) -> tuple[float, float, float, float]:
     try:
         west, south, east, north = map(float, box)
@@ -177,6 +188,10 @@ def _moment(text: str, what: str) -> datetime:
 # Opening
 
 
+class Missing(InputError):
+    """There is no index at a location."""
+
+
 def create(
     location: str | os.PathLike, *, record: dict, dim: int, collection: str | None = None, client=None
 ) -> "Store":
@@ -198,18 +213,11 @@ def open(location: str | os.PathLike, *, collection: str | None = None, client=N
 
     collection: the collection's name, where the URL does not end in it. client: a `qdrant_client.QdrantClient` to use
     instead of a new one. The API key of a server comes from the environment variable QDRANT_API_KEY.
-    Raises InputError: no index there, another format, in use, server not reachable.
+    Raises Missing where there is no index, InputError for another format, one in use, a server that does not answer.
     """
     if client is not None or _is_url(location):
         return _Server(location, collection, client)
     return _Edge(Path(location))
-
-
-def exists(location: str | os.PathLike, *, collection: str | None = None, client=None) -> bool:
-    """Whether there is an index at `location`. Raises InputError where a server does not answer."""
-    if client is not None or _is_url(location):
-        return _Server(location, collection, client, create=None, probe=True).exists
-    return (Path(location) / "index.json").is_file()
 
 
 def _is_url(location) -> bool:
@@ -484,7 +492,7 @@ class _Edge(Store):
         else:
             if not header.is_file():
                 what = "does not exist" if not folder.exists() else "holds no search index (no index.json)"
-                raise InputError(f"{folder}: {what}; make one with `python search.py index`")
+                raise Missing(f"{folder}: {what}; make one with `python search.py index`")
             try:
                 create = json.loads(header.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
@@ -612,8 +620,7 @@ def _edge_config(m, dim: int):
 class _Server(Store):
     """The header is the collection's metadata (servers from 1.16 on). Any number of processes may use it at once."""
 
-    def __init__(self, location, collection: str | None, client, create: dict | None = None, probe: bool = False):
-        """probe: only see whether the collection is there (`self.exists`)."""
+    def __init__(self, location, collection: str | None, client, create: dict | None = None):
         from qdrant_client import models as m
 
         self._m, self._range, self._date_range = m, m.Range, m.DatetimeRange
@@ -632,10 +639,8 @@ class _Server(Store):
             )  # fmt: skip
         self._client = client
         with self._errors():
-            self.exists = client.collection_exists(self._name)
-            if probe:
-                return
-            if create and self.exists:
+            exists = client.collection_exists(self._name)
+            if create and exists:
                 raise InputError(f"{location}: the collection {self._name} exists already; give another name")
             if create:
                 client.create_collection(
@@ -650,10 +655,8 @@ class _Server(Store):
                 )
                 for name, kind in INDEXED.items():
                     self._index(name, kind)
-            elif not self.exists:
-                raise InputError(
-                    f"{location}: no collection {self._name} there; make one with `python search.py index`"
-                )
+            elif not exists:
+                raise Missing(f"{location}: no collection {self._name} there; make one with `python search.py index`")
             info = client.get_collection(self._name)
         create = _header(create or info.config.metadata, self.location)
         self.dim, self.record = create["dim"], create["record"]

@@ -275,8 +275,10 @@ def main(argv: list[str] | None = None) -> dict | None:
             texts_per_scene=texts_per_scene, seed=args.seed, blind=blind,
         )  # fmt: skip
 
-    def loss_of(scenes):
-        return held_out_loss(model, dataset_of(scenes), collator, args.eval_batch_size)
+    held_texts = dataset_of(held) if chat else None
+
+    def loss_of(dataset):
+        return held_out_loss(model, dataset, collator, args.eval_batch_size)
 
     def ask(scenes, **how):
         return model.answer(
@@ -295,12 +297,12 @@ def main(argv: list[str] | None = None) -> dict | None:
     with model.before():
         made["before"] = ask(held, progress=main_process)
         if chat:
-            results["loss"] = {"before": loss_of(held)}
+            results["loss"] = {"before": loss_of(held_texts)}
 
     if config.eval_only:
         made["after"] = ask(held, progress=main_process)
         if chat:
-            results["loss"]["after"] = loss_of(held)
+            results["loss"]["after"] = loss_of(held_texts)
             results["scores"] = score_chat(made, held, splits["train"])[0]
             say(chat_summary(results, config.lora))
             return results
@@ -312,9 +314,11 @@ def main(argv: list[str] | None = None) -> dict | None:
     # ---- training
     watched = watched_scenes(splits["val"], config.max_eval_questions)
 
+    watched_texts = dataset_of(watched) if chat else None
+
     def evaluate(_, blind):
         if chat:
-            return {"loss": loss_of(watched)}
+            return {"loss": loss_of(watched_texts)}
         found = score(ask(watched, blind=blind), watched, samples=1)
         kinds = {f"accuracy_{kind}": value["accuracy"] for kind, value in found["exact"]["types"].items()}
         return {"accuracy": found["exact"]["micro"], "accuracy_bucketed": found["bucketed"]["micro"]} | kinds
@@ -339,7 +343,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     results |= {"steps": outcome.global_step, "best_step": trainer.state.best_global_step}
     made["after"] = ask(held, progress=main_process)
     if chat:
-        results["loss"]["after"] = loss_of(held)
+        results["loss"]["after"] = loss_of(held_texts)
         results["scores"], rows = score_chat(made, held, splits["train"])
         results["seconds"] = round(time.perf_counter() - started, 1)
         if main_process:

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from config import InputError, add_device_flags, user_errors
+from config import InputError, add_device_flags, read_lines, read_text, refuse_outside, user_errors
 
 PROMPTS = Path(__file__).parent / "prompts"
 PLACEHOLDERS = ("{captions}", "{glossary}")
@@ -138,14 +138,11 @@ def checked(args) -> None:
     args.api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
     if not args.api_key.isascii() or not args.api_key.isprintable():
         raise InputError("--api_key: holds characters that no key has")
-    for name, low, high in (
-        ("batch_size", 1, 4096), ("temperature", 0, 2), ("max_tokens", 1, 1e6), ("concurrency", 1, 1000),
-        ("requests_per_minute", 0, 1e6), ("timeout", 0.001, 86400), ("retries", 0, 100), ("backoff", 0, 3600),
-        ("max_wait", 0, 86400), ("questions", 1, 100), ("min_chars", 1, 1000), ("max_duplicates", 1, 1e9),
-        ("max_rejected", 0, 1),
-    ):  # fmt: skip
-        if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name} {getattr(args, name):g}: expected a number from {low:g} to {high:g}")
+    refuse_outside(
+        args, batch_size=(1, 4096), temperature=(0, 2), max_tokens=(1, 10**6), concurrency=(1, 1000),
+        requests_per_minute=(0, 10**6), timeout=(0.001, 86400), retries=(0, 100), backoff=(0, 3600), max_wait=(0, 86400),
+        questions=(1, 100), min_chars=(1, 1000), max_duplicates=(1, 10**9), max_rejected=(0, 1),
+    )  # fmt: skip
     if args.extra:
         try:
             args.extra = json.loads(args.extra)
@@ -169,14 +166,6 @@ def places_beside(output: Path, sources: list[Path]) -> dict[str, Path]:
     return places
 
 
-def read_text(path: str, flag: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise InputError(f"{flag} {path}: cannot be read: {why}") from None
-
-
 def read_prompt(path: str) -> str:
     """The prompt with its two placeholders. Raises InputError naming the one that is missing."""
     text = read_text(path, "--prompt_file")
@@ -187,11 +176,7 @@ def read_prompt(path: str) -> str:
 
 
 def read_questions(path: str) -> list[str]:
-    lines = [line.strip() for line in read_text(path, "--questions_file").splitlines()]
-    questions = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
-    if not questions:
-        raise InputError(f"--questions_file {path}: no question in it")
-    return questions
+    return read_lines(path, "--questions_file", "question")
 
 
 def read_glossary(path: str) -> dict[str, list[str]]:

@@ -14,7 +14,6 @@ limits of size and pixels. Behind a proxy, or for others than yourself, read dep
 import argparse
 import contextlib
 import html
-import json
 import math
 import os
 import shutil
@@ -299,7 +298,7 @@ class Page:
 
     def filter(self, bbox, start, end, where, language):
         """The `store.Filter` of the fields, or None. Raises InputError."""
-        from store import Filter
+        from store import Filter, attributes_of
 
         box = None
         if (bbox or "").strip():
@@ -309,13 +308,10 @@ class Page:
                     raise ValueError
             except ValueError:
                 raise InputError(self.say("box_form", language)) from None
-        attributes = {}
-        for pair in (where or "").replace("，", ",").split(","):
-            if pair.strip():
-                name, equals, value = pair.strip().partition("=")
-                if not equals:
-                    raise InputError(self.say("where_form", language))
-                attributes.setdefault(name.strip(), []).append(value.strip())
+        try:
+            attributes = attributes_of(pair for pair in (where or "").replace("，", ",").split(",") if pair.strip())
+        except InputError:
+            raise InputError(self.say("where_form", language)) from None
         made = Filter(
             bbox=box, start=(start or "").strip() or None, end=(end or "").strip() or None, attributes=attributes
         )
@@ -324,8 +320,7 @@ class Page:
     def search(self, words, without, picture, like_weight, k, bbox, start, end, where, language):
         """-> (status, [(picture, caption)], map, path of the GeoJSON or None)"""
         from imagery import ImageError
-        from library import result_row
-        from places import feature_collection
+        from library import geojson, result_row
 
         rgb = self.read(picture, language)
         if not (words or "").strip() and rgb is None:
@@ -338,24 +333,15 @@ class Page:
         hits = self.library.search(vector, int(k), filter=self.filter(bbox, start, end, where, language))
         if not hits:
             return self.say("nothing", language), [], "", None
-        shown = []
-        for rank, hit in enumerate(hits, 1):
-            row = result_row(rank, hit)
+        shown, rows = [], [result_row(rank, hit) for rank, hit in enumerate(hits, 1)]
+        for hit, row in zip(hits, rows):
             try:
                 image = self.library.picture(hit.payload, SIDE)
             except ImageError:
                 image = np.full((64, 64, 3), 200, np.uint8)  # its file is gone since
-            caption = f"{rank}. {hit.score:.3f} {Path(row['path']).name}"
+            caption = f"{row['rank']}. {hit.score:.3f} {Path(row['path']).name}"
             shown.append((image, caption + (f" · {row['time'][:10]}" if row["time"] else "")))
-        shapes = [
-            {
-                "polygon": hit.payload["extra"].get("polygon"),
-                "footprint": hit.payload["footprint"],
-                "properties": result_row(n, hit),
-            }
-            for n, hit in enumerate(hits, 1)
-        ]
-        path = self.keep("results.geojson", json.dumps(feature_collection(shapes), ensure_ascii=False))
+        path = self.keep("results.geojson", geojson([hit.payload for hit in hits], rows))
         drawn = map_svg([hit.payload for hit in hits], self.args.tile_url) or f"<p>{self.say('no_place', language)}</p>"
         status = self.say("found", language, n=len(hits), total=self.library.index.count())
         return status, shown, drawn, path
@@ -390,8 +376,7 @@ class Page:
 
     def monitor(self, queries, language):
         from imagery import ImageError
-        from library import match_places
-        from places import change_scores
+        from library import CHANGE, match_places
         from report import thumbnail
 
         lines = self.texts(queries, language)
@@ -399,13 +384,12 @@ class Page:
             if self.pairs is None:
                 self.pairs = match_places(self.library, self.after)
         pairs = self.pairs
-        words = self.library.text_vectors(lines)
-        z = change_scores(words @ pairs.before_vectors.T, words @ pairs.after_vectors.T, pairs.before_vectors)
+        _, _, z = pairs.changes(self.library.text_vectors(lines))
         parts = [f"<p>{self.say('change_note', language, n=len(pairs.before))}</p>"]
         parts += [f"<p>{html.escape(note)}</p>" for note in pairs.notes]
         for line, row in zip(lines, z):
             parts.append(f"<h3>{html.escape(line)}</h3>")
-            found = [n for n in np.argsort(-np.abs(row), kind="stable")[:8] if abs(row[n]) >= 3]
+            found = [n for n in np.argsort(-np.abs(row), kind="stable")[:8] if abs(row[n]) >= CHANGE]
             cards = []
             for n in found:
                 images = []

@@ -24,8 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import InputError, user_errors
-from library import Library, match_places
-from places import change_scores
+from library import CHANGE, Library, match_places
 from report import span_text, table_text
 from trainer import write_json
 
@@ -47,7 +46,7 @@ def main(argv=None) -> int:
     parser.add_argument("--before", default="output/demo_search/library.index", help="index of the first dates")
     parser.add_argument("--after", default="output/demo_search/after.index", help="index of the second dates")
     parser.add_argument("--changes", default="data/demo/changes.json", help="what changed, as demo_data.py writes it")
-    parser.add_argument("--threshold", type=float, default=3.0, help="spreads above which it is an alarm")
+    parser.add_argument("--threshold", type=float, default=CHANGE, help="spreads above which it is an alarm")
     parser.add_argument("--samples", type=int, default=500, help="bootstrap samples")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args(argv)
@@ -59,7 +58,7 @@ def main(argv=None) -> int:
     with Library.open(args.before) as before, Library.open(args.after, encoder=before.model) as after:
         pairs = match_places(before, after)
         words = before.text_vectors(list(QUERIES.values()))
-        first, second = words @ pairs.before_vectors.T, words @ pairs.after_vectors.T  # (Q, N)
+        first, second, alike = pairs.changes(words)  # (Q, N) each
         pictures = [(before.picture(a), after.picture(b)) for a, b in zip(pairs.before, pairs.after)]
     truth = np.zeros(first.shape)
     for n, payload in enumerate(pairs.before):
@@ -70,8 +69,8 @@ def main(argv=None) -> int:
     changed = np.array([bool(known[payload["path"]]) for payload in pairs.before])
     no_query = np.ones((len(QUERIES), 1))
     rankings = {
-        "monitor": change_scores(first, second, pairs.before_vectors),
-        "monitor --alike 0": change_scores(first, second),
+        "monitor": alike,
+        "monitor --alike 0": pairs.changes(words, 0)[2],
         "raw": second - first,
         "embedding": no_query * (1 - (pairs.before_vectors * pairs.after_vectors).sum(1)),
         "pixels": no_query * [np.abs(a.astype(float) - b).mean() for a, b in pictures],

@@ -45,6 +45,7 @@ numpy's sum and dot over as many bytes, but at least 1 GiB, by one call and by -
 fastest counts.
 """
 
+import abc
 import argparse
 import contextlib
 import functools
@@ -197,7 +198,7 @@ def exact_answers(data: Data, k: int) -> dict[str, list[tuple[float, int, np.nda
 # The sides
 
 
-class Side:
+class Side(abc.ABC):
     """A way to search. `build` writes into `folder`; in another process `open` reads it, and `search` answers."""
 
     index = None
@@ -206,21 +207,23 @@ class Side:
     def __init__(self, name: str, data: Data, folder: Path, k: int):
         self.name, self.data, self.folder, self.k = name, data, folder, k
 
+    @abc.abstractmethod
     def build(self) -> None:
-        raise NotImplementedError
+        """Write the index below `folder`."""
 
+    @abc.abstractmethod
     def open(self) -> None:
-        raise NotImplementedError
+        """Read it, in another process."""
 
-    def touch(self) -> None:
+    def touch(self) -> None:  # noqa: B027 - most sides have nothing to bring or to let go
         """Bring into memory what a process that has run for a while has there."""
 
+    @abc.abstractmethod
     def search(self, query: np.ndarray, box, span) -> list[dict]:
         """Rows of the k nearest, best first: path, footprint or its four numbers, time."""
-        raise NotImplementedError
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None:  # noqa: B027
+        """Let go of what `open` holds, where that is more than memory."""
 
 
 class Ours(Side):
@@ -291,8 +294,9 @@ class Columns(Side):
             for i in found
         ]
 
+    @abc.abstractmethod
     def nearest(self, query, mask) -> list[int]:
-        raise NotImplementedError
+        """Numbers of the k nearest points of those that the mask (N,) leaves, best first; None leaves all."""
 
 
 class Numpy(Columns):

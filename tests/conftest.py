@@ -116,6 +116,14 @@ def encoder(settings):
     return lambda seed=0, **changed: DualEncoder.from_base(settings(**changed), seed=seed)
 
 
+@pytest.fixture(scope="session")
+def matcher(encoder, tmp_path_factory) -> Path:
+    """A tiny matcher's folder."""
+    folder = tmp_path_factory.mktemp("matcher") / "best_model"
+    encoder(image_tower="full", text_tower="full").save_pretrained(folder)
+    return folder
+
+
 @dataclass
 class Asked:
     """Questions on disk: conversations of a training file (splits train and val) and a test file."""

@@ -42,14 +42,6 @@ GEOTIFFS = ROOT.parent / "shared/data/geotiff"
 
 
 @pytest.fixture(scope="session")
-def matcher(encoder, tmp_path_factory) -> Path:
-    """A tiny matcher's folder."""
-    folder = tmp_path_factory.mktemp("matcher") / "best_model"
-    encoder(image_tower="full", text_tower="full").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def model(matcher) -> DualEncoder:
     return DualEncoder.from_pretrained(matcher)
 

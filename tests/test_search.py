@@ -16,13 +16,6 @@ from tests.test_library import SMALL, write_tif
 
 
 @pytest.fixture(scope="module")
-def matcher(encoder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("matcher") / "best_model"
-    encoder(image_tower="full", text_tower="full").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def two_dates(matcher, tmp_path_factory):
     """Folders 2020 and 2023 with the same ten places, three of them changed, and an index of each."""
     root = tmp_path_factory.mktemp("dates")

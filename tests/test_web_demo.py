@@ -60,14 +60,13 @@ class Shown:
 
 
 @pytest.fixture(scope="session")
-def shown(encoder, tmp_path_factory) -> Shown:
+def shown(matcher, tmp_path_factory) -> Shown:
     """A tiny matcher and its indexes of two dates: twelve places in two folders, the second of which changed by the second
     date; and at the first date a picture without a place, whose name is hostile."""
     from model import DualEncoder
 
     root = tmp_path_factory.mktemp("shown")
-    encoder(image_tower="full", text_tower="full").save_pretrained(root / "matcher")
-    model = DualEncoder.from_pretrained(root / "matcher")
+    model = DualEncoder.from_pretrained(matcher)
     for place in range(PLACES):
         folder, colour, day = [("farm", (90, 160, 60), "2020:06:30"), ("harbour", (40, 80, 170), "2020:09:15")][
             place % 2
