@@ -491,6 +491,15 @@ CHAT_DEFAULTS = {
     "metric_for_best_model": "loss",
     "greater_is_better": False,
 }
+CHAT_PRESETS = {  # where the user names no --data
+    "full": {"train_file": "captions_zh.json", "test_file": None},  # as the README's translation writes it
+    "demo": {
+        "train_file": "data/demo/chat_zh.json",
+        "test_file": None,
+        "max_answer_tokens": 32,
+        "num_train_epochs": 1,
+    },
+}
 
 # Short names of flags, by task.
 ALIASES = {
@@ -583,6 +592,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     defaults = PRESETS[config_class.__name__].get(preset, {}) | {"preset": preset}
     if flag_value("--task", argv) == "chat":
         defaults |= CHAT_DEFAULTS
+        if not flag_value("--train_file", argv):
+            defaults |= CHAT_PRESETS.get(preset, {})
     if flag_value("--train_file", argv):  # the preset's own data does not go with the user's
         defaults = {k: v for k, v in defaults.items() if k not in ("val_file", "test_file", "image_root")}
     parser.set_defaults(**defaults)

@@ -32,7 +32,7 @@ from rasterio.warp import transform as reproject
 
 from config import InputError, user_errors
 
-VERSION = 6  # raise it whenever the same seed gives other bytes: folders of an older version are then not 'done'
+VERSION = 7  # raise it whenever the same seed gives other bytes: folders of an older version are then not 'done'
 MANY = 9  # from nine on, captions say 'many'; seven and eight are never drawn, so no word is ever borderline
 PAIRS = 60  # scenes of val and test that get a second date
 
@@ -757,6 +757,51 @@ def questions(truth: dict) -> list[dict]:
     return out
 
 
+def dialogues(truth: dict, language: str = "en") -> list[list[list[str]]]:
+    """Conversations of two or three turns about a scene: [[[question, answer], ...], ...]. After the first turn a question
+    names nothing ("How many are there?"): only the turns before it say what is meant."""
+    rng, t, zh = np.random.default_rng([truth["seed"], truth["img_id"], 6]), truth, language == "zh"
+    groups = [g for g in t["groups"] if sum(other["kind"] == g["kind"] for other in t["groups"]) == 1]
+    absent = [kind for kind in KINDS if not t["counts"][kind]]
+
+    def number(kind):
+        n = t["counts"][kind]
+        return f"{_count_zh(kind, n)}。" if zh else f"{_count_en(kind, n).capitalize()}."
+
+    def there(kind, yes=True):
+        """The question after a kind and its answer."""
+        name = KINDS[kind][3 if zh else 1]
+        if zh:
+            return [f"图中有{name}吗？", f"有{name}。" if yes else f"没有{name}。"]
+        return [
+            f"Are there any {name} in the image?",
+            f"Yes, there are {name}." if yes else f"No, there are no {name}.",
+        ]
+
+    how_many, where = ("有多少？", "在哪里？") if zh else ("How many are there?", "Where are they?")
+    out = []
+    for group in groups[:2]:
+        kind, place = group["kind"], (_at_zh if zh else _at_en)(group["where"])
+        turns = [there(kind), [how_many, number(kind)]]
+        if place:
+            turns.append([where, f"在{place}。" if zh else f"{place.strip().capitalize()}."])
+        out.append(turns)
+    for kind in rng.permutation(absent)[:2]:
+        turns = [there(kind, False)]
+        if groups:
+            other = groups[rng.integers(len(groups))]["kind"]
+            name = KINDS[other][3 if zh else 1]
+            turns += [[f"那{name}呢？" if zh else f"And {name}?", there(other)[1]], [how_many, number(other)]]
+        out.append(turns)
+    cover, clouds = say_zh(("cover", t["cover"])) if zh else say_en(("cover", t["cover"])), bool(t["clouds"])
+    if zh:
+        turns = [["这是什么地方？", f"这是{cover}。"], ["上空有云吗？", "有云。" if clouds else "没有云。"]]
+    else:
+        turns = [["What kind of place is this?", f"This is {cover}."],
+                 ["Are there clouds over it?", "Yes, there are clouds." if clouds else "No, there are no clouds."]]  # fmt: skip
+    return [*out, turns]
+
+
 # ---------------------------------------------------------------- picture --------------------------------------------
 GREEN = {
     "spring": [(108, 138, 70), (132, 150, 84), (92, 120, 74)],
@@ -1258,6 +1303,7 @@ def _make(job: tuple[str, int, int, bool]) -> dict:
     out = {"truth": t, "questions": questions(t)}
     for language in ("en", "zh"):
         out[language] = list(zip(captions(t, language), negatives(t, language)))
+        out[f"chat_{language}"] = dialogues(t, language)
     if pair:
         later, changes = later_truth(t)
         write_geotiff(folder / "images_later" / t["image"], later, draw(later, date=1))
@@ -1355,7 +1401,7 @@ def _dump(path: Path, value):
 def _write_texts(folder: Path, made: list[dict]) -> dict:
     """The JSON files of the data set; returns how much of everything there is."""
     triplets = {s: [] for s in ("train", "val", "test")}
-    texts, asked, answered = {"en": [], "zh": []}, [], []
+    texts, asked, answered, chats = {"en": [], "zh": []}, [], [], {"en": [], "zh": []}
     for m in made:
         t = m["truth"]
         for language in ("en", "zh"):
@@ -1363,6 +1409,13 @@ def _write_texts(folder: Path, made: list[dict]) -> dict:
             rows[1]["prompt"] = DETAIL[language]
             texts[language] += rows
             triplets[t["split"]] += [{"image_name": t["image"], "positive": c, "negative": n} for c, n in m[language]]
+            for turns in m[f"chat_{language}"]:
+                said = [text for turn in turns for text in turn]
+                said[0] = f"{said[0]} <|vision_start|>{t['image']}<|vision_end|>"
+                said = [{"from": ("user", "assistant")[n % 2], "value": text} for n, text in enumerate(said)]
+                chats[language].append(
+                    {"id": f"chat_{len(chats[language])}", "conversations": said, "split": t["split"]}
+                )
         for q in m["questions"]:
             n = len(asked)
             asked.append(
@@ -1381,6 +1434,7 @@ def _write_texts(folder: Path, made: list[dict]) -> dict:
         _dump(folder / f"triplets_{split}.json", rows)
     for language, rows in texts.items():
         _dump(folder / f"captions_{language}.json", rows)
+        _dump(folder / f"chat_{language}.json", chats[language])
     present = {m["truth"]["image"]: sorted(k for k, n in m["truth"]["counts"].items() if n) for m in made}
     _dump(folder / "objects.json", object_words() | {"images": present})
     first = [m for m in made if m["truth"]["split"] == "test"][:20]

@@ -539,12 +539,18 @@ def samples_html(samples: list[dict], picture) -> str:
 def caption_sections(rows: list[dict], picture, number: int = 12) -> list[tuple[str, str]]:
     """Sections of a page: the `number` best and worst captions by CIDEr, or the first ones where there is no score.
 
-    row: image, caption, and references and CIDEr where they are known; picture(path) -> (H, W, 3) uint8."""
+    row: image, caption, and references and CIDEr where they are known; of a dialogue also prompt, history and before, the
+    answer without training, and then an image is shown once among the best and once among the worst.
+    picture(path) -> (H, W, 3) uint8."""
 
     def cards(chosen):
         items = []
         for row in chosen:
             lines = [(Path(row["image"]).name, row.get("CIDEr"), None)]
+            if "history" in row:
+                turns = [*row["history"], (row["prompt"], "?")]
+                lines += [(f"{question} … {answer}", None, None) for question, answer in turns]
+                lines.append((f"adapter off: {row['before']}", None, None))
             lines += [(text, None, None) for text in row.get("references", ())]
             items.append({"image": thumbnail(picture(row["image"])), "title": row["caption"], "lines": lines})
         return gallery_html(items)
@@ -552,9 +558,15 @@ def caption_sections(rows: list[dict], picture, number: int = 12) -> list[tuple[
     if not rows or "CIDEr" not in rows[0]:
         return [("Captions", cards(rows[: 2 * number]))]
     ranked = sorted(rows, key=lambda row: -row["CIDEr"])
-    worst = ranked[number:][-number:][::-1]
+    best = [*{row["image"]: row for row in ranked[::-1]}.values()][::-1][:number]
+    lowest = {row["image"]: row for row in ranked}.values()
+    worst = sorted((row for row in lowest if row not in best), key=lambda row: row["CIDEr"])[:number]
     note = "<p>The caption; the file and the caption's CIDEr; the references.</p>"
-    return [("Best", note + cards(ranked[:number]))] + ([("Worst", note + cards(worst))] if worst else [])
+    if "history" in rows[0]:
+        note = (
+            "<p>The answer; the file and the answer's CIDEr; the turns before it; without the adapter; the truth.</p>"
+        )
+    return [("Best", note + cards(best))] + ([("Worst", note + cards(worst))] if worst else [])
 
 
 def _quoted(text: str) -> str:

@@ -17,6 +17,7 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -161,10 +162,12 @@ def score_chat(made: dict, scenes: list[QuestionScene], train: list[QuestionScen
     """({language of the question: `caption_scores.compare` of before and after}, a row for every question).
 
     Beside them: how many training answers there are and how many of them are distinct, for what a data set repeats a
-    model copies."""
+    model copies; and the answers that equal the truth, apart for first questions and for those that follow others."""
     listed = [(scene.image, question) for scene in scenes for question in scene.questions]
     said = {name: [text for row in answers for text in row] for name, answers in made.items()}
     known = [question for scene in train for question in scene.questions]
+    counted = Counter((question.text, question.answer) for question in known)
+    usual = {text: answer for (text, answer), _ in reversed(counted.most_common())}
     scores, rows = {}, []
     for language in ("en", "zh"):
         chosen = [n for n, (_, question) in enumerate(listed) if is_chinese(question.text) == (language == "zh")]
@@ -183,7 +186,30 @@ def score_chat(made: dict, scenes: list[QuestionScene], train: list[QuestionScen
         distinct = len({text for texts in learnt for text in texts})
         training = {"answers": len(learnt), "distinct": distinct}
         scores[language] = {"models": caption_scores.without_images(found), "training": training}
+        guesses = {"most frequent answer to the question": [usual.get(question.text, "") for _, question in listed]}
+        scores[language]["equal"] = [
+            {"model": name}
+            | {part: share_equal(answers, listed, numbers) for part, numbers in parts_of(listed, chosen)}
+            for name, answers in (guesses | said).items()
+        ]
     return scores, rows
+
+
+def parts_of(listed: list, chosen: list[int]) -> list[tuple[str, list[int]]]:
+    """The chosen questions that open a conversation and those that go on with one; without the empty part."""
+    parts = {"first questions": [], "follow-ups": []}
+    for n in chosen:
+        parts["follow-ups" if listed[n][1].history else "first questions"].append(n)
+    return [(f"{name} ({len(numbers)})", numbers) for name, numbers in parts.items() if numbers]
+
+
+def share_equal(answers: list[str], listed: list, numbers: list[int]) -> float:
+    """Share of answers that are the truth but for capitals, spaces and the full stop."""
+
+    def bare(text):
+        return " ".join(text.casefold().split()).rstrip(".。")
+
+    return sum(bare(answers[n]) == bare(listed[n][1].answer) for n in numbers) / len(numbers)
 
 
 def chat_summary(results: dict, best) -> str:
@@ -191,6 +217,8 @@ def chat_summary(results: dict, best) -> str:
     for language, found in results["scores"].items():
         for title, rows, columns, notes in caption_scores.tables(found["models"]):
             lines += [title.replace("images", "questions"), report.table_text(rows, columns), notes, ""]
+        columns = {key: "" if key == "model" else key for key in found["equal"][0]}
+        lines += ["Answers equal to the truth", report.table_text(found["equal"], columns), ""]
         training = found["training"]
         lines.append(f"{language}: {training['answers']} training answers, {training['distinct']} of them distinct")
     loss = results["loss"]

@@ -3,6 +3,7 @@
     python translation_en2zh.py --input captions_en.json --output captions_zh.json \\
         --base_url http://127.0.0.1:8000/v1 --model qwen --prompt_file prompts/translate_zh.txt
     python translation_en2zh.py --input captions_en.json --output captions_zh.json --local Qwen/Qwen3-4B
+    python translation_en2zh.py --input captions_both.json --output captions_zh.json --check     # clean the Chinese it has
 
 --input is any caption file that train_caption.py reads. --output is a list of {"img", "prompt", "label"} with the `split`
 of the input where it has one; `img` is the name the input uses where that finds the same image from the output's folder,
@@ -20,6 +21,7 @@ import contextlib
 import email.utils
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -55,6 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("--model", help="the model's name on that server")
     engine.add_argument("--api_key", help="default: the variable OPENAI_API_KEY; a server of your own needs none")
     engine.add_argument("--local", help="instead of a server: folder of a language model that runs here")
+    engine.add_argument(
+        "--check",
+        action="store_true",
+        help="instead of asking anyone: take the Chinese texts that the input has, and put the bad ones aside",
+    )
     engine.add_argument(
         "--batch_size", type=int, default=8, help="captions that --local works on at once (default: %(default)s)"
     )
@@ -104,8 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--questions",
         type=int,
-        default=1,
-        help="rows, each with another question, of one description (default: %(default)s)",
+        help="rows, each with another question, of one description (default: 3; with --each 1)",
     )
     text.add_argument("--glossary", default=str(PROMPTS / "glossary_zh.json"), help="{English term: [Chinese terms]}")
     text.add_argument("--seed", type=int, default=0, help="another seed draws other questions (default: %(default)s)")
@@ -128,8 +134,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def checked(args) -> None:
     """Refuse what no run can use, before anything is read. Raises InputError."""
-    if bool(args.base_url) == bool(args.local):
-        raise InputError("give --base_url (a server) or --local (a model's folder), one of the two")
+    if bool(args.base_url) + bool(args.local) + args.check != 1:
+        raise InputError(
+            "give --base_url (a server), --local (a model's folder) or --check (nobody is asked), one of them"
+        )
     if args.base_url:
         if urlsplit(args.base_url).scheme not in ("http", "https") or not urlsplit(args.base_url).hostname:
             raise InputError(f"--base_url {args.base_url}: expected an address such as http://127.0.0.1:8000/v1")
@@ -232,13 +240,14 @@ ENGLISH_NUMBER = re.compile(
     rf"|(?P<word>{'|'.join(reversed(WORDS))})\b|(?P<vague>many|numerous|lots of|plenty of|several|a few|dozens of)\b)"
 )
 NOT_A_COUNT = re.compile(r"\b(?:this|that|another|each|any|every|which|no|the other|the)$")  # "another one", "each one"
+PRONOUN = re.compile(r"\b(?:an?|the)(?: \w+){1,2}$")  # "a big plane and a small one"
 NOUN_ENDS = re.compile(
     "of|in|on|at|near|next|with|and|or|are|is|was|were|to|by|from|along|beside|between|behind|around|that|which|has|have"
     "|there|this|it|surrounded|parked|arranged|located|lined|while|as|for|into|under|over|above|below"
 )
-IMPLIED = {2: r"\b(both|pair|couple|double|dual|twin|two)\b", 3: r"\b(triang|triple|tri-|three)", 4: r"\b(square|four)",
+IMPLIED = {2: r"\b(both|pair|couple|double|dual|twin|two)\b", 3: r"\b(triang|triple|tri-|three)", 4: r"\b(square|four|corner)",
            12: r"\bdozen", 10: r"\b(cross|ten\b|intersect)"}  # fmt: skip
-MANY = re.compile(r"多|大量|不少|无数|若干|密集|成群|林立|遍布|布满|大片|些|[几数]")
+MANY = re.compile(r"多|大量|不少|无数|若干|成群|林立|遍布|覆盖|大片|些|[密茂满几数]")
 
 DIGIT = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 UNIT = {"十": 10, "百": 100, "千": 1000, "万": 10000}
@@ -274,6 +283,8 @@ def english_numbers(text: str) -> list[tuple[float | str, str]]:
             if NOUN_ENDS.fullmatch(word):
                 break
             words.append(word)
+        if value == 1 and match["word"] and not words and PRONOUN.search(text[: match.start()].rstrip()):
+            continue
         noun = next((word for word in words if word.endswith("s")), words[-1] if words else "")
         found.append((value, noun.rstrip("s")))
     return found
@@ -469,8 +480,10 @@ def check_form(captions: list[str], text: str, min_chars: int) -> list[tuple[str
         wrong.append(("refusal", "回答拒绝了翻译，请直接给出中文描述"))
     if META.search(text):
         wrong.append(("meta talk", "回答里有描述以外的话，只输出描述本身"))
-    letters = [len(re.sub(r"[^A-Za-z\d]", "", caption)) for caption in captions]
     size = len(re.findall(r"[\u4e00-\u9fff\d]", text))
+    if not captions:
+        return [*wrong, ("too short", "回答太短，请写全所有内容")] if size < min_chars else wrong
+    letters = [len(re.sub(r"[^A-Za-z\d]", "", caption)) for caption in captions]
     # A Chinese text has about a third of the letters of the English one; "a river" is 一条河.
     if size < max(min(min_chars, max(letters) / 6), 0.12 * max(letters)):
         wrong.append(("too short", "回答太短，请写全所有内容"))
@@ -480,13 +493,16 @@ def check_form(captions: list[str], text: str, min_chars: int) -> list[tuple[str
 
 
 def check(captions: list[str], text: str, glossary: dict[str, list[str]], min_chars: int = 6) -> list[tuple[str, str]]:
-    """What is wrong with a Chinese text of these captions: [(reason, what to tell the model)]."""
+    """What is wrong with a Chinese text of these captions: [(reason, what to tell the model)]. Without captions only the
+    text's form and language are judged."""
     wrong = check_form(captions, text, min_chars)
     if any(reason in ("refusal", "meta talk") for reason, _ in wrong):
         return wrong  # a refusal has lost the numbers too: one reason says it better than ten
     language = check_language(captions, text)
     if language and language[0][0] == "not Chinese":
         return language
+    if not captions:
+        return [*wrong, *language]
     text = unicodedata.normalize("NFKC", text)
     return [
         *wrong,
@@ -514,6 +530,49 @@ def clean(answer: str) -> str:
 def plain(text: str) -> str:
     """A text as it counts for likeness: no punctuation, no spaces, one form of two."""
     return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text)).replace("二", "两")
+
+
+FACTS = re.compile(r"[\d零〇两三四五六七八九十百千万东西南北左右上下红橙黄绿蓝紫粉棕褐灰黑白]")
+
+
+class Groups:
+    """Numbers texts so that those which say the same in nearly the same words have one number.
+
+    Alike are texts with the same numbers, directions and colours in the same order, whose sets of three neighbouring
+    characters have a Jaccard similarity of at least `LIKENESS`. Two such sets must share one of the rarest members of each,
+    so only texts that do are compared (prefix filter, Chaudhuri et al. 2006). texts: all that may come; they tell what is
+    rare. A text joins the first group whose first text it is like, so that the numbers depend on the order of asking.
+    """
+
+    LIKENESS = 0.8
+
+    def __init__(self, texts: list[str]):
+        self.known: dict[str, int] = {}
+        self.firsts: list[set[str]] = []
+        self.places: dict[tuple, list[int]] = {}
+        self.frequency = Counter(part for text in dict.fromkeys(map(plain, texts)) for part in self.parts(text))
+
+    @staticmethod
+    def parts(text: str) -> set[str]:
+        return {text[i : i + 3] for i in range(max(1, len(text) - 2))}
+
+    def of(self, text: str) -> int:
+        text = plain(text)
+        if text not in self.known:
+            parts = self.parts(text)
+            rare = sorted(parts, key=lambda part: (self.frequency[part], part))
+            facts = tuple(FACTS.findall(text))
+            keys = [(facts, part) for part in rare[: len(rare) - math.ceil(self.LIKENESS * len(rare)) + 1]]
+            near = sorted({number for key in keys for number in self.places.get(key, ())})
+            like = (n for n in near if len(parts & self.firsts[n]) >= self.LIKENESS * len(parts | self.firsts[n]))
+            number = next(like, None)
+            if number is None:
+                number = len(self.firsts)
+                self.firsts.append(parts)
+                for key in keys:
+                    self.places.setdefault(key, []).append(number)
+            self.known[text] = number
+        return self.known[text]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -821,9 +880,9 @@ class Item:
 
 
 class Translator:
-    """Asks an engine through a cache and judges what comes back."""
+    """Asks an engine through a cache and judges what comes back. Without an engine it judges the texts that items have."""
 
-    def __init__(self, engine, cache: Cache, glossary: dict[str, list[str]], args):
+    def __init__(self, engine, cache: Cache | None, glossary: dict[str, list[str]], args):
         self.engine, self.cache, self.glossary, self.args = engine, cache, glossary, args
         self.cached = 0
 
@@ -872,6 +931,10 @@ class Translator:
 
     def translate(self, items: list[Item]) -> Counter:
         """All of an item's tries; `reasons` is empty where its text is taken. Returns what sent answers back."""
+        if not self.engine:
+            for item in items:
+                self.judge(item, Answer(item.text))
+            return Counter()
         self.ask(items, "translate")
         bad = [item for item in items if item.reasons and not item.failed]
         sent_back = Counter(reason for item in bad for reason in {reason for reason, _ in item.reasons})
@@ -882,46 +945,51 @@ class Translator:
         return sent_back
 
     def part_duplicates(self, items: list[Item]) -> tuple[int, int]:
-        """Ask again for texts that more than `max_duplicates` images have. Returns the copies before and after: texts
-        that an earlier image has too."""
+        """Ask again for texts that more than `max_duplicates` images have, in the same or nearly the same words. Returns the
+        copies before and after: texts that an earlier image has too."""
         limit = self.args.max_duplicates
         taken = [item for item in items if not item.reasons]
-        before = copies(taken)
-        images: dict[str, list[str]] = {}  # text -> the images that keep it
+        groups = Groups([item.text for item in taken])
+        before = copies(taken, groups)
+        images: dict[int, list[str]] = {}  # group of texts -> the images that keep one
         over: list[Item] = []
         rank = Counter()
         for item in taken:
-            holders = images.setdefault(plain(item.text), [])
+            group = groups.of(item.text)
+            holders = images.setdefault(group, [])
             if item.name not in holders and len(holders) >= limit:
                 over.append(item)
-                rank[plain(item.text)] += 1
-                # The number makes requests for equal captions differ, else they would share one answer again.
                 item.reasons = [("duplicate", "")]
-                self.again(
-                    item,
+                rank[group] += 1
+                # The number makes requests for equal captions differ, else they would share one answer again.
+                request = (
                     f"另外{limit}幅图像已经有同样的描述。请换一种说法，写全英文里的每个细节，不要增加英文里没有的内容。"
-                    f"这是第{rank[plain(item.text)]}种写法，只输出中文描述。",
+                    f"这是第{rank[group]}种写法，只输出中文描述。"
                 )
+                if self.engine:
+                    self.again(item, request)
             elif item.name not in holders:
                 holders.append(item.name)
-        self.ask(over, "duplicates")
+        if self.engine:
+            self.ask(over, "duplicates")
         for item in over:
-            holders = images.setdefault(plain(item.text), [])
+            holders = images.setdefault(groups.of(item.text), []) if item.text else []
             if item.reasons or (item.name not in holders and len(holders) >= limit):
                 if self.args.keep_duplicates:
-                    item.text, item.reasons, item.failed = item.tries[-1]["answer"], [], False
+                    item.text = item.tries[-1]["answer"] if item.tries else item.text
+                    item.reasons, item.failed = [], False
                 elif not item.reasons:
                     item.reasons = [("duplicate", "")]
             elif item.name not in holders:
                 holders.append(item.name)
-        return before, copies([item for item in items if not item.reasons])
+        return before, copies([item for item in items if not item.reasons], groups)
 
 
-def copies(items: list[Item]) -> int:
+def copies(items: list[Item], groups: Groups) -> int:
     """Texts that an earlier image has too."""
-    images: dict[str, set[str]] = {}
+    images: dict[int, set[str]] = {}
     for item in items:
-        images.setdefault(plain(item.text), set()).add(item.name)
+        images.setdefault(groups.of(item.text), set()).add(item.name)
     return sum(len(names) - 1 for names in images.values())
 
 
@@ -939,6 +1007,20 @@ def items_of(scenes, names: dict[str, str], output: Path, prompt: str, glossary,
     return items
 
 
+def items_given(scenes, names: dict[str, str], output: Path) -> list[Item]:
+    """One item for each Chinese text that the file has, beside the English captions of its image. Raises InputError: none."""
+    from data import is_chinese
+
+    items = []
+    for scene in scenes:
+        name = name_for(scene.image, names.get(scene.image, scene.image), output)
+        captions = [text for text in scene.texts if not is_chinese(text)]
+        items += [Item(name, captions, scene.split, [], text) for text in scene.texts if is_chinese(text)]
+    if not items:
+        raise InputError("--check: the input has no Chinese text")
+    return items
+
+
 def rows_of(items: list[Item], questions: list[str], count: int, seed: int) -> list[dict]:
     """Chat rows. Questions are drawn by seed, image and captions, so a row keeps its question when others come or go."""
     rows, seen, asked = [], set(), {}
@@ -946,7 +1028,9 @@ def rows_of(items: list[Item], questions: list[str], count: int, seed: int) -> l
         if item.reasons or (item.name, item.text) in seen:
             continue
         seen.add((item.name, item.text))
-        drawn = random.Random(json.dumps([seed, Path(item.name).name, item.captions])).sample(questions, len(questions))
+        drawn = random.Random(json.dumps([seed, Path(item.name).name, item.captions or item.text])).sample(
+            questions, len(questions)
+        )
         used = asked.setdefault(item.name, set())
         drawn.sort(key=lambda question: question in used)  # captions of one image get different questions first
         for question in drawn[:count]:
@@ -988,11 +1072,14 @@ def summary(report: dict) -> str:
         return ", ".join(f"{name} {count}" for name, count in found.items()) or "none"
 
     length = report["length"]
-    lines = [
-        f"{report['rows']} rows of {report['images']} images; {report['texts']} texts asked for, {report['cached']} answers"
-        f" from the cache, {report['requests']} requests",
+    rows = f"{report['rows']} rows of {report['images']} images; {report['texts']} texts"
+    asked = [
+        f"{rows} asked for, {report['cached']} answers from the cache, {report['requests']} requests",
         f"retries: {counts(report['retries'])}",
         f"answers sent back: {counts(report['sent_back'])}",
+    ]
+    lines = [
+        *(asked if report["model"] else [f"{rows} checked"]),
         f"put aside: {counts(report['rejected'])}",
         f"duplicates: {report['duplicates']['before']} before, {report['duplicates']['after']} after",
         f"characters: {length['min']} to {length['max']}, median {length['median']}",
@@ -1003,6 +1090,8 @@ def summary(report: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.questions is None:
+        args.questions = 1 if args.mode == "each" else 3
     checked(args)
     source, output = Path(args.input), Path(args.output)
     if source.is_dir():
@@ -1013,13 +1102,20 @@ def main(argv: list[str] | None = None) -> int:
     from data import read_scenes
 
     glossary = read_glossary(args.glossary)
-    found = read_scenes(source, image_root=args.image_root, language="en", max_rejected=args.max_rejected)
+    language = "all" if args.check else "en"
+    found = read_scenes(source, image_root=args.image_root, language=language, max_rejected=args.max_rejected)
     for bad in found.rejected[:5]:
         print(f"warning: {bad.file}: row {bad.row}: {bad.reason}", file=sys.stderr)
-    items = items_of(found.scenes, names_of(source, args.image_root), output, prompt, glossary, args.mode)
-    engine = Local(args) if args.local else Endpoint(args)
-    with contextlib.closing(Cache(places["cache"])) as cache:
-        engine.answered = bool(cache.answers)
+    names = names_of(source, args.image_root)
+    if args.check:
+        items, engine = items_given(found.scenes, names, output), None
+    else:
+        items = items_of(found.scenes, names, output, prompt, glossary, args.mode)
+        engine = Local(args) if args.local else Endpoint(args)
+    with contextlib.ExitStack() as stack:
+        cache = stack.enter_context(contextlib.closing(Cache(places["cache"]))) if engine else None
+        if cache:
+            engine.answered = bool(cache.answers)
         translator = Translator(engine, cache, glossary, args)
         sent_back = translator.translate(items)
         before, after = translator.part_duplicates(items)
@@ -1027,10 +1123,9 @@ def main(argv: list[str] | None = None) -> int:
         sizes = [len(item.text) for item in items if not item.reasons]
         taken = list({row["img"]: row for row in rows}.values())
         report = {
-            "input": args.input, "output": args.output, "model": engine.name, "mode": args.mode,
-            "rows": len(rows), "images": len(taken), "texts": len(items),
-            "requests": engine.requests, "cached": translator.cached, "retries": dict(engine.retries),
-            "sent_back": dict(sent_back),
+            "input": args.input, "output": args.output, "model": engine and engine.name, "mode": args.mode,
+            "rows": len(rows), "images": len(taken), "texts": len(items), "requests": engine.requests if engine else 0,
+            "cached": translator.cached, "retries": dict(engine.retries) if engine else {}, "sent_back": dict(sent_back),
             "rejected": dict(Counter(r for item in items for r in dict.fromkeys(reason for reason, _ in item.reasons))),
             "rejected_texts": sum(bool(item.reasons) for item in items),
             "duplicates": {"before": before, "after": after},

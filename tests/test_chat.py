@@ -154,6 +154,12 @@ def test_chat_trains_scores_and_reports(base, talk, tmp_path, call_main, monkeyp
     assert results["loss"]["after"] < results["loss"]["before"] and set(results["scores"]) == {"en", "zh"}
     assert results["scores"]["zh"]["training"] == {"answers": 6, "distinct": 6}
     assert results["scores"]["en"]["training"] == {"answers": 6, "distinct": 1}
+    equal = {row["model"]: row for row in results["scores"]["en"]["equal"]}
+    assert equal["most frequent answer to the question"] == {
+        "model": "most frequent answer to the question", "follow-ups (2)": 1.0,
+    }  # fmt: skip
+    assert set(equal) == {"most frequent answer to the question", "before", "after"} and "Answers equal to" in out
+    assert "first questions (2)" in results["scores"]["zh"]["equal"][0]
     assert "held-out loss" in out and "Chinese" in out and (run / "report.html").stat().st_size > 1000
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 4 and {tuple(map(len, row["history"])) for row in rows} == {(), (2,)}
@@ -162,6 +168,15 @@ def test_chat_trains_scores_and_reports(base, talk, tmp_path, call_main, monkeyp
         train_vqa.main, *flags(base, talk, tmp_path / "unused"), "--eval_only", "--lora", run / "best_model"
     )
     assert f"after {results['loss']['after']:.3f}" in out and not (tmp_path / "unused").exists(), err
+
+
+def test_equal_answers_are_counted_but_for_capitals_and_the_full_stop():
+    from train_vqa import parts_of, share_equal
+
+    truths = [("a", Question("q", "有建筑物。")), ("a", Question("How many?", "Two ships.", history=HISTORY))]
+    assert parts_of(truths, [0, 1]) == [("first questions (1)", [0]), ("follow-ups (1)", [1])]
+    assert share_equal(["有建筑物", "two  ships"], truths, [0, 1]) == 1
+    assert share_equal(["没有建筑物。", "Two ships."], truths, [0, 1]) == 0.5
 
 
 def test_captions_serve_as_chat(drawn):

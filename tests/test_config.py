@@ -72,6 +72,13 @@ def test_own_data_does_not_meet_the_presets_data(tmp_path):
     assert config.base_model == PRESETS["MatchConfig"]["demo"]["base_model"]
 
 
+def test_chat_has_data_and_limits_of_its_own():
+    config = parse(VQAConfig, ["--preset", "demo", "--task", "chat"])[0]
+    assert config.train_file == "data/demo/chat_zh.json" and config.test_file is None and config.prompt == "{question}"
+    config = parse(VQAConfig, ["--preset", "demo", "--task", "chat", "--data", "mine.json"])[0]
+    assert (config.train_file, config.test_file, config.max_answer_tokens) == ("mine.json", None, 512)
+
+
 def test_no_flags_and_booleans():
     assert read()[0].allow_leak is False
     assert read("--allow_leak")[0].allow_leak is True

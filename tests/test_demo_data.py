@@ -16,6 +16,7 @@ import rasterio
 
 import demo_data
 from config import InputError
+from data import read_chat
 from imagery import colour_histogram
 
 SCENES, SEED = 30, 3
@@ -284,6 +285,36 @@ def test_questions_have_the_rsvqa_schema_and_true_answers(data, truths):
     per_image = np.bincount([q["img_id"] for q in asked])
     assert per_image.min() >= 9 and per_image.max() <= 24
     assert len({(q["img_id"], q["question"]) for q in asked}) == len(asked)
+
+
+def test_dialogues_say_what_the_truth_says(data, truths):
+    follow_ups = 0
+    for scene in read_chat(data / "chat_zh.json").scenes:
+        truth = truths[Path(scene.image).name]
+        assert scene.split == truth["split"]
+        for question in scene.questions:
+            kind = None
+            for text, answer in (*question.history, (question.text, question.answer)):
+                if found := re.fullmatch("(?:图中有|那)(.+?)(?:吗|呢)？", text):
+                    kind = next(k for word, k in ZH_KIND.items() if word.endswith(found[1]))
+                    assert answer.startswith("没有") == (not truth["counts"][kind])
+                elif text == "有多少？":
+                    number, noun = re.fullmatch(rf"({'|'.join(ZH_NUMBER)})(.+)。", answer).groups()
+                    noun = noun if ZH_NUMBER[number] else next(word for word in ZH_KIND if word.endswith(noun))
+                    assert ZH_KIND[noun] == kind
+                    count = truth["counts"][kind]
+                    assert ZH_NUMBER[number] == count or (ZH_NUMBER[number] is None and count >= 9)
+                elif text == "在哪里？" and (found := re.fullmatch("在(.{1,2})部。", answer)):
+                    spots = [o for o in truth["objects"] if o["kind"] == kind]
+                    places = [(o["x"] / truth["width"], o["y"] / truth["height"]) for o in spots]
+                    assert all(demo_data.in_region(ZH_WHERE[found[1]], *place) for place in places)
+                elif text == "上空有云吗？":
+                    assert answer == ("有云。" if truth["clouds"] else "没有云。")
+            follow_ups += bool(question.history)
+    assert follow_ups > SCENES
+    zh, en = (json.loads((data / f"chat_{language}.json").read_text()) for language in ("zh", "en"))
+    assert [len(row["conversations"]) for row in zh] == [len(row["conversations"]) for row in en]
+    assert all(turn["value"].isascii() for row in en for turn in row["conversations"])
 
 
 def test_objects_neither_overlap_nor_leave_the_picture():

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -228,11 +229,11 @@ def aside_in(path: Path) -> dict[str, dict]:
 
 @pytest.fixture
 def call(call_main, tmp_path, server):
-    """`call("--flag", ...) -> (exit code, stdout, stderr)` on captions_en.json of `tmp_path`."""
+    """`call("--flag", ...) -> (exit code, stdout, stderr)` on captions_en.json of `tmp_path`; a row for each text."""
 
     def run(*words, url=None):
         given = ["--input", tmp_path / "captions_en.json", "--output", tmp_path / "zh.json"]
-        given += ["--base_url", url or server.url, "--model", "m", "--backoff", 0.01]
+        given += ["--base_url", url or server.url, "--model", "m", "--backoff", 0.01, "--questions", 1]
         return call_main(script.main, *given, *words)
 
     return run
@@ -301,7 +302,18 @@ def test_each_caption_by_itself(tmp_path, call, server):
 def test_images_are_found_from_another_folder(tmp_path, call_main, server):
     source = write_input(tmp_path / "in", [[english(0)]])
     (tmp_path / "out").mkdir()
-    words = ["--input", source, "--output", tmp_path / "out" / "zh.jsonl", "--base_url", server.url, "--model", "m"]
+    words = [
+        "--input",
+        source,
+        "--output",
+        tmp_path / "out" / "zh.jsonl",
+        "--base_url",
+        server.url,
+        "--model",
+        "m",
+        "--questions",
+        1,
+    ]
     assert call_main(script.main, *words)[0] == 0
     (scene,) = read_conversations(tmp_path / "out" / "zh.jsonl").scenes
     assert scene.image == str(tmp_path / "in" / "images" / "0.png")
@@ -323,7 +335,18 @@ def test_every_form_of_captions(tmp_path, call_main, server, form):
     if form != "folder":
         source.write_text(json.dumps(content[form]))
     given = tmp_path if form == "folder" else source
-    words = ["--input", given, "--output", tmp_path / "zh.json", "--base_url", server.url, "--model", "m"]
+    words = [
+        "--input",
+        given,
+        "--output",
+        tmp_path / "zh.json",
+        "--base_url",
+        server.url,
+        "--model",
+        "m",
+        "--questions",
+        1,
+    ]
     assert call_main(script.main, *words)[0] == 0
     (row,) = rows_in(tmp_path / "zh.json")
     (scene,) = read_conversations(tmp_path / "zh.json").scenes
@@ -466,6 +489,57 @@ def test_duplicates_are_asked_for_more_detail(tmp_path, call, server):
     assert code == 0 and server.total() == 8 and len(rows_in(tmp_path / "zh.json")) == 8
     assert rows_in(tmp_path / "zh.json.report.json")["duplicates"]["after"] == 5
     assert call("--max_duplicates", 10)[0] == 0 and server.total() == 8 and len(rows_in(tmp_path / "zh.json")) == 8
+
+
+def test_nearly_the_same_words_are_one_group_unless_a_fact_differs():
+    long = "这是一张遥感图像，显示了一片广阔的农田，农作物规整而繁茂，旁边停着{}架白色飞机，展现出生机。"
+    near = long.format("四").replace("这是一张", "这是一幅").replace("。", " ！")
+    texts = [long.format("四"), near, long.format("五"), "机场。", "机场", "港口。"]
+    groups = script.Groups(texts)
+    assert [groups.of(text) for text in texts] == [0, 0, 1, 2, 2, 3]
+    assert groups.of(long.format("四") + "远处还有一片沙漠和许多弯弯曲曲的河流以及一座灯塔。") == 4
+
+
+def test_groups_are_what_comparing_all_with_all_finds():
+    dice = random.Random(0)
+    words = ["一片农田", "许多树木", "几条小路", "整齐排列", "停车场旁", "茂盛生长", "一座机场", "宁静景象"]
+    texts = ["".join(dice.choices(words, k=8)) for _ in range(60)]
+    texts += [text[:-1] + dice.choice("景色中") for text in texts]
+    groups, firsts, expected = script.Groups(texts), [], []
+    for text in map(script.plain, texts):
+        parts, facts = script.Groups.parts(text), script.FACTS.findall(text)
+        like = [n for n, (known, told) in enumerate(firsts)
+                if told == facts and len(parts & known) >= 0.8 * len(parts | known)]  # fmt: skip
+        expected.append(like[0] if like else len(firsts))
+        if not like:
+            firsts.append((parts, facts))
+    assert [groups.of(text) for text in texts] == expected and len(set(expected)) < len(texts)
+
+
+def test_chinese_that_is_there_is_checked_and_nobody_asked(tmp_path, call_main):
+    rows = [
+        {"image": f"{i}.png", "captions": [english(i)], "zh_answer": text.format(n=i), "split": "train"}
+        for i, text in enumerate([chinese(0), chinese(1), *list(BAD_TEXTS.values())[2:8]])
+    ]
+    write_input(tmp_path, [[""]] * len(rows))
+    (tmp_path / "captions_en.json").write_text(json.dumps(rows))
+    given = ["--input", tmp_path / "captions_en.json", "--output", tmp_path / "zh.json"]
+    code, out, err = call_main(script.main, *given, "--check")
+    made = rows_in(tmp_path / "zh.json")
+    assert code == 0 and {row["img"] for row in made} == {"0.png", "1.png"} and len(made) == 6, err
+    assert len({row["prompt"] for row in made}) > 3 and "8 texts checked" in out
+    aside = aside_in(tmp_path / "zh.json.rejected.jsonl")
+    assert set(aside) == {f"{i}.png" for i in range(2, 8)}
+    assert not (tmp_path / "zh.json.cache.jsonl").exists()
+    (tmp_path / "captions_en.json").write_text(json.dumps([{"image": "0.png", "caption": "A lake."}]))
+    code, _, err = call_main(script.main, *given, "--check")
+    assert code == 2 and "no Chinese text" in err
+
+
+def test_chinese_without_english_is_judged_by_its_form():
+    assert script.check([], "图中有三架红色飞机停在北部。", GLOSSARY) == []
+    for text, reason in (("机场。", "too short"), ("抱歉，我无法描述。", "refusal"), ("a port", "not Chinese")):
+        assert [why for why, _ in script.check([], text, GLOSSARY)] == [reason]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -658,7 +732,7 @@ def test_input_errors(tmp_path, call_main, server):
     for name, text in files.items():
         (others / name).write_text(text, encoding="utf-8")
     cases = [
-        (["--base_url", ""], "give --base_url"), (["--local", "x"], "one of the two"), 
+        (["--base_url", ""], "give --base_url"), (["--local", "x"], "one of them"), 
         (["--base_url", "here"], "expected an address"),
         (["--model", ""], "needs --model"), (["--concurrency", 0], "--concurrency 0"), (["--timeout", "nan"], "--timeout nan"),
         (["--retries", -1], "--retries -1"), (["--extra", "{"], "--extra: not JSON"), (["--extra", "[]"], "a JSON object"),
@@ -721,7 +795,7 @@ def test_local_model(tmp_path, call_main, qwen3_base, monkeypatch):
     batched = rows_in(tmp_path / "zh.json")
     (tmp_path / "zh.json.cache.jsonl").unlink()
     assert call_main(script.main, *words[:-1], 1)[0] == 0
-    assert rows_in(tmp_path / "zh.json") == batched and len(batched) == 5  # padding changes nothing
+    assert rows_in(tmp_path / "zh.json") == batched and len(batched) == 15  # padding changes nothing
     code, _, err = call_main(script.main, *words[:4], "--local", tmp_path / "nothing")
     assert code == 2 and "no model here" in err
 
