@@ -898,6 +898,9 @@ class VQA(nn.Module):
         self.prompt = ChatPrompt(tokenizer, settings.prompt, config.image_token_id, processor.merge_size)
         ends = self.qwen.generation_config.eos_token_id
         self.ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends else [])})
+        # A base's file brings sampling and a repetition penalty, which would fill what `chat` and a server leave open:
+        # other answers than those that are scored.
+        self.qwen.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=tokenizer.pad_token_id)
 
     @property
     def qwen(self) -> nn.Module:
@@ -1095,8 +1098,9 @@ class VQA(nn.Module):
                     module.modules_to_save["default"].load_state_dict(module.original_module.state_dict())
 
     def merge(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write base and adapter as one model in the layout of the base, which plain transformers and vLLM load; `dtype`
-        of the file: by default the base's. The model itself has no adapter any more after it."""
+        """Write base and adapter as one model in the layout of the base, which plain transformers and vLLM load, with the
+        adapter's `vqa.json` (prompt, bands, stretch) for whoever asks it; `dtype` of the file: by default the base's. The
+        model itself has no adapter any more after it."""
         base = base_folder(self.settings.base_model)
         record = json.loads((base / "config.json").read_text())
         name = record.get("dtype") or record.get("torch_dtype") or "float32"
@@ -1106,6 +1110,7 @@ class VQA(nn.Module):
         merged.save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
         self.processor.save_pretrained(partial)
+        (partial / VQA_SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2, ensure_ascii=False) + "\n")
         for name in ("chat_template.json", "chat_template.jinja", "vocab.json", "merges.txt"):
             if (base / name).is_file() and not (partial / name).exists():
                 shutil.copy(base / name, partial / name)

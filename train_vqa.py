@@ -474,6 +474,8 @@ def merge(argv: list[str]) -> None:
     model = VQA.from_pretrained(args.lora, base_model=args.base)
     model.merge(output, None if args.dtype == "auto" else getattr(torch, args.dtype))
     print(f"merged  {output}")
+    if model.settings.prompt != "{question}":
+        print(f"ask it as it was trained: {model.settings.prompt!r}")
 
 
 if __name__ == "__main__":

@@ -71,11 +71,11 @@ def test_a_turn_reads_as_the_chat_template_writes_it(answerer, picture):
 def test_chat_says_what_answer_says(answerer, picture, history):
     model = answerer(strength=0.3)
     question = Question("How many buildings?", "", history=history)
-    (expected,) = model.answer([(picture, [question])], max_tokens=8)[0]
-    assert model.chat(picture, question.text, history, max_tokens=8) == expected
+    (expected,) = model.answer([(picture, [question])], max_tokens=24)[0]
+    assert model.chat(picture, question.text, history, max_tokens=24) == expected
     with model.before():
-        (base,) = model.answer([(picture, [question])], max_tokens=8)[0]
-        assert model.chat(picture, question.text, history, max_tokens=8) == base
+        (base,) = model.answer([(picture, [question])], max_tokens=24)[0]
+        assert model.chat(picture, question.text, history, max_tokens=24) == base
     assert isinstance(model.chat(None, "Hello", max_tokens=3), str)
 
 
