@@ -73,7 +73,7 @@ DEMO_SIZES = {  # changing anything here rebuilds the demo bases: it is part of 
     "text": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "heads": 4, "kv_heads": 2},
     "vision": {"depth": 3, "hidden_size": 128, "num_heads": 4, "intermediate_size": 384, "fullatt": [0, 2]},
     "train": {"steps": 80, "batch": 16, "length": 64, "lr": 1e-2, "muon_lr": 0.02},
-    "grounding": {"steps": 450, "batch": 6, "short": 20, "chat": 14, "captions": 2, "lr": 2e-3, "muon_lr": 0.02},
+    "grounding": {"steps": 450, "batch": 6, "short": 20, "chat": 18, "captions": 2, "lr": 2e-3, "muon_lr": 0.02},
     "side": 112,  # pixels of the pictures that the vision towers learn from
     "vision_train": {"steps": 500, "batch": 32, "lr": 1e-3, "head_lr": 1e-2, "muon_lr": 0.02},
     "clip": {"num_hidden_layers": 4, "hidden_size": 96, "intermediate_size": 288, "num_attention_heads": 6},
@@ -592,6 +592,9 @@ NOUNS = {"tank": "storage tank", "field": "sports field"}  # other kinds are cal
 NOUNS_ZH = {"building": "建筑物", "vehicle": "车", "aircraft": "飞机", "ship": "船", "tank": "储罐", "field": "运动场",
             "pond": "池塘", "road": "公路", "river": "河流", "railway": "铁路", "runway": "跑道"}  # fmt: skip
 
+REGIONS_ZH = {"north": "北部", "south": "南部", "west": "西部", "east": "东部", "northwest": "西北部", "northeast": "东北部",
+              "southwest": "西南部", "southeast": "东南部", "centre": "中部"}  # fmt: skip
+
 
 def _facts(row: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """What the truth of a scene says, as (words, what follows them): short phrases, and as questions of a chat. Words and
@@ -618,8 +621,13 @@ def _facts(row: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
             if nearest < 0.42 or nearest > 0.55:  # nothing that lies on the border
                 there(f"{one[kind]} in the {side}", nearest < 0.5)
     there("clouds", bool(row["clouds"]))
-    for kind in draw.sample(sorted(counts), 4):
+    for kind in draw.sample(sorted(counts), 6):
         chat.append((f"能看到{NOUNS_ZH[kind]}吗？", "存在" if counts[kind] else "不存在"))
+    for group in row["groups"]:
+        kind, place = group["kind"], REGIONS_ZH.get(group["where"])
+        chat.append((f"数一数{NOUNS_ZH[kind]}。", str(counts[kind])))
+        if place and sum(other["kind"] == kind for other in row["groups"]) == 1:
+            chat += [(f"Where do the {many[kind]} lie?", group["where"]), (f"{NOUNS_ZH[kind]}位于何处？", place)]
     short += [(" area", row["rural_urban"]), (" cover", row["cover"])]
     chat.append(("Which kind of area, rural or urban?", row["rural_urban"]))
     countable = [kind for kind in counts if kind not in LINES]

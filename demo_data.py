@@ -786,13 +786,15 @@ def dialogues(truth: dict, language: str = "en") -> list[list[list[str]]]:
         if place:
             turns.append([where, f"在{place}。" if zh else f"{place.strip().capitalize()}."])
         out.append(turns)
-    for kind in rng.permutation(absent)[:2]:
-        turns = [there(kind, False)]
-        if groups:
-            other = groups[rng.integers(len(groups))]["kind"]
-            name = KINDS[other][3 if zh else 1]
-            turns += [[f"那{name}呢？" if zh else f"And {name}?", there(other)[1]], [how_many, number(other)]]
-        out.append(turns)
+    asked = [*rng.permutation(absent)[:2], *(group["kind"] for group in groups)]
+    first, other = rng.permutation(asked)[:2]
+    name = KINDS[other][3 if zh else 1]
+    out.append(
+        [
+            there(first, first not in absent),
+            [f"那{name}呢？" if zh else f"And {name}?", there(other, other not in absent)[1]],
+        ]
+    )
     cover, clouds = say_zh(("cover", t["cover"])) if zh else say_en(("cover", t["cover"])), bool(t["clouds"])
     if zh:
         turns = [["这是什么地方？", f"这是{cover}。"], ["上空有云吗？", "有云。" if clouds else "没有云。"]]
