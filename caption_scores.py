@@ -103,7 +103,7 @@ def chinese_characters(text: str) -> list[str]:
 
 
 @lru_cache(1)
-def _jieba():
+def jieba_cutter():
     """jieba's own dictionary, silently and without the cache file that jieba shares with all users of /tmp."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pkg_resources, escapes
@@ -118,7 +118,7 @@ def _jieba():
 def chinese_words(text: str) -> list[str]:
     """jieba's words. Widths as NFKC, punctuation removed."""
     runs = _RUN.findall(unicodedata.normalize("NFKC", one_line(text)).lower())
-    return [run if not _HAN.search(run) else word for run in runs for word in _jieba().cut(run)]
+    return [run if not _HAN.search(run) else word for run in runs for word in jieba_cutter().cut(run)]
 
 
 def language_of(text: str) -> str:
@@ -619,6 +619,11 @@ def tables(found: dict) -> list[tuple[str, list[dict], dict[str, str], str]]:
     return made
 
 
+def equal_table(found: dict) -> tuple[list[dict], dict]:
+    """(rows, columns) of the shares of right answers that `train_vqa.score_chat` counts."""
+    return found["equal"], {key: "" if key == "model" else key for key in found["equal"][0]}
+
+
 def write_page(
     path, title: str, scores: dict, rows: list[dict], history: list[dict], picture, subtitle: str = ""
 ) -> None:
@@ -632,6 +637,9 @@ def write_page(
         for found in scores.values()
         for heading, listed, columns, notes in tables(found["models"])
     ]
+    for found in scores.values():
+        if "equal" in found:
+            sections.append(("Answers equal to the truth", report.table_html(*equal_table(found))))
     curves = {"loss": "training loss", "eval_loss": "held-out loss", "eval_CIDEr": "CIDEr"}
     if any(key in row for row in history for key in curves):
         sections.append(("Curves", report.figure_html(report.curves_figure(history, curves), "training curves")))

@@ -231,10 +231,11 @@ def write_qwen_settings(folder: Path, config: dict, max_pixels: int = 168 * 168)
         _write_json(folder / "preprocessor_config.json", sizes)
 
 
-def demo_texts(data_dir: Path) -> dict[str, list]:
-    """`{"en": captions, "zh": captions, "asked": [[prompt, caption, image]], "qa": [[question, answer]]}` of the demo data.
+def demo_texts(data_dir: Path, more: str | Path | None = None) -> dict[str, list]:
+    """`{"en": captions, "zh": captions, "asked": [[prompt, caption, image]], "qa": [[question, answer]], "more": [[prompt,
+    text]]}` of the demo data and of `more`, a caption file of the user's (its training split).
 
-    Raises InputError if a file is missing or not of the demo data's form."""
+    Raises InputError if a file is missing or not of the demo data's form, or `more` is none that `data.read_scenes` reads."""
     files = ["captions_en.json", "captions_zh.json", "rsvqa_questions.json", "rsvqa_answers.json"]
     for name in files:
         if not (data_dir / name).is_file():
@@ -252,6 +253,15 @@ def demo_texts(data_dir: Path) -> dict[str, list]:
         raise InputError(f"{data_dir} is not demo data ({error!r}): run `python demo_data.py` again") from None
     if not all(texts.values()):
         raise InputError(f"{data_dir} holds no captions or no questions: run `python demo_data.py` again")
+    texts["more"] = []
+    if more:
+        from data import is_chinese, read_scenes
+
+        for scene in read_scenes(more).scenes:
+            if scene.split in (None, "train"):
+                texts["more"] += [[DESCRIBE["zh" if is_chinese(text) else "en"], text] for text in scene.texts]
+        if not texts["more"]:
+            raise InputError(f"{more}: no text of a training split in it")
     return texts
 
 
@@ -259,10 +269,9 @@ def words_zh(texts: list[str]) -> list[str]:
     """The words of Chinese texts, for learning tokens. A tokenizer learnt on whole sentences as few as these joins words of
     different meaning into one token ("三栋建筑物"), each too rare to be learnt: the language model's loss on Chinese captions
     was 3.5 nats a token with it, and is 0.9 with tokens that end where a word does."""
-    import jieba
+    from caption_scores import jieba_cutter
 
-    jieba.setLogLevel(60)
-    return [word for text in texts for word in jieba.cut(text)]
+    return [word for text in texts for word in jieba_cutter().cut(text)]
 
 
 def _documents(texts: dict, family: str, seed: int) -> list[str]:
@@ -272,12 +281,14 @@ def _documents(texts: dict, family: str, seed: int) -> list[str]:
     shuffle = random.Random(seed)
     if family == "qwen3":
         documents = [
-            f"{user}{prompt}{end}{answer}<think>\n\n</think>\n\n{said}{end}" for prompt, said, _ in texts["asked"]
+            f"{user}{prompt}{end}{answer}<think>\n\n</think>\n\n{said}{end}"
+            for prompt, said, *_ in texts["asked"] + texts["more"]
         ]
     else:
         qa = texts["qa"][:]
         shuffle.shuffle(qa)
         chats = [qa[i : i + 4] for i in range(0, len(qa), 4)] + [[turn[:2]] for turn in texts["asked"][::2]]
+        chats += [[turn] for turn in texts["more"]]
         system = f"<|im_start|>system\n{SYSTEM}{end}"
         documents = [system + "".join(f"{user}{q}{end}{answer}{a}{end}" for q, a in turns) for turns in chats]
         documents += [f"{caption}<|endoftext|>" for caption in texts["en"] + texts["zh"]]
@@ -645,13 +656,26 @@ def _facts(row: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 def train_grounding(
-    model, tokenizer, processor, scenes: Scenes, asked, seed: int, *, steps, batch, short, chat, captions, lr, muon_lr
+    model,
+    tokenizer,
+    processor,
+    scenes: Scenes,
+    texts: dict,
+    seed: int,
+    *,
+    steps,
+    batch,
+    short,
+    chat,
+    captions,
+    lr,
+    muon_lr,
 ):
     """Teach the demo language model to read the vision tower's tokens, as the real one has been: facts of the training
-    scenes, each scene packed once with `short` phrases, `chat` questions and `captions` of `asked` ([[prompt, caption,
-    image]]) drawn anew. Without it LoRA would first have to learn what an image is; without the captions the model forgets
-    its language meanwhile (in Chinese up to the loss of a guess). Returns the share of right answers to the validation
-    scenes' chat questions.
+    scenes, each scene packed once with `short` phrases, `chat` questions and `captions` of `texts` (`demo_texts`)
+    drawn anew. Without it LoRA would first have to learn what an image is; without the captions, and some texts of "more"
+    in every step, the model forgets its language meanwhile (in Chinese up to the loss of a guess). Returns the share of
+    right answers to the validation scenes' chat questions.
 
     Many small steps: at equal work, 6 scenes a step reached 0.93 on presence where 24 reached 0.84."""
     import numpy as np
@@ -673,7 +697,7 @@ def train_grounding(
     facts = [_facts(row) for row in scenes.rows]
     chats = [prompt.branches(*map(list, zip(*chats))) for _, chats in facts]
     told: dict[str, list] = {row["image"]: [] for row in scenes.rows}
-    for question, caption, image in asked:
+    for question, caption, image in texts["asked"]:
         told[image].append((question, caption))
     told = [prompt.branches(*map(list, zip(*told[row["image"]]))) if told[row["image"]] else [] for row in scenes.rows]
     phrases = []
@@ -681,9 +705,14 @@ def train_grounding(
         words, said = (tokenizer(list(part))["input_ids"] for part in zip(*shorts))
         phrases.append([(np.array([*w, *s]), len(s)) for w, s in zip(words, said)])
 
+    alone = prompt.branches(*map(list, zip(*texts["more"]))) if texts["more"] else []
+
     def logits(chosen, branches):
         scene = {"image_token": prompt.image_token, "prefix": prefix}
-        batch = pack([scene | {"tokens": tokens[i], "branches": own} for i, own in zip(chosen, branches)])
+        return logits_of([scene | {"tokens": tokens[i], "branches": own} for i, own in zip(chosen, branches)])
+
+    def logits_of(scenes):
+        batch = pack(scenes)
         labels, places = batch.pop("labels"), batch.pop("label_rows")
         tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
         return model.lm_head(packed_states(model.model, tree, **batch)[places]), labels
@@ -694,7 +723,11 @@ def train_grounding(
     def loss_of(chosen):
         parts = ((phrases, short), (chats, chat), (told, captions))
         drawn = [[own[i][k] for own, most in parts for k in draw.permutation(len(own[i]))[:most]] for i in chosen]
-        return F.cross_entropy(*logits(chosen, drawn))
+        loss = F.cross_entropy(*logits(chosen, drawn))
+        if alone:
+            some = [alone[k] for k in draw.integers(len(alone), size=batch)]
+            loss = loss + F.cross_entropy(*logits_of([{"prefix": prompt.prefix(None), "branches": some}]))
+        return loss
 
     named = body.named_parameters()
     _train(loss_of, named, [], scenes.train, draw, steps=steps, batch=batch, lr=lr, muon_lr=muon_lr)
@@ -722,7 +755,9 @@ def _write_qwen(folder: Path, family: str, vocab: dict, merges: list, texts: dic
     config = AutoConfig.from_pretrained(folder)
     model = (Qwen3ForCausalLM if family == "qwen3" else Qwen2_5_VLForConditionalGeneration)(config)
     body = model.model if family == "qwen3" else model.model.language_model
-    before, after = train_language(model, body, tokenizer, _documents(texts, family, seed), seed, **DEMO_SIZES["train"])
+    lengths = [sum(len(row[1]) for row in texts[name]) for name in ("asked", "more")]
+    train = DEMO_SIZES["train"] | {"steps": round(DEMO_SIZES["train"]["steps"] * (1 + 2 * lengths[1] / lengths[0]))}
+    before, after = train_language(model, body, tokenizer, _documents(texts, family, seed), seed, **train)
     measured = {"nats_per_token": [round(before, 3), round(after, 3)]}
     if family != "qwen3":
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
@@ -742,7 +777,7 @@ def _write_qwen(folder: Path, family: str, vocab: dict, merges: list, texts: dic
         _scale_vision(model, processor, seed)
         if scenes:
             rates = DEMO_SIZES["grounding"]
-            measured |= train_grounding(model, tokenizer, processor, scenes, texts["asked"], seed, **rates)
+            measured |= train_grounding(model, tokenizer, processor, scenes, texts, seed, **rates)
     write_weights(model, folder, shards=1 if family == "qwen3" else 2)
     return measured
 
@@ -809,17 +844,19 @@ def _write_clip(folder: Path, texts: list[str], scenes: Scenes | None, seed: int
     return measured
 
 
-def build(data_dir, output_dir, seed: int, verify) -> dict:
-    """Write `output_dir/{qwen2_5_vl,clip,qwen3}` from the texts of `data_dir`; returns what was measured.
+def build(data_dir, output_dir, seed: int, verify, more=None) -> dict:
+    """Write `output_dir/{qwen2_5_vl,clip,qwen3}` from the texts of `data_dir`; returns what was measured. The Qwen models
+    also learn the words of `more`, a caption file.
     At once if the same data, settings and seed were built before and `verify(folder)` finds the bases whole. Written
     whole or not at all.
 
     Raises InputError if the demo data is missing or malformed, or the disk is full or read-only."""
     data_dir, output_dir = Path(data_dir), Path(output_dir)
-    texts = demo_texts(data_dir)
+    texts = demo_texts(data_dir, more)
     manifest = data_dir / "manifest.json"  # stands for the pictures
     made = json.loads(manifest.read_text())["sha256"] if manifest.is_file() else None
-    fingerprint = hashlib.sha256(json.dumps([texts, made, DEMO_SIZES, seed], sort_keys=True).encode()).hexdigest()
+    known = {name: rows for name, rows in texts.items() if rows}
+    fingerprint = hashlib.sha256(json.dumps([known, made, DEMO_SIZES, seed], sort_keys=True).encode()).hexdigest()
     record = output_dir / "demo_bases.json"
     try:
         built = json.loads(record.read_text(encoding="utf-8"))
@@ -849,6 +886,9 @@ def build(data_dir, output_dir, seed: int, verify) -> dict:
                 (temp / name).mkdir()
             scenes = demo_scenes(data_dir, DEMO_SIZES["side"])
             corpus = [*texts["en"], *words_zh(texts["zh"]), *(f"{q}\n{a}" for q, a in texts["qa"])]
+            chinese = DESCRIBE["zh"]
+            corpus += [text for prompt, text in texts["more"] if prompt != chinese]
+            corpus += words_zh([text for prompt, text in texts["more"] if prompt == chinese])
             corpus += [f"system\n{SYSTEM}", "assistant\n", *{f"user\n{prompt}": 0 for prompt, *_ in texts["asked"]}] * 2
             vocab, merges = train_bpe(corpus, DEMO_SIZES["vocab"]["qwen"])
             measured = {

@@ -32,7 +32,7 @@ from rasterio.warp import transform as reproject
 
 from config import InputError, user_errors
 
-VERSION = 7  # raise it whenever the same seed gives other bytes: folders of an older version are then not 'done'
+VERSION = 8  # raise it whenever the same seed gives other bytes: folders of an older version are then not 'done'
 MANY = 9  # from nine on, captions say 'many'; seven and eight are never drawn, so no word is ever borderline
 PAIRS = 60  # scenes of val and test that get a second date
 
@@ -759,7 +759,8 @@ def questions(truth: dict) -> list[dict]:
 
 def dialogues(truth: dict, language: str = "en") -> list[list[list[str]]]:
     """Conversations of two or three turns about a scene: [[[question, answer], ...], ...]. After the first turn a question
-    names nothing ("How many are there?"): only the turns before it say what is meant."""
+    names nothing ("How many are there?") or a kind alone ("And ships?"): the turns before it say what is meant. (Only the one
+    about clouds stands for itself.)"""
     rng, t, zh = np.random.default_rng([truth["seed"], truth["img_id"], 6]), truth, language == "zh"
     groups = [g for g in t["groups"] if sum(other["kind"] == g["kind"] for other in t["groups"]) == 1]
     absent = [kind for kind in KINDS if not t["counts"][kind]]

@@ -428,9 +428,9 @@ def copy_model(name: str, source: Path, root=".", only: bool = True) -> Path:
     return folder
 
 
-def build_demo_bases(data_dir="data/demo", output_dir="models/demo", seed: int = 0) -> dict:
+def build_demo_bases(data_dir="data/demo", output_dir="models/demo", seed: int = 0, more=None) -> dict:
     """The small bases of preset demo: see `demo_bases.build`. Returns what was measured."""
-    return demo_bases.build(data_dir, output_dir, seed, verify_model)
+    return demo_bases.build(data_dir, output_dir, seed, verify_model, more)
 
 
 # -----------------------------------------------------------------------------
@@ -451,6 +451,9 @@ def main(argv=None) -> None:
     parser.add_argument("--token", help="for gated models (or set HF_TOKEN / MODELSCOPE_API_TOKEN)")
     parser.add_argument("--endpoint", metavar="URL", help="a mirror (or set HF_ENDPOINT / MODELSCOPE_ENDPOINT)")
     parser.add_argument("--data", default="data/demo", metavar="DIR", help="texts of preset demo (default: data/demo)")
+    parser.add_argument(
+        "--texts", metavar="FILE", help="preset demo: captions of your own whose words the small models learn, too"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of preset demo (default: 0)")
     args = parser.parse_args(argv)
     root = Path(args.root)
@@ -474,7 +477,7 @@ def main(argv=None) -> None:
         return
     if demo:
         print("building the demo bases (about six minutes on two cores) ...", flush=True)
-        built = build_demo_bases(args.data, root / "models" / "demo", args.seed)
+        built = build_demo_bases(args.data, root / "models" / "demo", args.seed, args.texts)
         for name, found in built["measured"].items():
             if "nats_per_token" in found:
                 before, after = found["nats_per_token"]

@@ -558,7 +558,8 @@ def caption_sections(rows: list[dict], picture, number: int = 12) -> list[tuple[
     if not rows or "CIDEr" not in rows[0]:
         return [("Captions", cards(rows[: 2 * number]))]
     ranked = sorted(rows, key=lambda row: -row["CIDEr"])
-    best = [*{row["image"]: row for row in ranked[::-1]}.values()][::-1][:number]
+    highest = {row["image"]: row for row in ranked[::-1]}.values()
+    best = sorted(highest, key=lambda row: -row["CIDEr"])[:number]
     lowest = {row["image"]: row for row in ranked}.values()
     worst = sorted((row for row in lowest if row not in best), key=lambda row: row["CIDEr"])[:number]
     note = "<p>The caption; the file and the caption's CIDEr; the references.</p>"

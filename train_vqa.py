@@ -207,7 +207,7 @@ def share_equal(answers: list[str], listed: list, numbers: list[int]) -> float:
     """Share of answers that are the truth but for capitals, spaces and the full stop."""
 
     def bare(text):
-        return " ".join(text.casefold().split()).rstrip(".。")
+        return "".join(text.casefold().split()).rstrip(".。")
 
     return sum(bare(answers[n]) == bare(listed[n][1].answer) for n in numbers) / len(numbers)
 
@@ -217,8 +217,7 @@ def chat_summary(results: dict, best) -> str:
     for language, found in results["scores"].items():
         for title, rows, columns, notes in caption_scores.tables(found["models"]):
             lines += [title.replace("images", "questions"), report.table_text(rows, columns), notes, ""]
-        columns = {key: "" if key == "model" else key for key in found["equal"][0]}
-        lines += ["Answers equal to the truth", report.table_text(found["equal"], columns), ""]
+        lines += ["Answers equal to the truth", report.table_text(*caption_scores.equal_table(found)), ""]
         training = found["training"]
         lines.append(f"{language}: {training['answers']} training answers, {training['distinct']} of them distinct")
     loss = results["loss"]

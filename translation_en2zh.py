@@ -42,7 +42,7 @@ PLACEHOLDERS = ("{captions}", "{glossary}")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="English captions, in any form train_caption.py reads")
+    parser.add_argument("--input", required=True, help="captions, in any form train_caption.py reads")
     parser.add_argument("--output", required=True, help='file for [{"img", "prompt", "label"}] (.json or .jsonl)')
     parser.add_argument("--image_root", help="folder of the images (default: the input's folder, or its images/)")
     parser.add_argument(
@@ -111,7 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--questions",
         type=int,
-        help="rows, each with another question, of one description (default: 3; with --each 1)",
+        help="rows, each with another question, of one description (default: 3; with --each 1; with --check the question that"
+        " the file has for it)",
     )
     text.add_argument("--glossary", default=str(PROMPTS / "glossary_zh.json"), help="{English term: [Chinese terms]}")
     text.add_argument("--seed", type=int, default=0, help="another seed draws other questions (default: %(default)s)")
@@ -138,6 +139,8 @@ def checked(args) -> None:
         raise InputError(
             "give --base_url (a server), --local (a model's folder) or --check (nobody is asked), one of them"
         )
+    if args.check and (args.model or args.mode == "each"):
+        raise InputError("--check asks nobody: it does not go with --model or --each")
     if args.base_url:
         if urlsplit(args.base_url).scheme not in ("http", "https") or not urlsplit(args.base_url).hostname:
             raise InputError(f"--base_url {args.base_url}: expected an address such as http://127.0.0.1:8000/v1")
@@ -514,6 +517,9 @@ def check(captions: list[str], text: str, glossary: dict[str, list[str]], min_ch
     ]
 
 
+LACKING = {"number missing", "direction missing", "colour missing", "glossary", "too short"}
+
+
 def clean(answer: str) -> str:
     """An answer without a model's thinking, line breaks and quotes around it."""
     text = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
@@ -532,13 +538,13 @@ def plain(text: str) -> str:
     return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", text)).replace("二", "两")
 
 
-FACTS = re.compile(r"[\d零〇两三四五六七八九十百千万东西南北左右上下红橙黄绿蓝紫粉棕褐灰黑白]")
+FACTS = re.compile(r"[\d零〇两三四五六七八九十百千万东西南北左右上下红橙黄绿蓝紫粉棕褐灰黑白没无不]")
 
 
 class Groups:
     """Numbers texts so that those which say the same in nearly the same words have one number.
 
-    Alike are texts with the same numbers, directions and colours in the same order, whose sets of three neighbouring
+    Alike are texts with the same numbers, directions, colours and negations in the same order, whose sets of three neighbouring
     characters have a Jaccard similarity of at least `LIKENESS`. Two such sets must share one of the rarest members of each,
     so only texts that do are compared (prefix filter, Chaudhuri et al. 2006). texts: all that may come; they tell what is
     rare. A text joins the first group whose first text it is like, so that the numbers depend on the order of asking.
@@ -877,6 +883,10 @@ class Item:
     """Answers that were not taken, with what was wrong with them."""
     failed: bool = False
     """There is no answer at all."""
+    part: bool = False
+    """One of several given texts of its image: it need not say all that the captions say."""
+    question: str | None = None
+    """What the file says a given text answers."""
 
 
 class Translator:
@@ -920,6 +930,8 @@ class Translator:
             item.reasons = [("cut off", "回答没有写完，请写得简洁")]
         else:
             item.reasons = check(item.captions, item.text, self.glossary, self.args.min_chars)
+            if item.part:
+                item.reasons = [wrong for wrong in item.reasons if wrong[0] not in LACKING]
 
     def again(self, item: Item, request: str) -> None:
         """Put the answer and what is asked of the next one behind the item's messages."""
@@ -933,7 +945,9 @@ class Translator:
         """All of an item's tries; `reasons` is empty where its text is taken. Returns what sent answers back."""
         if not self.engine:
             for item in items:
-                self.judge(item, Answer(item.text))
+                given = item.text
+                self.judge(item, Answer(given))
+                item.text = item.text or given
             return Counter()
         self.ask(items, "translate")
         bad = [item for item in items if item.reasons and not item.failed]
@@ -1007,15 +1021,19 @@ def items_of(scenes, names: dict[str, str], output: Path, prompt: str, glossary,
     return items
 
 
-def items_given(scenes, names: dict[str, str], output: Path) -> list[Item]:
-    """One item for each Chinese text that the file has, beside the English captions of its image. Raises InputError: none."""
+def items_given(scenes, names: dict[str, str], output: Path, own_questions: bool) -> list[Item]:
+    """One item for each Chinese text that the file has, beside the English captions of its image; with the file's own
+    question to it, where it has one. Raises InputError: none."""
     from data import is_chinese
 
     items = []
     for scene in scenes:
         name = name_for(scene.image, names.get(scene.image, scene.image), output)
-        captions = [text for text in scene.texts if not is_chinese(text)]
-        items += [Item(name, captions, scene.split, [], text) for text in scene.texts if is_chinese(text)]
+        captions = [text for text in scene.texts if not is_chinese(text) and re.search("[A-Za-z]", text)]
+        given = [text for text in scene.texts if is_chinese(text)]
+        for text in given:
+            question = scene.prompts.get(text) if own_questions else None
+            items.append(Item(name, captions, scene.split, [], text, part=len(given) > 1, question=question))
     if not items:
         raise InputError("--check: the input has no Chinese text")
     return items
@@ -1033,7 +1051,7 @@ def rows_of(items: list[Item], questions: list[str], count: int, seed: int) -> l
         )
         used = asked.setdefault(item.name, set())
         drawn.sort(key=lambda question: question in used)  # captions of one image get different questions first
-        for question in drawn[:count]:
+        for question in [item.question] if item.question else drawn[:count]:
             used.add(question)
             split = {} if item.split is None else {"split": item.split}
             rows.append({"img": item.name, "prompt": question, "label": item.text} | split)
@@ -1090,7 +1108,8 @@ def summary(report: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.questions is None:
+    own_questions = args.questions is None
+    if own_questions:
         args.questions = 1 if args.mode == "each" else 3
     checked(args)
     source, output = Path(args.input), Path(args.output)
@@ -1108,7 +1127,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"warning: {bad.file}: row {bad.row}: {bad.reason}", file=sys.stderr)
     names = names_of(source, args.image_root)
     if args.check:
-        items, engine = items_given(found.scenes, names, output), None
+        items, engine = items_given(found.scenes, names, output, own_questions), None
     else:
         items = items_of(found.scenes, names, output, prompt, glossary, args.mode)
         engine = Local(args) if args.local else Endpoint(args)

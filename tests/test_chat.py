@@ -175,7 +175,7 @@ def test_equal_answers_are_counted_but_for_capitals_and_the_full_stop():
 
     truths = [("a", Question("q", "有建筑物。")), ("a", Question("How many?", "Two ships.", history=HISTORY))]
     assert parts_of(truths, [0, 1]) == [("first questions (1)", [0]), ("follow-ups (1)", [1])]
-    assert share_equal(["有建筑物", "two  ships"], truths, [0, 1]) == 1
+    assert share_equal(["有建筑物", "two  ships ."], truths, [0, 1]) == 1
     assert share_equal(["没有建筑物。", "Two ships."], truths, [0, 1]) == 0.5
 
 

@@ -288,7 +288,7 @@ def test_questions_have_the_rsvqa_schema_and_true_answers(data, truths):
 
 
 def test_dialogues_say_what_the_truth_says(data, truths):
-    follow_ups = 0
+    follow_ups = placed = 0
     for scene in read_chat(data / "chat_zh.json").scenes:
         truth = truths[Path(scene.image).name]
         assert scene.split == truth["split"]
@@ -308,10 +308,17 @@ def test_dialogues_say_what_the_truth_says(data, truths):
                     spots = [o for o in truth["objects"] if o["kind"] == kind]
                     places = [(o["x"] / truth["width"], o["y"] / truth["height"]) for o in spots]
                     assert all(demo_data.in_region(ZH_WHERE[found[1]], *place) for place in places)
+                    placed += 1
+                elif text == "在哪里？":
+                    assert answer == "在公路上。" and all(
+                        o["on"] == "road" for o in truth["objects"] if o["kind"] == kind
+                    )
+                elif text == "这是什么地方？":
+                    assert ZH_COVER[re.fullmatch("这是一[片个座](.+)。", answer)[1]] == truth["cover"]
                 elif text == "上空有云吗？":
                     assert answer == ("有云。" if truth["clouds"] else "没有云。")
             follow_ups += bool(question.history)
-    assert follow_ups > SCENES
+    assert follow_ups > SCENES and placed > SCENES / 3
     zh, en = (json.loads((data / f"chat_{language}.json").read_text()) for language in ("zh", "en"))
     assert [len(row["conversations"]) for row in zh] == [len(row["conversations"]) for row in en]
     assert all(turn["value"].isascii() for row in en for turn in row["conversations"])

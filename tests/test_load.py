@@ -434,7 +434,7 @@ def test_towers_learn_from_scenes(tmp_path, monkeypatch):
     """A few steps on a few scenes: what is measured, and that the pixels are those of CLIP's own processor."""
     import torch
     from PIL import Image
-    from transformers import CLIPVisionModel
+    from transformers import AutoTokenizer, CLIPVisionModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     import demo_data
@@ -450,6 +450,15 @@ def test_towers_learn_from_scenes(tmp_path, monkeypatch):
     assert {"nats_per_token", "cover_accuracy", "count_accuracy", "object_f1", "chat_accuracy"} == set(
         measured["qwen2_5_vl"]
     )
+    rows = [{"image": f"images/scene_{n:05d}.tif", "caption": "一个全新的棒球场。", "split": "train"} for n in range(3)]
+    rows.append({"image": "images/scene_00003.tif", "caption": "几架滑翔机。", "split": "test"})
+    (data / "mine.json").write_text(json.dumps(rows))
+    made = load.build_demo_bases(data, tmp_path / "own", more=data / "mine.json")
+    assert made["rebuilt"] and len(made["measured"]["qwen2_5_vl"]) == 5
+    for name, own, common in (("demo", False, True), ("own", True, True)):
+        words = AutoTokenizer.from_pretrained(tmp_path / name / "qwen2_5_vl")
+        assert (len(words("棒球场")["input_ids"]) == 1) == own and (len(words("公路")["input_ids"]) == 1) == common
+    assert len(words("滑翔机")["input_ids"]) > 3, "a held-out text stays unseen"
     assert {"cover_accuracy", "count_accuracy", "object_f1", "vector"} == set(measured["clip"])
     kinds = [*demo_data.KINDS, *demo_data.LINES, "cloud"]
     assert set(measured["clip"]["object_f1"]) == set(measured["clip"]["vector"]["object_f1"]) == set(kinds)

@@ -343,3 +343,12 @@ def test_caption_pages_show_best_and_worst_first():
     assert [name for name, _ in caption_sections(rows[:1], picture, 2)] == ["Best"]
     bare = [{"image": "a.png", "caption": "x"}]
     assert [name for name, _ in caption_sections(bare, picture)] == ["Captions"]
+
+
+def test_best_and_worst_of_dialogues_show_an_image_once():
+    asked = {"references": ["truth"], "prompt": "Where?", "history": [["Ships?", "Yes."]], "before": "off"}
+    scores = (("a", 10), ("a", 0), ("b", 5), ("b", 4))
+    rows = [asked | {"image": image, "caption": f"{image}{score}", "CIDEr": score} for image, score in scores]
+    (best, shown), (worst, others) = caption_sections(rows, lambda _: np.zeros((8, 8, 3), np.uint8), number=1)
+    assert (best, worst) == ("Best", "Worst") and "a10" in shown and "b5" not in shown and "a0" in others
+    assert "Ships? … Yes." in shown and "Where? … ?" in shown and "adapter off: off" in shown

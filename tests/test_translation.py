@@ -536,6 +536,25 @@ def test_chinese_that_is_there_is_checked_and_nobody_asked(tmp_path, call_main):
     assert code == 2 and "no Chinese text" in err
 
 
+def test_one_of_several_chinese_texts_need_not_say_all(tmp_path, call_main):
+    texts = ["A plane.", "A red building near three trees.", "图中有一架飞机停在地面。", "三棵树旁有一栋红色建筑。"]
+    rows = [{"image": "0.png", "caption": text, "split": "train"} for text in [*texts, "图中有四座桥。"]]
+    rows[2]["prompt"] = "图中有飞机吗？"
+    write_input(tmp_path, [[""]])
+    (tmp_path / "captions_en.json").write_text(json.dumps(rows))
+    given = ["--input", tmp_path / "captions_en.json", "--output", tmp_path / "zh.json"]
+    assert call_main(script.main, *given, "--check", "--questions", 2)[0] == 0
+    assert Counter(row["label"] for row in rows_in(tmp_path / "zh.json")) == {texts[2]: 2, texts[3]: 2}
+    assert call_main(script.main, *given, "--check")[0] == 0
+    made = rows_in(tmp_path / "zh.json")
+    assert Counter(row["label"] for row in made) == {texts[2]: 1, texts[3]: 3}
+    assert made[0]["prompt"] == "图中有飞机吗？", "the file's own question stays"
+    assert list(aside_in(tmp_path / "zh.json.rejected.jsonl")) == ["0.png"]
+    for words in (["--check", "--each"], ["--check", "--model", "m"]):
+        code, _, err = call_main(script.main, *given, *words)
+        assert code == 2 and "--check asks nobody" in err
+
+
 def test_chinese_without_english_is_judged_by_its_form():
     assert script.check([], "图中有三架红色飞机停在北部。", GLOSSARY) == []
     for text, reason in (("机场。", "too short"), ("抱歉，我无法描述。", "refusal"), ("a port", "not Chinese")):
