@@ -25,7 +25,7 @@ demo: $(VENV)/.ready
 	$(PY) compare_before_after.py --preset demo --num_samples 10
 	rm -rf output/demo_chat
 	$(PY) train_vqa.py --preset demo --task chat --output_dir output/demo_chat
-	printf '图中有飞机吗？\n那船呢？\n上空有云吗？\nstop\n' | $(PY) cli_demo.py --from_pretrained output/demo_chat/best_model --image_path data/demo/images/scene_00639.tif --language zh
+	printf '图中有飞机吗？\n那船呢？\nstop\n' | $(PY) cli_demo.py --from_pretrained output/demo_chat/best_model --image_path data/demo/images/scene_00639.tif --language zh
 	rm -rf output/demo_caption
 	$(PY) train_caption.py --preset demo --output_dir output/demo_caption
 	$(PY) caption.py eval --preset demo

@@ -496,7 +496,8 @@ CHAT_PRESETS = {  # where the user names no --data
     "demo": {
         "train_file": "data/demo/chat_zh.json",
         "test_file": None,
-        "max_answer_tokens": 32,
+        "max_answer_tokens": 12,
+        "texts_per_scene": 5,
         "num_train_epochs": 1,
     },
 }
