@@ -619,6 +619,11 @@ def tables(found: dict) -> list[tuple[str, list[dict], dict[str, str], str]]:
     return made
 
 
+def questions_in(found: dict, heading: str) -> str:
+    """A heading of `tables`; of a dialogue it counts questions, several of an image."""
+    return heading.replace("images", "questions") if "equal" in found else heading
+
+
 def equal_table(found: dict) -> tuple[list[dict], dict]:
     """(rows, columns) of the shares of right answers that `train_vqa.score_chat` counts."""
     return found["equal"], {key: "" if key == "model" else key for key in found["equal"][0]}
@@ -631,7 +636,7 @@ def write_page(
     curves of its `history`, and pictures with what was written (`report.caption_sections`), best and worst first."""
     sections = [
         (
-            f"{found.get('prompt', '')} {heading}".strip(),
+            f"{found.get('prompt', '')} {questions_in(found, heading)}".strip(),
             report.table_html(listed, columns) + f"<p>{html.escape(notes)}</p>",
         )
         for found in scores.values()

@@ -216,7 +216,7 @@ def chat_summary(results: dict, best) -> str:
     lines = ["", f"{results['split']} split, {results['images'][results['split']]} images"]
     for language, found in results["scores"].items():
         for title, rows, columns, notes in caption_scores.tables(found["models"]):
-            lines += [title.replace("images", "questions"), report.table_text(rows, columns), notes, ""]
+            lines += [caption_scores.questions_in(found, title), report.table_text(rows, columns), notes, ""]
         lines += ["Answers equal to the truth", report.table_text(*caption_scores.equal_table(found)), ""]
         training = found["training"]
         lines.append(f"{language}: {training['answers']} training answers, {training['distinct']} of them distinct")
