@@ -695,17 +695,20 @@ def train_grounding(
     side = len(scenes.pictures[0]) // 14
     prefix = prompt.prefix((1, side, side))
     facts = [_facts(row) for row in scenes.rows]
-    chats = [prompt.branches(*map(list, zip(*chats))) for _, chats in facts]
-    told: dict[str, list] = {row["image"]: [] for row in scenes.rows}
+
+    def branches(turns):
+        return prompt.branches([question for question, _ in turns], [answer for _, answer in turns])
+
+    chats = [branches(turns) for _, turns in facts]
+    captions_of: dict[str, list] = {row["image"]: [] for row in scenes.rows}
     for question, caption, image in texts["asked"]:
-        told[image].append((question, caption))
-    told = [prompt.branches(*map(list, zip(*told[row["image"]]))) if told[row["image"]] else [] for row in scenes.rows]
+        captions_of[image].append((question, caption))
+    told = [branches(captions_of[row["image"]]) for row in scenes.rows]
+    alone = branches(texts["more"])
     phrases = []
     for shorts, _ in facts:
         words, said = (tokenizer(list(part))["input_ids"] for part in zip(*shorts))
         phrases.append([(np.array([*w, *s]), len(s)) for w, s in zip(words, said)])
-
-    alone = prompt.branches(*map(list, zip(*texts["more"]))) if texts["more"] else []
 
     def logits(chosen, branches):
         scene = {"image_token": prompt.image_token, "prefix": prefix}

@@ -193,6 +193,11 @@ def load_exactly(model: nn.Module, path: Path) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
+def write_settings(path: Path, settings) -> None:
+    """A settings dataclass as the JSON file that its `from_pretrained` reads."""
+    path.write_text(json.dumps(asdict(settings), indent=2, ensure_ascii=False) + "\n")
+
+
 def _refuse_keys(where, missing, unexpected, mismatched=()) -> None:
     problems = [
         f"{len(keys)} {what} ({', '.join(str(key) for key in sorted(keys, key=str)[:3])}{', …' if len(keys) > 3 else ''})"
@@ -397,7 +402,7 @@ class DualEncoder(Encoder):
         save_file(
             {name: source[name].detach().contiguous().cpu() for name in names}, folder / WEIGHTS, {"format": "pt"}
         )
-        (folder / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2, ensure_ascii=False) + "\n")
+        write_settings(folder / SETTINGS, self.settings)
         self.base_config.save_pretrained(folder / "base_config")
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
@@ -1034,7 +1039,7 @@ class VQA(nn.Module):
         training, record.inference_mode = record.inference_mode, True
         record.save_pretrained(str(folder))
         record.inference_mode = training
-        (folder / VQA_SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2, ensure_ascii=False) + "\n")
+        write_settings(folder / VQA_SETTINGS, self.settings)
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
@@ -1110,7 +1115,7 @@ class VQA(nn.Module):
         merged.save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
         self.processor.save_pretrained(partial)
-        (partial / VQA_SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2, ensure_ascii=False) + "\n")
+        write_settings(partial / VQA_SETTINGS, self.settings)
         for name in ("chat_template.json", "chat_template.jinja", "vocab.json", "merges.txt"):
             if (base / name).is_file() and not (partial / name).exists():
                 shutil.copy(base / name, partial / name)
@@ -1578,7 +1583,7 @@ class Captioner(nn.Module):
         source = self.state_dict() if state_dict is None else state_dict
         tensors = {name: source[name].detach().contiguous().cpu() for name in names}
         save_file(tensors, folder / PROJECTOR, {"format": "pt"})
-        (folder / CAPTIONER).write_text(json.dumps(asdict(settings), indent=2, ensure_ascii=False) + "\n")
+        write_settings(folder / CAPTIONER, settings)
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 

@@ -558,16 +558,21 @@ def caption_sections(rows: list[dict], picture, number: int = 12) -> list[tuple[
     if not rows or "CIDEr" not in rows[0]:
         return [("Captions", cards(rows[: 2 * number]))]
     ranked = sorted(rows, key=lambda row: -row["CIDEr"])
-    highest = {row["image"]: row for row in ranked[::-1]}.values()
-    best = sorted(highest, key=lambda row: -row["CIDEr"])[:number]
-    lowest = {row["image"]: row for row in ranked}.values()
-    worst = sorted((row for row in lowest if row not in best), key=lambda row: row["CIDEr"])[:number]
+    best = _first_of_each_image(ranked)[:number]
+    worst = [row for row in _first_of_each_image(ranked[::-1]) if row not in best][:number]
     note = "<p>The caption; the file and the caption's CIDEr; the references.</p>"
     if "history" in rows[0]:
         note = (
             "<p>The answer; the file and the answer's CIDEr; the turns before it; without the adapter; the truth.</p>"
         )
     return [("Best", note + cards(best))] + ([("Worst", note + cards(worst))] if worst else [])
+
+
+def _first_of_each_image(rows: list[dict]) -> list[dict]:
+    found: dict[str, dict] = {}
+    for row in rows:
+        found.setdefault(row["image"], row)
+    return list(found.values())
 
 
 def _quoted(text: str) -> str:

@@ -168,6 +168,7 @@ def score_chat(made: dict, scenes: list[QuestionScene], train: list[QuestionScen
     known = [question for scene in train for question in scene.questions]
     counted = Counter((question.text, question.answer) for question in known)
     usual = {text: answer for (text, answer), _ in reversed(counted.most_common())}
+    guesses = {"most frequent answer to the question": [usual.get(question.text, "") for _, question in listed]}
     scores, rows = {}, []
     for language in ("en", "zh"):
         chosen = [n for n, (_, question) in enumerate(listed) if is_chinese(question.text) == (language == "zh")]
@@ -186,7 +187,6 @@ def score_chat(made: dict, scenes: list[QuestionScene], train: list[QuestionScen
         distinct = len({text for texts in learnt for text in texts})
         training = {"answers": len(learnt), "distinct": distinct}
         scores[language] = {"models": caption_scores.without_images(found), "training": training}
-        guesses = {"most frequent answer to the question": [usual.get(question.text, "") for _, question in listed]}
         scores[language]["equal"] = [
             {"model": name}
             | {part: share_equal(answers, listed, numbers) for part, numbers in parts_of(listed, chosen)}

@@ -517,6 +517,7 @@ def check(captions: list[str], text: str, glossary: dict[str, list[str]], min_ch
     ]
 
 
+# What one of several texts of an image may leave to the others.
 LACKING = {"number missing", "direction missing", "colour missing", "glossary", "too short"}
 
 
@@ -1131,8 +1132,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         items = items_of(found.scenes, names, output, prompt, glossary, args.mode)
         engine = Local(args) if args.local else Endpoint(args)
-    with contextlib.ExitStack() as stack:
-        cache = stack.enter_context(contextlib.closing(Cache(places["cache"]))) if engine else None
+    with contextlib.closing(Cache(places["cache"])) if engine else contextlib.nullcontext() as cache:
         if cache:
             engine.answered = bool(cache.answers)
         translator = Translator(engine, cache, glossary, args)

@@ -2,8 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -262,3 +266,56 @@ def run_on_two_processes(*words) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, words)]
     made = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[1])
     assert made.returncode == 0, made.stderr[-3000:]
+
+
+def free_port() -> int:
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return made.getsockname()[1]
+
+
+# Qwen-VL's processor has a part for videos, which needs torchvision. Where that is absent the server starts without the part:
+# nobody asks about a video, and the images go through the Pillow processor, as in this project.
+START = """
+import sys
+from transformers import ProcessorMixin
+from transformers.cli.transformers import main
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+from transformers.utils import is_torchvision_available
+
+if not is_torchvision_available():
+    check = ProcessorMixin.check_argument_for_proper_class
+    AutoVideoProcessor.from_pretrained = lambda *_, **__: None
+    ProcessorMixin.check_argument_for_proper_class = lambda self, name, given: given is None or check(self, name, given)
+sys.exit(main())
+"""
+
+
+@contextmanager
+def transformers_serve(name: str, folder: Path):
+    """`transformers serve NAME` in `folder`; gives the address, ends the server whatever happens."""
+    port = free_port()
+    words = ["serve", name, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with open(folder / "log", "wb") as log:
+        running = subprocess.Popen(
+            [sys.executable, "-c", START, *words], cwd=folder, stdout=log, stderr=log,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        try:
+            end = time.monotonic() + 60
+            while True:
+                try:
+                    opener.open(f"http://127.0.0.1:{port}/health", timeout=1)
+                    break
+                except OSError:
+                    assert running.poll() is None and time.monotonic() < end, (folder / "log").read_text()[-3000:]
+                    time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            running.terminate()
+            try:
+                running.wait(20)
+            except subprocess.TimeoutExpired:
+                running.kill()
+                running.wait()

@@ -2,14 +2,7 @@
 
 import base64
 import importlib.util
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from contextlib import contextmanager
 
 import pytest
 from PIL import Image
@@ -17,56 +10,9 @@ from PIL import Image
 import train_vqa
 from data import Question
 from model import VQA
-from tests.conftest import draw
+from tests.conftest import draw, transformers_serve
 
 SERVING = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai", "transformers.cli.serve"))
-# Qwen-VL's processor has a part for videos, which needs torchvision. Where that is absent the server starts without the part:
-# nobody asks about a video, and the images go through the Pillow processor, as in this project.
-START = """
-import sys
-from transformers import ProcessorMixin
-from transformers.cli.transformers import main
-from transformers.models.auto.video_processing_auto import AutoVideoProcessor
-from transformers.utils import is_torchvision_available
-
-if not is_torchvision_available():
-    check = ProcessorMixin.check_argument_for_proper_class
-    AutoVideoProcessor.from_pretrained = lambda *_, **__: None
-    ProcessorMixin.check_argument_for_proper_class = lambda self, name, given: given is None or check(self, name, given)
-sys.exit(main())
-"""
-
-
-@contextmanager
-def served(name: str, folder):
-    """`transformers serve NAME` in `folder`; gives the address, ends the server whatever happens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["serve", name, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with open(folder / "log", "wb") as log:
-        running = subprocess.Popen(
-            [sys.executable, "-c", START, *words], cwd=folder, stdout=log, stderr=log,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        try:
-            end = time.monotonic() + 60
-            while True:
-                try:
-                    opener.open(f"http://127.0.0.1:{port}/health", timeout=1)
-                    break
-                except OSError:
-                    assert running.poll() is None and time.monotonic() < end, (folder / "log").read_text()[-3000:]
-                    time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            running.terminate()
-            try:
-                running.wait(20)
-            except subprocess.TimeoutExpired:
-                running.kill()
-                running.wait()
 
 
 def turns(image, question: str, history=()) -> list[dict]:
@@ -102,7 +48,7 @@ def test_a_merged_adapter_says_the_same_behind_a_server(answerer, tmp_path, monk
     def bare(text):  # a small model with random weights also says marks, which the server lets through
         return re.sub(r"<\|\w+\|>", "", text).strip()
 
-    with served("merged", tmp_path) as url:
+    with transformers_serve("merged", tmp_path) as url:
         client = OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
         how = {"model": "merged", "max_tokens": 12, "temperature": 0}
         for (image, text, history), answer in zip(asked, expected):

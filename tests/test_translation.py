@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +22,7 @@ from PIL import Image
 
 import translation_en2zh as script
 from data import read_conversations
+from tests.conftest import transformers_serve
 
 ROOT = Path(__file__).parents[1]
 GLOSSARY = script.read_glossary(str(script.PROMPTS / "glossary_zh.json"))
@@ -826,32 +826,10 @@ SERVING = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", 
 def test_transformers_serve(tmp_path, call_main, qwen3_base):
     """The protocol against a real server."""
     source = write_input(tmp_path, [[english(i)] for i in range(2)])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
-    words = ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", str(qwen3_base)]
-    log = open(tmp_path / "log", "wb")  # noqa: SIM115
-    running = subprocess.Popen(
-        [sys.executable, "-c", code, *words], stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
-    try:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        end = time.monotonic() + 60
-        while True:
-            try:
-                opener.open(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                assert running.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
-                time.sleep(0.2)
-        given = ["--input", source, "--output", tmp_path / "zh.json", "--base_url", f"http://127.0.0.1:{port}/v1",
+    with transformers_serve(str(qwen3_base), tmp_path) as url:
+        given = ["--input", source, "--output", tmp_path / "zh.json", "--base_url", url,
                  "--model", qwen3_base, "--max_tokens", 8, "--retries", 0]  # fmt: skip
         _, _, err = call_main(script.main, *given)
         assert "no answer passed the checks" in err, err + (tmp_path / "log").read_text()[-2000:]
         report = rows_in(tmp_path / "zh.json.report.json")
         assert report["requests"] == 4 and report["retries"] == {} and "no answer" not in report["rejected"]
-    finally:
-        running.terminate()
-        running.wait(20)
-        log.close()

@@ -9,8 +9,8 @@ import pytest
 
 from config import InputError
 from model import VQA
-from tests.conftest import draw
-from tests.test_web_demo import CHROMIUM, ROOT, free_port
+from tests.conftest import draw, free_port
+from tests.test_web_demo import CHROMIUM, ROOT
 from web_demo import Page, build_parser, turns_of
 
 

@@ -27,6 +27,7 @@ from rasterio.transform import from_origin
 import web_demo
 from config import InputError
 from library import Library, index_library
+from tests.conftest import free_port
 from web_demo import TEXT, Page, bars_html, build_parser, map_svg
 
 ROOT = Path(__file__).parents[1]
@@ -101,12 +102,6 @@ class Served:
     process: subprocess.Popen
     log: Path
     temp: Path
-
-
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return made.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
