@@ -375,7 +375,6 @@ TRAINING_DEFAULTS = {
     "save_total_limit": 2,  # the best and the last
     "load_best_model_at_end": True,
     "metric_for_best_model": "mR",
-    "greater_is_better": True,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,  # below 1: a share of all steps
     "ddp_find_unused_parameters": False,
@@ -465,13 +464,12 @@ PRESETS: dict[str, dict[str, dict]] = {
             "train_file": "data/demo/captions_en.json",
             "image_root": "data/demo/images",
             "stretch": "percentile",  # drawn haze and light differ from scene to scene
-            "projector": "pixel_shuffle",
             "freeze_language_model_except_layers": 4,  # all of them: the small base knows words, not images
             "projector_epochs": 0.5,
             "per_device_train_batch_size": 4,  # many small steps, as in the questions' preset
             "per_device_eval_batch_size": 64,
-            "max_eval_scenes": 60,
-            "learning_rate": 3e-3,
+            "max_eval_scenes": 100,
+            "learning_rate": 2e-3,
             "num_train_epochs": 4,
             "logging_steps": 50,
             "metric_for_best_model": "CIDEr",
@@ -489,7 +487,6 @@ CHAT_DEFAULTS = {
     "max_answer_tokens": 512,
     "blind_baseline": False,
     "metric_for_best_model": "loss",
-    "greater_is_better": False,
 }
 CHAT_PRESETS = {  # where the user names no --data
     "full": {"train_file": "captions_zh.json", "test_file": None},  # as the README's translation writes it

@@ -79,6 +79,11 @@ def test_chat_has_data_and_limits_of_its_own():
     assert (config.train_file, config.test_file, config.max_answer_tokens) == ("mine.json", None, 512)
 
 
+@pytest.mark.parametrize(("metric", "greater"), [("loss", False), ("mR", True)])
+def test_the_best_loss_is_the_least(metric, greater):
+    assert read("--metric_for_best_model", metric)[1].greater_is_better is greater
+
+
 def test_no_flags_and_booleans():
     assert read()[0].allow_leak is False
     assert read("--allow_leak")[0].allow_leak is True

@@ -405,6 +405,17 @@ def test_what_lies_where_in_a_scene():
     assert there[1].tolist() == [[1, 1, 0, 0]] * 4 and there[2, 0, 3] == there[0, 3, 3] == 1
     assert share[1, 0, 0] == pytest.approx(0.2, abs=0.05) and share[0, 3].argmax() in (2, 3) and share[0, :2].sum() == 0
     assert share[0].sum() * 50 * 50 == pytest.approx(1000, rel=0.4)  # drawn in pixels of 1.8
+    part, whole = scenes.grid(0, 2, (0.5, 0, 0.5)), scenes.grid(0, 4)[:2, 2:]  # the quarter in the northeast
+    assert (part[:, :, :2] == whole[:, :, :2]).all() and np.allclose(part, whole, atol=0.1)
+
+
+def test_joined_quarters():
+    pictures = np.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
+    source = np.array([[[0, 1], [1, 0]], [[1, 1], [1, 1]]])
+    made = demo_bases._joined(pictures, source)
+    assert (made[1] == pictures[1]).all()
+    assert (made[0, :2, :2] == pictures[0, :2, :2]).all() and (made[0, :2, 2:] == pictures[1, :2, 2:]).all()
+    assert (made[0, 2:, :2] == pictures[1, 2:, :2]).all() and (made[0, 2:, 2:] == pictures[0, 2:, 2:]).all()
 
 
 def test_muon_steps_are_orthogonal_and_the_same_in_a_batch():
