@@ -603,7 +603,9 @@ def tables(found: dict) -> list[tuple[str, list[dict], dict[str, str], str]]:
         for name, result in found.items():
             for part in (p for p in result["parts"] if (p["language"], p["tokens"]) == key):
                 title, images = MODELS.get(name, name), max(images, part["images"])
-                row = {"model": title} | {score: part["scores"][score]["value"] for score in SCORES}
+                values = {score: part["scores"][score]["value"] for score in SCORES}
+                # BLEU adds 1e-15 to every count: where nothing matches it says 1e-11 or so, which means none.
+                row = {"model": title} | {k: v if v is None else round(v, 4) for k, v in values.items()}
                 stats = result.get("stats", {})
                 row |= {k: stats.get(k) for k in ("distinct", "copied_share", "mean_length")}
                 rows.append(row)
