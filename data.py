@@ -98,12 +98,12 @@ def load_json(path: str | Path):
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise InputError(f"{path}: line {number}, column {error.colno}: {error.msg}") from None
+                    raise InputError(f"{path}: not JSON: line {number}, column {error.colno}: {error.msg}") from None
         return rows
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        raise InputError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
 
 
 def read_scenes(path: str | Path, *, image_root: str | None = None, language: str = "all", max_rejected: float = 0.01):

@@ -92,7 +92,7 @@ def read_rows(path: Path, key: str) -> list:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        raise InputError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         raise InputError(f'{path}: expected {{"{key}": [...]}} at the top level')
     return content[key]

@@ -121,7 +121,7 @@ def read_rows(source: str):
     except UnicodeDecodeError as error:
         raise InputError(f"standard input: not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"standard input: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        raise InputError(f"standard input: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
 
 
 def main(argv: list[str] | None = None) -> int:

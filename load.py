@@ -476,7 +476,7 @@ def main(argv=None) -> None:
             raise SystemExit(1)
         return
     if demo:
-        print("building the demo bases (about seven minutes on two cores) ...", flush=True)
+        print("building the demo bases (about eight minutes on two cores) ...", flush=True)
         built = build_demo_bases(args.data, root / "models" / "demo", args.seed, args.texts)
         for name, found in built["measured"].items():
             if "nats_per_token" in found:

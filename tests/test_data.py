@@ -76,7 +76,7 @@ def test_missing_file_and_folder(tmp_path):
 
 def test_broken_json_has_line_and_column(tmp_path):
     broken = save(tmp_path / "b.json", '[\n  {"image": "a.png",\n   "caption": oops}\n]')
-    refused(lambda: read_scenes(broken), broken, "line 3, column 15")
+    refused(lambda: read_scenes(broken), broken, "not JSON: line 3, column 15")
     lines = save(tmp_path / "b.jsonl", '{"image": "a.png", "caption": "x"}\n\n{"image": }\n')
     refused(lambda: read_scenes(lines), lines, "line 3, column 11")
 

@@ -220,7 +220,7 @@ def test_malformed_answers(here, call, row, message):
 
 
 BROKEN_FILES = [
-    (b'{"questions": [\n{"id": }]}', "line 2, column 8: Expecting value"),
+    (b'{"questions": [\n{"id": }]}', "not JSON: line 2, column 8: Expecting value"),
     (b'{"questions": ["\xff"]}', "not UTF-8 text (byte 16)"),
     (b"[]", 'expected {"questions": [...]} at the top level'),
     (b'{"questions": {}}', 'expected {"questions": [...]} at the top level'),
