@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 import demo_bases
 import load
 from config import InputError
+from tests.conftest import free_port
 from tests.hub_server import Hub
 from tests.official_layout import TEXT, write_qwen_vl
 
@@ -218,9 +218,7 @@ def test_refusals_are_one_line_that_says_what_to_do(tiny, tmp_path, source, no_w
         assert not (tmp_path / NAME).exists()
         hub.status = {SHARD: 403}  # the usual form: the listing is public, the weights are not
         refused(lambda: fetch(hub, tmp_path, source), "gated", "--token", token)
-    with socket.socket() as nobody:  # a port on which no one listens
-        nobody.bind(("127.0.0.1", 0))
-        host = f"127.0.0.1:{nobody.getsockname()[1]}"
+    host = f"127.0.0.1:{free_port()}"  # no one listens there
     hub.url = f"http://{host}"
     refused(lambda: fetch(hub, tmp_path / "b", source), "no network", host)
     shutil.copytree(tiny, tmp_path / "c" / NAME, ignore=shutil.ignore_patterns(SHARD))  # half there, and no network:

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ from PIL import Image
 
 import translation_en2zh as script
 from data import read_conversations
-from tests.conftest import transformers_serve
+from tests.conftest import free_port, transformers_serve
 
 ROOT = Path(__file__).parents[1]
 GLOSSARY = script.read_glossary(str(script.PROMPTS / "glossary_zh.json"))
@@ -446,10 +445,7 @@ def test_what_no_retry_can_mend_stops_the_run(tmp_path, call, server, status, to
 
 def test_a_server_that_is_not_there_or_goes_away(tmp_path, call, server):
     write_input(tmp_path, [[english(i)] for i in range(20)])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        closed = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    code, _, err = call("--retries", 2, url=closed)
+    code, _, err = call("--retries", 2, url=f"http://127.0.0.1:{free_port()}/v1")  # no one listens there
     assert code == 2 and "no answer after 3 tries" in err and "connection failed" in err
     server.status = (400, "no such thing")
     code, _, err = call()
