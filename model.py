@@ -58,6 +58,7 @@ from data import (
     pack,
     pad_questions,
     pixel_batch,
+    row_align,
     split_work,
     token_batch,
 )
@@ -1133,6 +1134,12 @@ class VQA(nn.Module):
         """The name newer transformers call."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
+    def compile_layers(self, **options) -> None:
+        """From now on the language model's layers run compiled (`options` of torch.compile): elementwise work is fused, which
+        is most of a step of a small model on a fast GPU. Layers, not the whole, since they are alike and compile once."""
+        for layer in self.qwen.model.language_model.layers:
+            layer.compile(dynamic=True, **options)  # every step has other lengths
+
     def parameter_groups(self) -> dict[str, list[str]]:
         """{"language", "vision", "merger": names of trained parameters}: each may have its own learning rate."""
         groups: dict[str, list[str]] = {"language": [], "vision": [], "merger": []}
@@ -1282,7 +1289,7 @@ class VQA(nn.Module):
     def _prefill(self, scenes: list[dict], keep: int):
         """Run scenes with their questions; returns (tree with keys and values kept, logits (S, Q, V) at each branch's last
         token, position (S, Q) of the token to come)."""
-        batch = {name: value.to(self.device) for name, value in pack(scenes).items()}
+        batch = {name: value.to(self.device) for name, value in pack(scenes, row_align(self.device)).items()}
         batch.pop("labels"), batch.pop("label_rows")
         tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS}, keep=keep, kept={})
         positions = batch["position_ids"][0, 0]

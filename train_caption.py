@@ -30,6 +30,7 @@ from data import (
     drop_unreadable,
     image_files,
     load_splits,
+    row_align,
 )
 from imagery import ImageSettings, read_image
 from model import Captioner, base_folder, pixel_store, weight_files
@@ -155,7 +156,9 @@ def main(argv: list[str] | None = None) -> dict:
         )
 
     # ---- training
-    collator = QuestionCollator(config.pack_tokens, packing=packing, pad_id=model.tokenizer.pad_token_id)
+    collator = QuestionCollator(
+        config.pack_tokens, packing=packing, pad_id=model.tokenizer.pad_token_id, align=row_align(args.device)
+    )
 
     def dataset_of(scenes, texts_per_scene=0):
         return QuestionDataset(

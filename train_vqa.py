@@ -38,6 +38,7 @@ from data import (
     load_splits,
     read_chat,
     read_conversations,
+    row_align,
 )
 from imagery import ImageSettings, read_image
 from model import VQA, pixel_store, read_config
@@ -294,7 +295,9 @@ def main(argv: list[str] | None = None) -> dict | None:
     tested = "test" if splits["test"] else "val"
     held = splits[tested]
 
-    collator = QuestionCollator(config.pack_tokens, packing=config.packing, pad_id=model.tokenizer.pad_token_id)
+    collator = QuestionCollator(
+        config.pack_tokens, packing=config.packing, pad_id=model.tokenizer.pad_token_id, align=row_align(args.device)
+    )
 
     def dataset_of(scenes, blind=False, texts_per_scene=0):
         return QuestionDataset(
@@ -304,9 +307,12 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     held_texts = dataset_of(held) if chat else None
 
+    # Layers are compiled for training alone: answering has other shapes at every token.
+    @torch.compiler.set_stance("force_eager")
     def loss_of(dataset):
         return held_out_loss(model, dataset, collator, args.eval_batch_size)
 
+    @torch.compiler.set_stance("force_eager")
     def ask(scenes, **how):
         return model.answer(
             [(scene.image, scene.questions) for scene in scenes], store=store, tokens=tokens, decode=config.decode,
@@ -339,6 +345,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         return results
 
     # ---- training
+    if config.compile_layers:
+        model.compile_layers()
     watched = watched_scenes(splits["val"], config.max_eval_questions)
 
     watched_texts = dataset_of(watched) if chat else None

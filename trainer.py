@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
@@ -93,8 +94,14 @@ class SceneTrainer(Trainer):
             terms = self.accelerator.gather(terms[None]).sum()
         return terms.clamp(min=1)
 
+    def train(self, *args, **kwargs):
+        # Under autocast a product takes its inputs to 16 bits. peft makes what LoRA reads float32 first: one more copy of
+        # every layer's input, in time and in memory, for the same numbers.
+        self.model.train()
+        with disable_input_dtype_casting(self.model, active=self.args.bf16 or self.args.fp16):
+            return super().train(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        model.train()
         return self.task.step(self, model, self._prepare_inputs(inputs), num_items_in_batch).detach()
 
     def floating_point_ops(self, inputs):
@@ -106,6 +113,7 @@ class SceneTrainer(Trainer):
         model.eval()
         with self.accelerator.autocast():
             found = self.task.evaluate(model)
+        model.train()  # here, not in every step: it visits thousands of modules
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
         self.log(metrics)

@@ -191,8 +191,8 @@ def answerer(vqa_settings):
 
     from model import VQA
 
-    def make(seed=0, strength=0.05, **changed) -> VQA:
-        model = VQA.from_base(vqa_settings(**changed), seed=seed)
+    def make(seed=0, strength=0.05, dtype=torch.float32, **changed) -> VQA:
+        model = VQA.from_base(vqa_settings(**changed), seed=seed, dtype=dtype)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed + 1)
             for name, parameter in model.named_parameters():
@@ -250,7 +250,7 @@ def loss_and_gradient(model, examples, *, packing, budget=10**6):
     model.zero_grad()
     total = 0.0
     for piece in batch["pieces"]:
-        loss = model(**piece) / batch["targets"]
+        loss = model(**{name: value.to(model.device) for name, value in piece.items()}) / batch["targets"]
         loss.backward()
         total += loss.item()
     found = {name: p.grad.flatten() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 import train_vqa
 from config import InputError
 from data import read_conversations
-from tests.conftest import conversation, draw, run_on_two_processes
+from model import VQA
+from tests.conftest import conversation, draw, relative, run_on_two_processes
 
 SMALL = ["--preset=demo", "--min_pixels=784", "--max_pixels=12544", "--stretch=auto", "--lora_rank=4", "--num_train_epochs=2",
          "--per_device_train_batch_size=3", "--disable_tqdm=true", "--learning_rate=0.01", "--max_rejected=0.2"]  # fmt: skip
@@ -280,3 +281,21 @@ def test_majority_and_table_hold_what_they_say(asked):
         np.mean([1 <= int(t) <= 10 for t, k in zip(truths, kinds) if k == "count"])
     )
     assert len(set(images)) == 5
+
+
+def test_compiled_layers_train_the_same_adapter(run, tmp_path, monkeypatch):
+    """The layers are traced whole (an operation that breaks the graph would be an error) and the weights are the same."""
+    plain = VQA.compile_layers
+    monkeypatch.setattr(VQA, "compile_layers", lambda model: plain(model, backend="aot_eager", fullgraph=True))
+    flags = ["--no_blind_baseline", "--eval_strategy=no", "--save_strategy=no", "--load_best_model_at_end=false",
+             "--learning_rate=0.001", "--optim=sgd", "--max_grad_norm=0"]  # fmt: skip
+    torch._dynamo.utils.counters.clear()
+    run(*flags, output="eager")
+    assert not torch._dynamo.utils.counters["stats"]
+    run(*flags, "--torch_compile", output="compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3, "dynamic shapes: not a graph a step"
+    first, second = (
+        torch.cat([value.flatten() for key, value in adapter(tmp_path / name).items() if "lora_B" in key])
+        for name in ("eager", "compiled")
+    )
+    assert first.abs().max() > 0 and relative(second, first) < 1e-4

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 
 from config import InputError, VQAConfig
@@ -104,6 +105,31 @@ def test_gradient_checkpointing_and_cached_tokens_change_nothing(answerer, scene
     model.gradient_checkpointing_enable()
     third = loss_and_gradient(model, cached, packing=True)
     assert third[0] == pytest.approx(plain[0], rel=1e-6) and relative(third[1], plain[1]) < 1e-5
+
+
+def test_lora_reads_16_bits_as_they_are(answerer, scenes):
+    """Autocast takes what LoRA reads to bfloat16: that peft made it float32 before would change no bit."""
+    model = answerer(strength=0.02, dtype=torch.bfloat16).train()
+    examples = [dataset(model, scenes)[0, i] for i in range(3)]
+    found = []
+    for active in (False, True):
+        with disable_input_dtype_casting(model, active=active), torch.autocast("cpu", torch.bfloat16):
+            found.append(loss_and_gradient(model, examples, packing=True))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1]) and found[0][1].any()
+
+
+def test_aligned_tables_change_nothing(answerer, scenes):
+    model = answerer(strength=0.02).train()
+    examples = [dataset(model, scenes)[0, i] for i in range(3)]
+    found = []
+    for align in (1, 8):
+        packed = pack(examples, align)
+        assert align == 1 or not any(packed[name].shape[-1] % 8 for name in ("prefix_rows", "branch_rows"))
+        model.zero_grad()
+        loss = model(**packed)
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6) and relative(found[1][1], found[0][1]) < 1e-5
 
 
 def test_tokens_of_a_file_cut_short_are_made_anew(answerer, scenes, tmp_path):
