@@ -3,26 +3,31 @@
     python benchmarks/bench_vqa.py                               # small shape, real 152k vocabulary, RSVQA LR, CPU
     python benchmarks/bench_vqa.py --swift ../venv_swift/bin/python            # and ms-swift, from a venv of its own
     python benchmarks/bench_vqa.py --target_loss 3.2             # and the time to that held-out loss, with the sweep
-    python benchmarks/bench_vqa.py --device cuda --dtype bfloat16 --shape 2b --rows 4 8 16 --swift ...
+    python benchmarks/bench_vqa.py --device cuda --dtype bfloat16 --shape 2b --texts 100 --rows 50 --workers 8 --swift ...
 
 Sides, all with the same weights, questions in the same order, questions an optimizer step, LoRA, AdamW, pixels, prompt,
 threads and dtype, and a frozen vision tower:
 
     ours    SceneTrainer, PackedTask, QuestionCollator of this project; image tokens from the cache of the frozen tower
     tower   ours, but the vision tower runs in every step (what `--no_cache` costs)
+    compiled  ours with `train_vqa.py --torch_compile` (only with --torch_compile here: a minute of compiling first)
     rows    transformers.Trainer with one padded row per question, as popular fine-tuning repositories write it: the
             processor opens and cuts the image of every row, model(**inputs) with labels, logits of every position
     swift   ms-swift `swift sft` in a process of its own (benchmarks/swift_worker.py), stopped between rounds
 
 That ours and rows do the same work is shown first: loss and LoRA gradient of one step are equal. Of ms-swift it is shown
 what it trains, what its first rows look like and that their loss is that of our base. Rows a micro-batch are tuned for the
-peers (--rows); ours takes --pack_tokens. All of a step is timed: reading, collating, forward, backward, optimizer. Rounds
-are interleaved; the median of their ratios is reported with the smallest and the largest.
+peers (--rows, where several are given); ours takes --pack_tokens. All of a step is timed: reading, collating, forward,
+backward, optimizer; on CUDA one step runs before the clock, so that workers are up and kernels chosen. Rounds are
+interleaved; the median of their ratios is reported with the smallest and the largest.
 
 Counted work (GFLOP) is that of each side's own algorithm, without padding; all weights but LoRA are frozen and need no
 gradient of their own: 4 P a token for the linear layers (forward 2, backward 2), 6 P for LoRA, 4 V D for a position that
 meets the vocabulary, 12 H d for a pair of query and key of a layer, 2 P a patch for the vision tower, forward only. Model
 FLOP utilisation = that work / seconds / --peak_tflops.
+
+On CUDA ms-swift's process shares the card with the others: 50 rows of `--shape 2b` on both sides are too
+much for 80 GB.
 """
 
 import argparse
@@ -63,6 +68,7 @@ from data import (
     SceneSampler,
     pad_rows,
     read_conversations,
+    row_align,
 )
 from model import TREE_KEYS, VQA, SceneTree, pixel_store
 from trainer import PackedTask, SceneTrainer, write_json
@@ -122,6 +128,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--swift", help="python of a venv with ms-swift; without it that side is left out")
     add("--workers", type=int, default=0, help="DataLoader workers on all sides")
     add("--gradient_checkpointing", action="store_true", help="on all sides")
+    add("--torch_compile", action="store_true", help="measure ours with compiled layers too")
     add("--peak_tflops", type=float, default=989.0, help="for MFU on CUDA: H100/H200 bf16 dense 989, A100 312")
     add("--target_loss", type=float, help="train till this held-out loss (nats a target token) and report the time")
     add("--target_accuracy", type=float, help="or till this held-out accuracy")
@@ -131,7 +138,12 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--limit", type=int, default=8000, help="questions after which a run of ours to the target is given up")
     add("--peer_limit", type=int, default=8000, help="the same for the rows side; 0: it does not run")
     add("--eval_images", type=int, default=4, help="held-out images that the target is measured on")
-    add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory in child processes")
+    add(
+        "--memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure peak memory (CPU: in child processes)",
+    )
     add("--measure", choices=["ours", "tower", "rows"], help=argparse.SUPPRESS)  # a child that prints its peak memory
     options = parser.parse_args(argv)
     check(options, "rounds", "scenes", "texts", "steps", "our_steps", "threads", "seeds")
@@ -203,6 +215,10 @@ class Bench:
         self.model = VQA.from_base(self.config, seed=SEED, dtype=dtype, device=options.device)
         if getattr(options, "gradient_checkpointing", False):
             self.model.gradient_checkpointing_enable()
+        self.packed = ["ours", "tower"]  # the sides that are ours
+        if getattr(options, "torch_compile", False):
+            self.model.compile_layers()
+            self.packed.append("compiled")
         self.start = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         self.train, self.held = read_questions(options.data, folder)
         self.store = pixel_store(self.model, self.config.cache_dir)
@@ -231,6 +247,8 @@ class Bench:
                 if strength and "lora_B" in name:
                     parameter.copy_(strength * torch.randn(parameter.shape, generator=draw))
         gc.collect()
+        if self.options.device == "cuda":
+            torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def plain_attention(self):
@@ -249,7 +267,7 @@ class Bench:
         return TrainingArguments(**dict(
             output_dir=f"{self.folder.name}/run", max_steps=steps, per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulate, learning_rate=options.learning_rate, weight_decay=0.0,
-            lr_scheduler_type="constant", optim="adamw_torch", max_grad_norm=1.0, bf16=options.dtype == "bfloat16",
+            lr_scheduler_type="constant", optim=optimizer_of(options.device), max_grad_norm=1.0, bf16=options.dtype == "bfloat16",
             use_cpu=options.device == "cpu", seed=SEED, dataloader_num_workers=getattr(options, "workers", 0),
             remove_unused_columns=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         ) | other)  # fmt: skip
@@ -257,8 +275,8 @@ class Bench:
     def ours(self, dataset: QuestionDataset, arguments) -> Trainer:
         budget = getattr(self.options, "pack_tokens", VQAConfig.pack_tokens)
         return type("Ours", (KeepsLosses, SceneTrainer), {})(
-            model=self.model, task=PackedTask(None), args=arguments, train_dataset=dataset, collator=QuestionCollator(budget),
-            settings={}, rates={},
+            model=self.model, task=PackedTask(None), args=arguments, train_dataset=dataset, settings={}, rates={},
+            collator=QuestionCollator(budget, align=row_align(self.options.device)),
         )  # fmt: skip
 
     def theirs(self, rows: list[dict], arguments, shuffle: bool = False) -> Trainer:
@@ -271,9 +289,13 @@ class Bench:
         return trainer
 
     def run(self, side: str, work: "Work", steps: int, rows: int = 1, *, strength: float = 0.0, **settings) -> dict:
-        """Train `steps` steps from the starting weights: seconds, losses, and the gradient of the first step."""
+        """Train `steps` steps from the starting weights: seconds, losses, the gradient of the first step, and on CUDA the
+        memory before and at its peak."""
         self.reset(strength)
-        watch = StepWatch(self.options.device)
+        cuda = self.options.device == "cuda"
+        steps, watch = steps + cuda, StepWatch(self.options.device)
+        memory = {"loaded": torch.cuda.memory_allocated()} if cuda else {}
+        torch.cuda.reset_peak_memory_stats() if cuda else None
         if side == "rows":
             assert work.per_step % rows == 0
             settings = self.settings(steps, rows, work.per_step // rows, **settings)
@@ -283,10 +305,13 @@ class Bench:
             trainer = self.ours(work.tower if side == "tower" else work.dataset, settings)
         trainer.add_callback(watch)
         trainer.remove_callback(PrinterCallback)
-        with self.plain_attention() if side == "rows" else contextlib.nullcontext():
+        stance = torch.compiler.set_stance("default" if side == "compiled" else "force_eager")
+        with stance, self.plain_attention() if side == "rows" else contextlib.nullcontext():
             trainer.train()
         losses = torch.stack(trainer.losses).view(steps, -1).sum(1).tolist()
-        return {"seconds": watch.ends[-1] - watch.start, "losses": losses, "gradient": watch.gradient}
+        memory |= {"peak": peak_memory("cuda")} if cuda else {}
+        start = watch.ends[0] if cuda else watch.start
+        return {"seconds": watch.ends[-1] - start, "losses": losses, "gradient": watch.gradient, "memory": memory}
 
 
 class Work:
@@ -378,13 +403,17 @@ class StepWatch(TrainerCallback):
         self.start = time.perf_counter()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        if args.max_grad_norm == 0:  # the run that compares gradients
+        if args.max_grad_norm == 0 and self.gradient is None:  # the run that compares gradients
             grads = {re.sub(r"^(peft|base_model)\.(base_model\.)?", "", n): p.grad for n, p in model.named_parameters()}
             self.gradient = {n: g.detach().float().cpu() for n, g in grads.items() if g is not None}
 
     def on_step_end(self, *_, **__):
         synchronize(self.device)
         self.ends.append(time.perf_counter())
+
+
+def optimizer_of(device: str) -> str:
+    return "adamw_torch_fused" if device == "cuda" else "adamw_torch"
 
 
 def synchronize(device: str) -> None:
@@ -415,7 +444,7 @@ class Swift:
             "target_modules": "all-linear", "freeze_vit": "true", "freeze_aligner": "true", "max_grad_norm": 1.0,
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": work.per_step // rows,
             "learning_rate": options.learning_rate, "lr_scheduler_type": "constant", "warmup_ratio": 0, "weight_decay": 0,
-            "optim": "adamw_torch", "gradient_checkpointing": str(options.gradient_checkpointing).lower(),
+            "optim": optimizer_of(options.device), "gradient_checkpointing": str(options.gradient_checkpointing).lower(),
             "dataset_shuffle": "false", "train_dataloader_shuffle": "false", "split_dataset_ratio": 0, "max_length": 4096,
             "dataloader_num_workers": options.workers, "dataset_num_proc": 1, "save_strategy": "no",
             "eval_strategy": "no", "logging_steps": 10**6, "report_to": "none", "output_dir": folder / "swift",
@@ -501,14 +530,15 @@ def check_swift(bench: Bench, work: Work, first: dict) -> dict:
 
 def check_equal(bench: Bench, work: Work, rows: int) -> dict:
     """One step of ours (cached tokens, and with the tower) and of the rows side from the same weights."""
-    found = {side: bench.run(side, work, 1, rows, strength=0.02, max_grad_norm=0) for side in ("ours", "tower", "rows")}
+    sides = (*bench.packed, "rows")
+    found = {side: bench.run(side, work, 1, rows, strength=0.02, max_grad_norm=0) for side in sides}
     result = {
         "questions": work.per_step,
         "targets": sum(n for e in work.examples[: work.scenes] for _, n in e["branches"]),
     }
     theirs = found["rows"]
     allowed = 1e-4 if bench.options.dtype == "float32" else 5e-2
-    for side in ("ours", "tower"):
+    for side in bench.packed:
         ours = found[side]
         assert {n.split("language_model")[-1] for n in ours["gradient"]} == {
             n.split("language_model")[-1] for n in theirs["gradient"]
@@ -531,6 +561,8 @@ def tune(bench: Bench, work: Work) -> dict:
     usable = [rows for rows in bench.options.rows if work.per_step % rows == 0]
     if not usable:
         raise InputError(f"--rows {bench.options.rows}: none divides the {work.per_step} questions of a step")
+    if len(usable) == 1:
+        return {side: {usable[0]: None} for side in ("rows", "swift")[: 1 + bool(bench.options.swift)]}
     for rows in usable:
         found["rows"][rows] = work.per_step / bench.run("rows", work, 1, rows)["seconds"]
     if bench.options.swift:
@@ -545,18 +577,26 @@ def tune(bench: Bench, work: Work) -> dict:
 def compare(bench: Bench, work: Work, best: dict) -> dict:
     """Interleaved rounds of all sides: questions a second, and the ratio of ours to each peer in each round."""
     options = bench.options
+    bench.reset()
     swift = Swift(bench, work, best["swift"], 2 + options.rounds * options.steps) if options.swift else None
-    rates = {side: [] for side in ("ours", "tower", "rows", *(["swift"] if swift else []))}
+    rates, memory = {side: [] for side in (*bench.packed, "rows", *(["swift"] if swift else []))}, {}
     for number in range(options.rounds):
         for side, kept in rates.items():
-            steps = options.steps * (options.our_steps if side in ("ours", "tower") else 1)
-            seconds = swift.run(steps) if side == "swift" else bench.run(side, work, steps, best["rows"])["seconds"]
+            steps = options.steps * (options.our_steps if side in bench.packed else 1)
+            if side == "swift":
+                bench.reset()  # on a GPU the two processes share its memory
+                seconds = swift.run(steps)
+            else:
+                made = bench.run(side, work, steps, best["rows"])
+                seconds, memory[side] = made["seconds"], made["memory"]
             kept.append(steps * work.per_step / seconds)
         shown = ", ".join(f"{side} {kept[-1]:.1f}" for side, kept in rates.items())
         say(f"  round {number + 1} of {options.rounds}, questions/s: {shown}")
     result = {"rates": rates, "ratios": {}}
-    for peer in list(rates)[2:]:
-        for side in ("ours", "tower"):
+    if options.device == "cuda":
+        result["memory"] = memory
+    for peer in list(rates)[len(bench.packed) :]:
+        for side in bench.packed:
             result["ratios"][f"{side}/{peer}"] = [a / b for a, b in zip(rates[side], rates[peer])]
     if swift:
         result["swift"] = check_swift(bench, work, swift.first) | {"peak": swift.peak}
@@ -808,7 +848,7 @@ def main(argv: list[str] | None = None) -> dict:
         say("ms-swift is left out: give --swift, the python of a venv that has it")
     bench = Bench(options)
     say(opening(bench))
-    steps = max(options.steps * options.our_steps, options.rounds * options.steps + 2)
+    steps = 1 + max(options.steps * options.our_steps, options.rounds * options.steps + 2)
     work = Work(bench, options.scenes, options.texts, steps)
     results = {"settings": vars(options), "encoding_seconds": bench.encoding}
     lengths = [len(e["prefix"][0]) + len(ids) for e in work.examples for ids, _ in e["branches"]]
@@ -816,19 +856,20 @@ def main(argv: list[str] | None = None) -> dict:
         f"question alone {statistics.mean(len(ids) for e in work.examples for ids, _ in e['branches']):.0f}")  # fmt: skip
     usable = next((rows for rows in reversed(options.rows) if work.per_step % rows == 0), 1)
     equal = results["equal"] = check_equal(bench, work, usable)
-    for side, label in (("ours", "cached image tokens"), ("tower", "tower in the step")):
+    labels = {"ours": "cached image tokens", "tower": "tower in the step", "compiled": "compiled layers"}
+    for side, label in ((side, labels[side]) for side in bench.packed):
         say(f"same work ({label}): loss {equal[side]['loss']:.6f} and {equal['loss_rows']:.6f} on {equal['questions']} "
             f"questions (difference {equal[side]['loss_difference']:.1e} relative), LoRA gradient difference "
             f"{equal[side]['gradient_difference']:.1e} relative")  # fmt: skip
     tuned = results["tuned"] = tune(bench, work)
     best = results["best_rows"] = {side: max(found, key=found.get) for side, found in tuned.items()}
     for side, found in tuned.items():
-        shown = ", ".join(f"{rows}: {rate:.1f}" for rows, rate in found.items())
+        shown = ", ".join(f"{rows}: {rate:.1f}" for rows, rate in found.items()) if len(found) > 1 else "not tuned"
         say(f"{side}, questions/s by rows a micro-batch: {shown}; taken: {best[side]}")
     results["compare"] = compare(bench, work, best)
     results["work"] = work_table(bench, work)
     if options.memory:
-        results["memory"] = measure_memory(bench, argv, best)
+        results["memory"] = results["compare"].get("memory") or measure_memory(bench, argv, best)
     say(table(results))
     if options.target_loss is not None or options.target_accuracy is not None:
         results["race"] = race(bench, best)
@@ -852,8 +893,10 @@ def table(results: dict) -> str:
         ratios = ", ".join(f"{name} {sides[peer] / sides['ours']:.1f}" for name, sides in totals.items())
         lines.append(f"  {peer} / ours in counted work, by shape: {ratios}")
     if settings["device"] == "cuda":
-        for side in ("ours", "rows"):
-            used = statistics.median(found["rates"][side]) * totals["measured"][side] / 1000 / settings["peak_tflops"]
+        for side, done in (("ours", "ours"), ("compiled", "ours"), ("rows", "rows"), ("swift", "swift")):
+            if side not in found["rates"]:
+                continue
+            used = statistics.median(found["rates"][side]) * totals["measured"][done] / 1000 / settings["peak_tflops"]
             lines.append(f"model FLOP utilisation, {side}: {100 * used:.1f}% of {settings['peak_tflops']:g} TFLOP/s")
     for side, memory in results.get("memory", {}).items():
         grown = (memory["peak"] - memory["loaded"]) / 2**20
