@@ -1019,7 +1019,7 @@ def row_align(device) -> int:
     return 8 if torch.device(device).type == "cuda" else 1
 
 
-def pack(scenes: list[dict], align: int = 1) -> dict[str, torch.Tensor]:
+def pack(scenes: list[dict], align: int = 1, split: bool = False) -> dict[str, torch.Tensor]:
     """Scenes -> one row of L tokens: each scene's prefix, then its branches; every token stands there once.
 
     A scene: {"prefix": (ids (P,), positions (3, P)), "branches": [(ids (T,), number of targets)], and of its image
@@ -1027,20 +1027,23 @@ def pack(scenes: list[dict], align: int = 1) -> dict[str, torch.Tensor]:
 
     - input_ids (1, L); position_ids (3, 1, L): a branch goes on where its prefix ends;
     - prefix_rows (S, P), prefix_lengths (S,); branch_rows (S, Q, T), branch_lengths (S, Q): where a scene's tokens stand
-      in the row, filled with 0 on the right to a multiple of `align`;
-    - order (L,): where each token of the row stands in [prefix_rows, branch_rows] laid flat;
+      in the row, filled with 0 on the right to a multiple of `align`; long_rows (S, Q', T'): with `split`, the branches that
+      are so long that in one table the others would be mostly filling (else empty, Q' = 0);
+    - order (L,): where each token of the row stands in [prefix_rows, branch_rows, long_rows] laid flat;
     - label_rows (M,), labels (M,): the row positions that predict something, and what; a branch that is predicted from its
       first token on begins at the last position of its prefix;
     - image_rows (N,) with image_tokens (N, D), or with pixel_values and image_grid_thw (S, 3).
     """
-    most = max((len(scene["branches"]) for scene in scenes), default=0)
-    longest = max((len(ids) for scene in scenes for ids, _ in scene["branches"]), default=0)
     first = max(len(scene["prefix"][0]) for scene in scenes)
-    longest, first = (-(-width // align) * align for width in (longest, first))
+    lengths = [np.array([len(ids) for ids, _ in scene["branches"]], dtype=np.int64) for scene in scenes]
+    most, longest = max(map(len, lengths), default=0), max((max(own, default=0) for own in lengths), default=0)
+    tables = _two_tables(lengths, first) if split and most else [(most, longest)]
+    first, *widths = (-(-width // align) * align for width in (first, *(width for _, width in tables)))
     prefix_rows = np.zeros((len(scenes), first), dtype=np.int64)
-    branch_rows = np.zeros((len(scenes), most, longest), dtype=np.int64)
+    rows = [np.zeros((len(scenes), count, width), dtype=np.int64) for (count, _), width in zip(tables, widths)]
+    starts = np.cumsum([prefix_rows.size, *(table.size for table in rows)])
     prefix_lengths = np.array([len(scene["prefix"][0]) for scene in scenes])
-    branch_lengths = np.zeros((len(scenes), most), dtype=np.int64)
+    branch_lengths = np.zeros(rows[0].shape[:2], dtype=np.int64)
     ids, positions, order, label_rows, labels = [], [], [], [], []
     at = 0
     for s, scene in enumerate(scenes):
@@ -1048,13 +1051,17 @@ def pack(scenes: list[dict], align: int = 1) -> dict[str, torch.Tensor]:
         prefix_rows[s, : len(own)] = np.arange(at, at + len(own))
         ids.append(own), positions.append(places), order.append(s * first + np.arange(len(own)))
         at += len(own)
-        last, start = at - 1, int(places.max()) + 1
-        for b, (branch, targets) in enumerate(scene["branches"]):
+        last, start, used = at - 1, int(places.max()) + 1, [0] * len(rows)
+        for branch, targets in scene["branches"]:
             n = len(branch)
-            branch_rows[s, b, :n] = np.arange(at, at + n)
-            branch_lengths[s, b] = n
+            table = int(n > tables[0][1])
+            b, used[table] = used[table], used[table] + 1
+            rows[table][s, b, :n] = np.arange(at, at + n)
+            if not table:
+                branch_lengths[s, b] = n
             ids.append(branch), positions.append(np.tile(start + np.arange(n), (3, 1)))
-            order.append(len(scenes) * first + (s * most + b) * longest + np.arange(n))
+            _, count, width = rows[table].shape
+            order.append(starts[table] + (s * count + b) * width + np.arange(n))
             if targets:
                 label_rows.append(np.r_[last, at : at + n - 1][n - targets :])
                 labels.append(branch[n - targets :])
@@ -1064,12 +1071,26 @@ def pack(scenes: list[dict], align: int = 1) -> dict[str, torch.Tensor]:
         "input_ids": np.concatenate(ids)[None],
         "position_ids": np.concatenate(positions, axis=1)[:, None],
         "prefix_rows": prefix_rows, "prefix_lengths": prefix_lengths,
-        "branch_rows": branch_rows, "branch_lengths": branch_lengths,
+        "branch_rows": rows[0], "branch_lengths": branch_lengths,
+        "long_rows": rows[1] if len(rows) > 1 else np.zeros((len(scenes), 0, 0), dtype=np.int64),
         "order": np.concatenate(order),
         "label_rows": np.concatenate([none, *label_rows]), "labels": np.concatenate([none, *labels]),
     }  # fmt: skip
     result = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in made.items()}
     return result | _image_part(scenes, made["input_ids"][0])
+
+
+def _two_tables(lengths: list[np.ndarray], prefix: int) -> list[tuple[int, int]]:
+    """[(branches of a scene, longest)] of one table for all branches, or of two, the short and the long, where that makes
+    attention over (branches, tokens, prefix + tokens) at least a third smaller: a caption among short phrases."""
+    ends = np.unique(np.concatenate(lengths))
+    counts = np.stack([np.searchsorted(np.sort(own), ends, side="right") for own in lengths])  # (S, ends)
+    short, long = counts.max(0), (counts[:, -1:] - counts).max(0)
+    work = short * ends * (prefix + ends) + long * ends[-1] * (prefix + ends[-1])
+    best = int(work.argmin())
+    if work[best] > 2 / 3 * work[-1]:
+        return [(int(short[-1]), int(ends[-1]))]
+    return [(int(short[best]), int(ends[best])), (int(long[best]), int(ends[-1]))]
 
 
 def pad_questions(scenes: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
@@ -1193,6 +1214,7 @@ class QuestionCollator:
             pack(
                 [examples[s] | {"branches": [examples[s]["branches"][b] for b in chosen]} for s, chosen in piece],
                 self.align,
+                split=self.align == 1,  # a GPU pays for launches more than for filling
             )
             for piece in split_work(prefixes, lengths, self.budget)
         ]

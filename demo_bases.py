@@ -765,7 +765,7 @@ def train_grounding(
         return logits_of([scene | {"tokens": tokens[i], "branches": own} for i, own in zip(chosen, branches)])
 
     def logits_of(scenes):
-        batch = pack(scenes)
+        batch = pack(scenes, split=True)
         labels, places = batch.pop("labels"), batch.pop("label_rows")
         tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
         return model.lm_head(packed_states(model.model, tree, **batch)[places]), labels

@@ -741,6 +741,7 @@ class SceneTree:
     prefix_rows: torch.Tensor | None = None
     prefix_lengths: torch.Tensor | None = None
     branch_rows: torch.Tensor | None = None
+    long_rows: torch.Tensor | None = None
     branch_lengths: torch.Tensor | None = None
     keep: int = 0
     """Free places to leave behind each branch for tokens to come; 0: keep nothing."""
@@ -774,16 +775,18 @@ def scene_attention(module, query, key, value, attention_mask, scaling=None, dro
     out = F.scaled_dot_product_attention(
         pq, pk.repeat_interleave(groups, 1), pv.repeat_interleave(groups, 1), is_causal=True, scale=scaling
     )  # what fills a short prefix stands on its right: causality hides it
-    out = out.transpose(1, 2).reshape(scenes * width, *q.shape[1:])
-    if tree.branch_rows.numel():
-        bq, bk, bv = (_rows(x, tree.branch_rows) for x in (q, k, v))  # (S, Q, T, H, D)
+    out = [out.transpose(1, 2).reshape(scenes * width, *q.shape[1:])]
+    for rows in (tree.branch_rows, tree.long_rows):
+        if rows is None or not rows.numel():
+            continue
+        bq, bk, bv = (_rows(x, rows) for x in (q, k, v))  # (S, Q, T, H, D)
         bk, bv = (x.permute(0, 3, 1, 2, 4) for x in (bk, bv))  # (S, K, Q, T, D)
         contexts = [(pk, pv, tree.prefix_hidden()), (bk, bv, _later(bq.shape[2], q.device))]
-        out = torch.cat([out, _attend(bq, contexts, groups, scaling).reshape(-1, *q.shape[1:])])
+        out.append(_attend(bq, contexts, groups, scaling).reshape(-1, *q.shape[1:]))
         if tree.keep:
             room = (0, 0, 0, tree.keep)
             tree.kept[module.layer_idx] = (pk, pv, F.pad(bk, room), F.pad(bv, room))
-    return out.index_select(0, tree.order)[None], None
+    return torch.cat(out).index_select(0, tree.order)[None], None
 
 
 def _continue_branches(layer: int, q, k, v, tree: SceneTree, groups: int, scaling: float) -> torch.Tensor:
@@ -842,7 +845,7 @@ AttentionInterface.register("scene", scene_attention)
 AttentionMaskInterface.register("scene", sdpa_mask)
 
 
-TREE_KEYS = ("order", "prefix_rows", "prefix_lengths", "branch_rows", "branch_lengths")
+TREE_KEYS = ("order", "prefix_rows", "prefix_lengths", "branch_rows", "branch_lengths", "long_rows")
 
 
 def packed_states(model, tree: SceneTree, input_ids, position_ids, image_rows=None, image_tokens=None) -> torch.Tensor:

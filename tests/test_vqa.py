@@ -118,18 +118,24 @@ def test_lora_reads_16_bits_as_they_are(answerer, scenes):
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1]) and found[0][1].any()
 
 
-def test_aligned_tables_change_nothing(answerer, scenes):
+def test_aligned_and_split_tables_change_nothing(answerer, scenes):
     model = answerer(strength=0.02).train()
     examples = [dataset(model, scenes)[0, i] for i in range(3)]
+    long = Question("Is there " + "a road and " * 12 + "a river?", "no", "presence")
+    examples += [dataset(model, [QuestionScene(scenes[0].image, [*scenes[0].questions, long])])[0, 0]]
     found = []
-    for align in (1, 8):
-        packed = pack(examples, align)
-        assert align == 1 or not any(packed[name].shape[-1] % 8 for name in ("prefix_rows", "branch_rows"))
+    for options in ({}, {"align": 8}, {"split": True}):
+        packed = pack(examples, **options)
+        tables = [packed[name] for name in ("prefix_rows", "branch_rows", "long_rows")]
+        assert "align" not in options or not any(table.shape[-1] % 8 for table in tables)
+        assert bool(tables[2].numel()) == ("split" in options)
+        assert not tables[2].numel() or tables[1].shape[-1] < tables[2].shape[-1] and tables[2].shape[1] == 1
         model.zero_grad()
         loss = model(**packed)
         loss.backward()
         found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6) and relative(found[1][1], found[0][1]) < 1e-5
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-6) and relative(gradient, found[0][1]) < 1e-5
 
 
 def test_tokens_of_a_file_cut_short_are_made_anew(answerer, scenes, tmp_path):
@@ -192,13 +198,14 @@ def test_split_work_keeps_order_budget_and_every_branch():
             assert used <= budget or (len(piece) == 1 and len(piece[0][1]) == 1)
 
 
-def test_packed_row_holds_every_token_once(answerer, scenes):
+@pytest.mark.parametrize("split", [False, True])
+def test_packed_row_holds_every_token_once(split, answerer, scenes):
     model = answerer()
     examples = [dataset(model, scenes)[0, i] for i in range(3)]
-    packed = pack(examples)
+    packed = pack(examples, split=split)
     whole = np.concatenate([np.concatenate([e["prefix"][0], *[b for b, _ in e["branches"]]]) for e in examples])
     assert packed["input_ids"][0].tolist() == whole.tolist()
-    laid = torch.cat([packed["prefix_rows"].flatten(), packed["branch_rows"].flatten()])
+    laid = torch.cat([packed[name].flatten() for name in ("prefix_rows", "branch_rows", "long_rows")])
     assert laid[packed["order"]].tolist() == list(range(len(whole)))
     answers = [
         t for s in scenes for q in s.questions for t in [*model.tokenizer(q.answer)["input_ids"], model.prompt.end]
