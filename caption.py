@@ -174,11 +174,13 @@ def generate(args) -> int:
 # eval
 
 
-def reference_scenes(args, language: str) -> dict[str, list[str]]:
-    """{image: its references} of the split asked for."""
+def reference_scenes(args, images: list[str], language: str) -> dict[str, list[str]]:
+    """{image: its references} of the split asked for, of those `images` that have any."""
     from data import has_word, read_scenes
 
-    found = read_scenes(args.references, image_root=args.test_dir, language=language, max_rejected=args.max_rejected)
+    found = read_scenes(
+        args.references, more_roots=(args.test_dir,), language=language, max_rejected=args.max_rejected, among=images
+    )
     for bad in found.rejected[:5]:
         print(f"warning: {bad.file}: row {bad.row}: {bad.reason}", file=sys.stderr)
     splits = {scene.split for scene in found.scenes}
@@ -235,13 +237,11 @@ def evaluate(args) -> int:
     prompt = args.prompt = args.prompt or model.default_prompt()
     language = args.language or ("zh" if is_chinese(prompt) else "en")
     images = [str(path) for path in image_files(args.test_dir)]
-    references = reference_scenes(args, language) if args.references else {}
+    references = reference_scenes(args, images, language) if args.references else {}
     if references:
-        same = {str(Path(path).resolve()) for path in references}
-        unscored = [path for path in images if str(Path(path).resolve()) not in same]
+        if unscored := len(images) - len(references):
+            print(f"{unscored} images of {args.test_dir} have no reference in split or language and are left out")
         images = list(references)
-        if unscored:
-            print(f"{len(unscored)} images of {args.test_dir} have no reference in split or language and are left out")
     captions, broken = write_captions(model, images, args)
     if not captions:
         raise InputError(f"{args.test_dir}: no image could be read; {next(iter(broken.values()))}")
@@ -254,7 +254,7 @@ def evaluate(args) -> int:
         truths = [references[image] for image in images]
         made, texts = {"captioner": [captions[image] for image in images]}, []
         if args.training:
-            found = read_scenes(args.training, image_root=args.test_dir, language=language)
+            found = read_scenes(args.training, more_roots=(args.test_dir,), language=language)
             known = [scene for scene in found.scenes if scene.split in (None, "train")]
             texts = [scene.texts for scene in known]
             store = pixel_store(model)

@@ -27,6 +27,8 @@ SAY = {
     ),
     "cleared": ("The turns are forgotten.", "对话已清空。"),
     "stopped": (" [stopped]", " [已中断]"),
+    "bytes": ("The line is not UTF-8: set the terminal's encoding.", "该行不是 UTF-8 编码：请设置终端编码。"),
+    "path": ("image PATH: give the path of an image.", "image 路径：请给出图像路径。"),
     "nothing": ("There is no question yet.", "还没有问题。"),
     "cut": ("The earliest turns are left out: the conversation is too long.", "对话过长，最早的几轮已省略。"),
 }
@@ -102,6 +104,9 @@ class Talk:
         from imagery import ImageError
 
         text = text.strip()
+        if any("\ud800" <= c <= "\udfff" for c in text):  # bytes that were no UTF-8
+            print(self.say("bytes"))
+            return True
         word, (first, *rest) = COMMANDS.get(text.lower()), text.split(maxsplit=1)
         if word == "stop":
             return False
@@ -116,7 +121,9 @@ class Talk:
                     self.answer(self.turns[-1][0], self.turns[:-1], "before")
         elif first.lower() in ("image", "图像"):
             try:
-                self.take("".join(rest).strip("\"'"))
+                if rest:
+                    self.take("".join(rest).strip("\"'"))
+                print(Path(self.image).name if rest else self.say("path"))
             except ImageError as error:
                 print(error)
         else:

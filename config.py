@@ -15,6 +15,7 @@ import inspect
 import itertools
 import json
 import sys
+import tempfile
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -513,6 +514,12 @@ ALIASES = {
     },
 }
 
+# What a run says it is -> who made it.
+SCRIPTS = {
+    "match": ("MatchConfig", "train_match.py"), "vqa": ("VQAConfig", "train_vqa.py"), "chat": ("VQAConfig", "train_vqa.py"),
+    "caption": ("CaptionConfig", "train_caption.py"),
+}  # fmt: skip
+
 PROJECTOR_STAGE = "projector"  # folder, in a captioner's run, of its first stage
 
 
@@ -602,7 +609,10 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     resume = flag_value("--resume_from_checkpoint", argv)
     if resume:
         checkpoint = resolve_checkpoint(resume)
-        recorded = json.loads((checkpoint / "config.json").read_text())["settings"]
+        record = json.loads((checkpoint / "config.json").read_text())
+        recorded, script = record["settings"], SCRIPTS.get(record.get("task"))
+        if script and script[0] != config_class.__name__:
+            raise InputError(f"{resume}: a run of {script[1]}, which goes on with it")
         known = {key: value for key, value in recorded.items() if key in base}
         # What a run does not record had the library's default, whatever the presets say.
         run = checkpoint.parent.parent if checkpoint.parent.name == PROJECTOR_STAGE else checkpoint.parent
@@ -625,12 +635,20 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         raise InputError(
             f"{run}: holds a run already; go on with it by --resume_from_checkpoint {run}, or give another --output_dir"
         )
+    if writes and os.environ.get("RANK", "0") == "0":
+        refuse_unwritable(run, "--output_dir")
     if preset == "full" and "--bf16" not in argv and not resume:
         import torch
 
         # bf16 products are several times slower than fp32 on a CPU, so they are for CUDA alone.
         namespace.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not namespace.use_cpu
         namespace.tf32 = True if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 else None
+    many = (1, 10**9)
+    refuse_outside(
+        namespace, learning_rate=(0, 1e3), num_train_epochs=(0, 10**6), per_device_train_batch_size=many,
+        per_device_eval_batch_size=many, gradient_accumulation_steps=many,
+    )  # fmt: skip
+    refuse_unknown_trackers(namespace.report_to)
     changed = {key: value for key, value in vars(namespace).items() if key in base and value != base[key]}
     parts = []
     for cls in classes:
@@ -652,6 +670,17 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     return config, training_args, changed
 
 
+def refuse_unknown_trackers(report_to) -> None:
+    """Raises InputError for a name in --report_to that transformers does not know."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    named = [report_to] if isinstance(report_to, str) else report_to or []
+    if unknown := [name for name in named if name not in (*INTEGRATION_TO_CALLBACK, "none", "all")]:
+        raise InputError(
+            f"--report_to {unknown[0]}: expected one of none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+        )
+
+
 def refuse_outside(values, **bounds: tuple[float, float]) -> None:
     """Refuse flags outside their bounds, {name: (low, high)}, both included; one that is absent or None is not looked at.
     Raises InputError."""
@@ -659,6 +688,23 @@ def refuse_outside(values, **bounds: tuple[float, float]) -> None:
         value = getattr(values, name, None)
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name} {value}: expected a number from {low} to {high}")
+
+
+def refuse_unwritable(folder: str | Path, flag: str) -> None:
+    """Refuse a folder that cannot be made or written into, before hours of work are to end in it. Leaves nothing behind.
+    Raises InputError."""
+    folder = Path(folder)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = "is a file, expected a folder" if isinstance(error, FileExistsError) else error.strerror or str(error)
+        raise InputError(f"{flag} {folder}: {reason}; give another folder") from None
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def read_text(path: str, flag: str) -> str:
@@ -699,6 +745,8 @@ def check(config: DataConfig) -> None:
         raise InputError(f"--min_pixels {config.min_pixels} is above --max_pixels {config.max_pixels}")
     if str(config.cache_dir).lower() == "none":
         config.cache_dir = None
+    if config.cache_dir and Path(config.cache_dir).exists() and not Path(config.cache_dir).is_dir():
+        raise InputError(f"--cache_dir {config.cache_dir}: is a file, expected a folder")
 
 
 def whole_checkpoints(run: Path) -> dict[int, Path]:

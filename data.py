@@ -106,13 +106,18 @@ def load_json(path: str | Path):
         raise InputError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
 
 
-def read_scenes(path: str | Path, *, image_root: str | None = None, language: str = "all", max_rejected: float = 0.01):
+def read_scenes(
+    path: str | Path, *, image_root: str | None = None, more_roots: tuple[str, ...] = (), language: str = "all",
+    max_rejected: float = 0.01, among: list[str] | None = None,
+):  # fmt: skip
     """Read a text-image file in any form of docs/architecture.md and gather its rows by image.
 
     Forms: triplets `[{"image_name", "positive", "negative"}]`; captions `[{"image", "caption"}]`; Karpathy
     `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`; scenes `[{"image", "captions": [...]}]`, with an
     optional Chinese `zh_answer` to a `zh_prompt`. Rows may have a `split`, captions the `prompt` they answer. `path` may
-    also be a folder with images/ and captions.json.
+    also be a folder with images/ and captions.json. Images are looked for in `image_root`, else beside the file, in its
+    images/ and in `more_roots`. `among`: of these images alone, found by their path or else by their
+    file name, where only one of them has it; rows of others are passed over.
 
     Returns a `SceneFile`. Raises InputError when the file is of no known form, or when more than `max_rejected` of its
     rows are bad: a missing field, a wrong type, an empty text, an image that is missing or not readable.
@@ -122,26 +127,32 @@ def read_scenes(path: str | Path, *, image_root: str | None = None, language: st
         path = path / "captions.json"
     content = load_json(path)
     form, entries = _form_of(path, content)
-    roots = [Path(image_root)] if image_root else [path.parent, path.parent / "images"]
+    roots = [Path(image_root)] if image_root else [path.parent, path.parent / "images", *map(Path, more_roots)]
     result = SceneFile([], [])
     scenes: dict[str, Scene] = {}
     found: dict[str, str | None] = {}  # image name -> path, or None with its reason in `bad`
     bad: dict[str, str] = {}
     seen: dict[tuple, int] = {}  # (image, text, negative) -> its row
+    find = _find_image if among is None else _Among(among)
     for number, entry in enumerate(entries):
-        result.rows += 1
         try:
             name, rows, split = _rows_of(form, entry)
             if name not in found:
                 found[name] = None
                 try:
-                    found[name] = _find_image(name, roots)
+                    found[name] = find(name, roots)
+                    if found[name] == _Among.OTHER:
+                        continue
                     image_size(found[name])
                 except ImageError as error:
                     found[name], bad[name] = None, str(error)
+            if found[name] == _Among.OTHER:
+                continue
             if found[name] is None:
                 raise InputError(bad[name])
+            result.rows += 1
         except InputError as error:
+            result.rows += 1
             result.rejected.append(Rejected(str(path), number, str(error)))
             continue
         scene = scenes.setdefault(found[name], Scene(found[name], split=split, label=_label(entry)))
@@ -170,8 +181,26 @@ def read_scenes(path: str | Path, *, image_root: str | None = None, language: st
             result.scenes.append(scene)
     _refuse_rejected(path, result, max_rejected)
     if not result.scenes:
-        raise InputError(f"{path}: no usable row" + (f" with --language {language}" if language != "all" else ""))
+        what = "usable row" if among is None else f"row of the {len(among)} images"
+        raise InputError(f"{path}: no {what}" + (f" with --language {language}" if language != "all" else ""))
     return result
+
+
+class _Among:
+    """Finds names of a file among given images, in place of `_find_image`."""
+
+    OTHER = ""
+
+    def __init__(self, images: list[str]):
+        self.paths = {os.path.realpath(image): image for image in images}
+        names = Counter(os.path.basename(image) for image in images)
+        self.names = {name: image for image in images if names[name := os.path.basename(image)] == 1}
+
+    def __call__(self, name: str, roots: list[Path]) -> str:
+        for root in roots:
+            if image := self.paths.get(os.path.realpath(root / name)):
+                return image
+        return self.names.get(os.path.basename(name.replace("\\", "/")), self.OTHER)
 
 
 def _refuse_rejected(path: Path, result: SceneFile, max_rejected: float) -> None:
@@ -293,7 +322,8 @@ def read_conversations(
     """Read questions and answers and gather them by image.
 
     Forms: conversations `[{"id", "conversations": [{"from": "user", "value": "Q <|vision_start|>image<|vision_end|>"},
-    {"from": "assistant", "value": "A"}], "type", "split"}]` (csv2json.py writes them) and chat `[{"img", "prompt",
+    {"from": "assistant", "value": "A"}], "type", "split"}]` (csv2json.py writes them), the same with LLaVA's names (`"image"`,
+    `"from": "human"` and `"gpt"`, `<image>` in the first value) and chat `[{"img", "prompt",
     "label"}]`. A conversation may go on, user and assistant by turns: each answer makes a question of its own, with what
     was said before as its `history`; a chat row may bring `"history": [[question, answer], ...]`.
 
@@ -374,12 +404,15 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
     if roles not in (["user", "assistant"] * (len(turns) // 2), ["human", "gpt"] * (len(turns) // 2)):
         raise InputError("field 'from': expected 'user' and then 'assistant'")
     said = [_text(turn, "value") for turn in turns]
-    images = VISION.findall(" ".join(said))
+    images, named = VISION.findall(" ".join(said)), entry.get("image")
+    if not images and isinstance(named, str):  # LLaVA's form
+        images, said[0] = [named], said[0].replace("<image>", " ")
     said[0] = re.sub(" {2,}", " ", VISION.sub(" ", said[0]).strip())
     if len(images) != 1 or not images[0].strip() or not said[0] or any(VISION.search(text) for text in said):
         shown = _text(turns[0], "value")[:80]
         raise InputError(
-            f"field 'value': expected a question and one <|vision_start|>image path<|vision_end|>, found {shown!r}"
+            f"field 'value': expected a question and one <|vision_start|>image path<|vision_end|> (or a field 'image'),"
+            f" found {shown!r}"
         )
     pairs = tuple(zip(said[::2], said[1::2]))
     return images[0].strip(), [Question(q, a, kind, number, pairs[:n]) for n, (q, a) in enumerate(pairs)]
@@ -394,7 +427,9 @@ def image_files(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of images")
     found = [
-        path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES and not any(part[0] == "." for part in path.relative_to(folder).parts)
     ]
     if not found:
         raise InputError(f"{folder}: no image in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")

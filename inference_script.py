@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     if len(errors) > 5:
         print(f"error: and {len(errors) - 5} more rows", file=sys.stderr)
-    if errors and not args.json_input:
+    if len(errors) == len(results) and not args.json_input:
         return 2
     return 1 if errors else 0
 

@@ -141,10 +141,12 @@ def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
 def plan_index(
     root: Path, index, *, tile: int, stride: int, attributes: dict[str, dict[str, str]] | None = None
 ) -> Plan:
-    """Compare the images below `root` with what `index` holds (None: nothing). Raises InputError: no image below `root`,
-    attributes of an image that is not there."""
+    """Compare the images below `root` with what `index` holds (None: nothing). `attributes` None: files keep those they
+    have. Raises InputError: no image below `root`, attributes of an image that is not there."""
     found = {path.relative_to(root).as_posix(): path for path in image_files(root)}
-    attributes = attributes or {}
+    if attributes is None:
+        kept = index.attributes() if index is not None else {}
+        attributes = {name: values for name, values in kept.items() if name in found}
     if unknown := sorted(set(attributes) - set(found)):
         raise InputError(f"attributes: {len(unknown)} images are not below {root}, first {unknown[0]!r}")
     done = index.files() if index is not None else {}
@@ -360,8 +362,8 @@ def index_library(
         writer.finish()
         if index.count() == 0:
             raise InputError(
-                f"{root}: none of its {len(plan.files) + len(plan.rejected)} images can be read"
-                + (f"; the first: {report.rejected[0].reason}" if report.rejected else "")
+                f"{root}: none of its {len({file.path for file in plan.files} | {bad.file for bad in report.rejected})} images"
+                " can be read" + (f"; the first: {report.rejected[0].reason}" if report.rejected else "")
             )
         if progress and index.count() * index.dim * 4 > 1024 * store.GRAPH_FROM_KB:
             print("building the search graph; the index may be used without, only slower", file=sys.stderr)

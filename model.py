@@ -95,7 +95,9 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a model folder, shards in order. Raises InputError if one is not there."""
     folder = Path(folder)
     demo = folder.parent.parts[-2:] == ("models", "demo")
-    command = "run `python load.py --preset demo`" if demo else f"run `python load.py {folder}`"
+    # Of a folder beside this file, load.py knows the name: the last two parts.
+    name = "/".join(folder.parts[-2:]) if folder.parent.parent == Path(__file__).parent else folder
+    command = "run `python load.py --preset demo`" if demo else f"run `python load.py {name}`"
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no model here (config.json is missing); {command}")
     index = folder / "model.safetensors.index.json"
@@ -423,6 +425,15 @@ class DualEncoder(Encoder):
         Raises InputError: not such a folder, base missing or changed since training, tensors that do not fit.
         """
         name, folder = str(folder), base_folder(str(folder))
+        others = {
+            "best_model": f"a run's folder; give {folder / 'best_model'}",
+            ADAPTER_CONFIG: "an adapter of train_vqa.py, not a matcher",
+            CAPTIONER: "a captioner of train_caption.py, not a matcher",
+        }
+        if not (folder / SETTINGS).is_file():
+            for mark, what in others.items():
+                if (folder / mark).exists():
+                    raise InputError(f"{folder}: {what}")
         if not (folder / SETTINGS).is_file() and (folder / "config.json").is_file():
             return ClipEncoder.from_pretrained(name, device=device, dtype=dtype)
         try:
@@ -430,8 +441,7 @@ class DualEncoder(Encoder):
         except FileNotFoundError:
             if not folder.is_dir():
                 raise InputError(f"{folder}: no model here; run `python load.py {name}`, or train one") from None
-            hint = "; did you mean its best_model/?" if (folder / "best_model").is_dir() else ""
-            raise InputError(f"{folder}: not a matcher's checkpoint ({SETTINGS} is missing){hint}") from None
+            raise InputError(f"{folder}: not a matcher's checkpoint ({SETTINGS} is missing)") from None
         except (TypeError, ValueError) as error:
             raise InputError(f"{folder / SETTINGS}: not readable: {error}") from None
         base = read_config(folder / "base_config")
@@ -956,6 +966,8 @@ class VQA(nn.Module):
             torch.manual_seed(seed)
             try:
                 model = cls(settings, get_peft_model(base, lora), tokenizer, processor)
+            except InputError:
+                raise
             except ValueError as error:
                 raise InputError(f"{config.base_model}: LoRA cannot be added: {str(error).splitlines()[0]}") from None
         return model.to(device) if config.quantize == "none" else model

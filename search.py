@@ -84,7 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     make.add_argument("--nodata", type=float, help="value without data that a file does not tag")
     make.add_argument(
-        "--attributes", metavar="CSV", help="image's path below the library first, then columns to filter by"
+        "--attributes",
+        metavar="CSV",
+        help="image's path below the library first, then columns to filter by; a later run without it keeps them",
     )
     make.add_argument("--workers", type=int, help="processes that read ahead (default: all cores but one, at most 16)")
     make.add_argument("--batch_size", type=int, default=32, help="tiles encoded at once")
@@ -171,6 +173,8 @@ def filter_of(args):
     from store import Filter, attributes_of
 
     attributes = attributes_of(args.where)
+    if args.start and args.end and args.start > args.end:
+        raise InputError(f"--from {args.start} is after --to {args.end}")
     made = Filter(bbox=args.bbox and tuple(args.bbox), start=args.start, end=args.end, attributes=attributes)
     return None if made == Filter() else made
 
@@ -494,6 +498,8 @@ def run_monitor(args) -> int:
 
     threshold = CHANGE if args.threshold is None else args.threshold
     args.library = None
+    if Path(args.before).resolve() == Path(args.after).resolve():
+        raise InputError(f"--before and --after are the same index: {args.before}")
     with open_library(args, args.before) as before, open_library(args, args.after, before.model) as after:
         pairs = match_places(before, after, args.min_overlap)
         for note in pairs.notes:

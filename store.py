@@ -325,6 +325,11 @@ class Store:
         marks = self._scroll(last, ["path", "size", "mtime_ns", "hash"])
         return {p["path"]: (p["size"], p["mtime_ns"], p["hash"]) for _, p in marks}
 
+    def attributes(self) -> dict[str, dict[str, str]]:
+        """{path: attributes} of the same files."""
+        last = self._m.Filter(must=[self._m.FieldCondition(key="last", match=self._m.MatchValue(value=1))])
+        return {p["path"]: p["attributes"] for _, p in self._scroll(last, ["path", "attributes"])}
+
     def count(self, filter: Filter | None = None) -> int:
         """Points in the index, or those that the filter lets through."""
         with self._errors():

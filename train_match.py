@@ -462,8 +462,7 @@ def summary(results: dict, best) -> str:
         f"({int(trained['duplicate_texts'])} of them equal to another image's, counted right for both; strict mR "
         f"{trained['strict_mR']:.3f})",
         report.table_text(table_rows(results), columns),
-        f"95% intervals by image: accuracy {report.span_text(trained['interval'])}, "
-        f"mR {report.span_text(trained['mR_interval'])}",
+        intervals_line(trained),
     ]
     by_language = [f"{k[:2]} {trained[k]:.3f}" for k in ("en_mR", "zh_mR") if k in trained]
     if by_language:
@@ -471,6 +470,12 @@ def summary(results: dict, best) -> str:
     if "steps" in results:
         lines.append(f"best step {results['best_step']} of {results['steps']}, {results['seconds']:.0f} s in all")
     return "\n".join([*lines, f"model   {best}"])
+
+
+def intervals_line(trained: dict) -> str:
+    """Accuracy has none where no text could be taken of another image."""
+    spans = {"accuracy": trained.get("interval"), "mR": trained["mR_interval"]}
+    return "95% intervals by image: " + ", ".join(f"{name} {report.span_text(x)}" for name, x in spans.items() if x)
 
 
 def write_report(run, results, scenes, image, text, texts, settings) -> None:
@@ -500,9 +505,8 @@ def write_report(run, results, scenes, image, text, texts, settings) -> None:
     columns = {k: v.strip() for k, v in COLUMNS.items()}
     sections = [
         ("Scores", report.table_html(table_rows(results), columns, best={k: "max" for k in COLUMNS if k != "model"})
-         + f"<p>{results['split']} split; 95% intervals by image: accuracy {report.span_text(results['trained']['interval'])}, "
-           f"mR {report.span_text(results['trained']['mR_interval'])}. A text equal to another image's caption counts as "
-           f"right for both; strict mR is {results['trained']['strict_mR']:.3f}.</p>"),
+         + f"<p>{results['split']} split; {intervals_line(results['trained'])}. A text equal to another image's caption "
+           f"counts as right for both; strict mR is {results['trained']['strict_mR']:.3f}.</p>"),
         ("Best retrievals", gallery(cards[:6])),
         ("Worst retrievals", gallery(cards[-6:][::-1])),
     ]  # fmt: skip

@@ -27,7 +27,7 @@ import transformers
 import caption_scores
 import metrics
 import report
-from config import InputError, VQAConfig, flag_value, parse, user_errors
+from config import InputError, VQAConfig, flag_value, parse, refuse_unwritable, user_errors
 from data import (
     QuestionCollator,
     QuestionDataset,
@@ -244,6 +244,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     started = time.perf_counter()
     if config.eval_only and not config.lora:
         raise InputError("--eval_only: give the adapter to score with --lora")
+    if config.eval_only:
+        use_files_of_training(config, argv)
     rejected = run / "rejected.jsonl" if main_process and not config.eval_only else None
 
     # ---- data and model
@@ -464,6 +466,20 @@ def write_report(run: Path, results: dict, samples: list[dict], settings: ImageS
     report.page("Questions about images", sections, run / "report.html", subtitle=f"{run}")
 
 
+def use_files_of_training(config: VQAConfig, argv: list[str]) -> None:
+    """Score an adapter with the files it was trained on where the command line names none: the majority baseline is made of
+    the training answers, and those of another data set would flatter or shame it."""
+    try:
+        recorded = json.loads((Path(config.lora) / "config.json").read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # another tool's adapter
+    if flag_value("--train_file", argv) or flag_value("--data", argv):
+        return
+    for name in ("train_file", "test_file", "image_root"):
+        if name in recorded and not flag_value(f"--{name}", argv):
+            setattr(config, name, recorded[name])
+
+
 def merge(argv: list[str]) -> None:
     """`train_vqa.py merge`: base + adapter -> one model folder."""
     parser = argparse.ArgumentParser(prog="train_vqa.py merge", description="Write base and adapter as one model.")
@@ -478,6 +494,7 @@ def merge(argv: list[str]) -> None:
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output}: is there already and not empty; give another --output")
+    refuse_unwritable(output.absolute().parent, "--output: its folder")
     model = VQA.from_pretrained(args.lora, base_model=args.base)
     model.merge(output, None if args.dtype == "auto" else getattr(torch, args.dtype))
     print(f"merged  {output}")

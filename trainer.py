@@ -85,6 +85,12 @@ class SceneTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        # Rates start at zero and rise while it warms up: a run of one step would train nothing.
+        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     # -- steps
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -115,6 +121,9 @@ class SceneTrainer(Trainer):
             found = self.task.evaluate(model)
         model.train()  # here, not in every step: it visits thousands of modules
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
+        best = self.args.metric_for_best_model if self.args.load_best_model_at_end else None
+        if best and best not in found and best.removeprefix("eval_") not in found:
+            raise InputError(f"--metric_for_best_model {best}: expected one of {', '.join(found)}")
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

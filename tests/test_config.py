@@ -115,7 +115,8 @@ def test_flag_value_is_what_the_command_line_itself_gives(capsys):
     "words",
     ["--val_fraction=1.5", "--max_rejected=2", "--lora_rank=0", "--projection_dim=0", "--texts_per_scene=-1",
      "--margin=-1", "--temperature=0", "--max_text_tokens=1", "--lora_dropout=1.5", "--max_pixels=10", "--max_samples=-3",
-     "--max_samples=0", "--grad_cache_chunk=-1", "--max_eval_scenes=0", "--early_stopping_patience=-1"],
+     "--max_samples=0", "--grad_cache_chunk=-1", "--max_eval_scenes=0", "--early_stopping_patience=-1", "--learning_rate=-1",
+     "--per_device_train_batch_size=0", "--gradient_accumulation_steps=0", "--report_to=nosuch"],
 )  # fmt: skip
 def test_values_out_of_bounds(words):
     flag, value = words.split("=")
@@ -183,6 +184,15 @@ def test_command_line_wins_over_the_resumed_run(tmp_path, capsys):
     )
     assert config.margin == 0.5 and config.preset == "demo" and args.output_dir == str(tmp_path / "b")
     assert "resumed with a change: margin 0.3 -> 0.5" in capsys.readouterr().out
+
+
+def test_a_run_of_another_script_is_not_resumed(tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 1}')
+    (checkpoint / "config.json").write_text('{"task": "vqa", "settings": {}}')
+    with pytest.raises(InputError, match=r"a run of train_vqa\.py"):
+        parse(MatchConfig, [f"--resume_from_checkpoint={tmp_path / 'run'}"])
 
 
 def test_resolve_checkpoint(tmp_path):

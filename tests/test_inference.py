@@ -172,6 +172,8 @@ def test_bad_rows_do_not_stop_the_others(call, images, tmp_path):
         assert made[i]["error"].startswith(f"row {i}: ") and word in made[i]["error"], made[i]
     code, out, err = call("--image_path", tmp_path / "gone.png", "--text", "x")
     assert code == 2 and out == "" and "gone.png" in err
+    code, out, err = call("--image_path", images[0], "--text", "", "x")
+    assert code == 1 and out.endswith("x\n") and "'text' is empty" in err
 
 
 def test_nothing_is_written_when_nothing_was_done(call, checkpoint, images, tmp_path):

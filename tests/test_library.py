@@ -279,6 +279,14 @@ def test_attributes(model, folder, tmp_path):
     rows["large.tif"]["sensor"] = "L8"  # a changed label reaches the index although the image did not change
     assert index_library(model, folder, tmp_path / "x", attributes=rows, **SMALL).updated == 1
     assert {p["attributes"].get("sensor") for _, p in contents(tmp_path / "x").values()} == {"L8", None}
+    # A later run that names none keeps them, and encodes nothing anew; an empty table takes them away.
+    assert index_library(model, folder, tmp_path / "x", **SMALL).updated == 0
+    (folder / "farm" / "S2A_20210630_0.png").touch()
+    index_library(model, folder, tmp_path / "x", **SMALL)
+    kept = {p["attributes"].get("split") for _, p in contents(tmp_path / "x").values()}
+    assert kept == {"test", "train", None}
+    assert index_library(model, folder, tmp_path / "x", attributes={}, **SMALL).updated == 2
+    assert {p["attributes"].get("split") for _, p in contents(tmp_path / "x").values()} == {None}
     for text, word in (("path\nx\n", "header"), ("path,a b\nx,1\n", "a b"), ("path,a\nx\n", "line 2")):
         table.write_text(text)
         with pytest.raises(InputError, match=word):

@@ -218,6 +218,25 @@ def test_eval_without_and_with_references(trained, drawn, tmp_path, capsys):
     assert chinese["language"] == "zh" and all("图像" in r for row in chinese["captions"] for r in row["references"])
 
 
+def test_references_are_found_by_file_name_and_others_passed_over(trained, drawn, tmp_path, capsys):
+    """The folder of the README: captions of all images, named below the file's folder, and a folder of some images."""
+    run, _ = trained
+    rows = json.loads(drawn.captions.read_text())
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps([row | {"image": f"images/{row['image']}"} for row in rows]))
+    some = tmp_path / "test_images" / "deeper"
+    some.mkdir(parents=True)
+    for path in sorted(drawn.images.glob("test_*"))[:4]:
+        shutil.copy(path, some)
+    out = tmp_path / "out.json"
+    flags = ["eval", "--model_path", str(run / "final"), "--test_dir", str(some.parent), "--output_file", str(out)]
+    assert caption.main([*flags, "--references", str(file)]) == 0
+    assert json.loads(out.read_text())["images"] == 4 and "left out" not in capsys.readouterr().out
+    file.write_text(json.dumps([row | {"image": "other.png"} for row in rows]))
+    with pytest.raises(InputError, match="no row of the 4 images"):
+        caption.main([*flags, "--references", str(file)])
+
+
 def test_eval_counts_objects(trained, drawn, tmp_path, capsys):
     words = {"water": ["water"], "farmland": ["farmland"]}
     present = {path.name: ["water"] for path in drawn.images.iterdir()}

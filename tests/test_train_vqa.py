@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_vqa
-from config import InputError
+from config import InputError, refuse_unwritable
 from data import read_conversations
 from model import VQA
 from tests.conftest import conversation, draw, relative, run_on_two_processes
@@ -56,6 +56,47 @@ def test_eval_only_repeats_the_scores(run, base, asked, tmp_path, capsys):
     chosen = run("--eval_only", f"--lora={tmp_path / 'run' / 'best_model'}", "--decode=candidates", output="unused")
     rows = chosen["after"]["exact"]
     assert rows["micro"] >= 0 and chosen["after"]["questions"] == trained["after"]["questions"]
+
+
+def test_eval_only_takes_the_files_of_training(run, base, asked, tmp_path, monkeypatch):
+    trained = run("--no_blind_baseline")
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    rows = [row | {"conversations": [row["conversations"][0], {"from": "assistant", "value": "maybe"}]}
+            for row in json.loads(asked.train.read_text())]  # fmt: skip
+    (other / "data_vl_train.json").write_text(json.dumps(rows))
+    common = ["--eval_only", f"--lora={tmp_path / 'run' / 'best_model'}", "--use_cpu", "--bf16=false"]
+    again = train_vqa.main(common)
+    assert again["majority"] == trained["majority"] and again["after"] == trained["after"]
+    named = train_vqa.main([*common, "--train_file=data_vl_train.json", f"--test_file={asked.test}"])
+    assert named["majority"]["exact"]["micro"] == 0 and named["after"] == trained["after"]
+
+
+def test_a_run_of_one_step_trains(run, tmp_path):
+    run(
+        "--no_blind_baseline",
+        "--max_steps=1",
+        "--eval_strategy=no",
+        "--save_strategy=no",
+        "--load_best_model_at_end=false",
+    )
+    assert any(value.any() for key, value in adapter(tmp_path / "run").items() if "lora_B" in key)
+
+
+def test_folders_that_cannot_be_written_are_said_first(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for flag, path in (
+        ("output_dir", tmp_path / "file"),
+        ("output_dir", tmp_path / "file" / "run"),
+        ("cache_dir", tmp_path / "file"),
+    ):
+        with pytest.raises(InputError, match=f"--{flag} .*file"):
+            run(f"--{flag}={path}")
+    with pytest.raises(InputError, match="--output: its folder"):
+        train_vqa.merge([f"--lora={tmp_path}", f"--output={tmp_path / 'file' / 'merged'}"])
+    refuse_unwritable(tmp_path / "a" / "b", "--output_dir")
+    assert not (tmp_path / "a").exists(), "asking leaves nothing behind"
 
 
 def test_blind_baseline_is_trained_and_the_adapter_is_back(run, tmp_path):
@@ -227,6 +268,10 @@ def test_chat_rows_and_llava_names_are_read(tmp_path):
         {"from": "gpt", "value": "A farm."},
     ]
     assert read(tmp_path, [{"conversations": turns}]).scenes[0].questions[0].text == "What is it?"
+    turns[0]["value"] = "<image>\nWhat is it?"
+    more = [*turns, {"from": "human", "value": "How large?"}, {"from": "gpt", "value": "Two fields."}]
+    first, second = read(tmp_path, [{"image": "a.png", "conversations": more}]).scenes[0].questions
+    assert first.text == "What is it?" and second.history == (("What is it?", "A farm."),)
 
 
 def turn(asked="Q? <|vision_start|>a.png<|vision_end|>", said="A"):

@@ -111,6 +111,19 @@ def test_run_end_to_end(flags, tmp_path, capsys):
     assert list((tmp_path / "cache" / "pixels").rglob("*.npy"))
 
 
+def test_one_validation_image_and_no_test_split_are_scored(drawn, base, tmp_path, capsys):
+    """No text can be taken of another image then: accuracy is left out, the rest is there."""
+    rows = json.loads(drawn.train.read_text())
+    few = tmp_path / "few.json"
+    names = sorted({row["image_name"] for row in rows})[:5]
+    few.write_text(json.dumps([row for row in rows if row["image_name"] in names]))
+    train_match.main(["--preset=demo", f"--base_model={base}", f"--train_file={few}", f"--image_root={drawn.images}",
+                      "--num_train_epochs=1", "--projection_dim=16", f"--output_dir={tmp_path / 'run'}", "--cache_dir=none",
+                      "--save_strategy=epoch", "--eval_strategy=epoch", "--disable_tqdm=true"])  # fmt: skip
+    out = capsys.readouterr().out
+    assert "val split, 1 images" in out and "by image: mR" in out and (tmp_path / "run" / "report.html").is_file()
+
+
 def test_training_lowers_the_loss(train, tmp_path):
     train(tmp_path / "run", "--num_train_epochs 8 --image_tower full --text_tower full --loss infonce")
     losses = [row["loss"] for row in read_history(tmp_path / "run") if "loss" in row]

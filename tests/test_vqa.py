@@ -129,7 +129,7 @@ def test_aligned_and_split_tables_change_nothing(answerer, scenes):
         tables = [packed[name] for name in ("prefix_rows", "branch_rows", "long_rows")]
         assert "align" not in options or not any(table.shape[-1] % 8 for table in tables)
         assert bool(tables[2].numel()) == ("split" in options)
-        assert not tables[2].numel() or tables[1].shape[-1] < tables[2].shape[-1] and tables[2].shape[1] == 1
+        assert not tables[2].numel() or (tables[1].shape[-1] < tables[2].shape[-1] and tables[2].shape[1] == 1)
         model.zero_grad()
         loss = model(**packed)
         loss.backward()
