@@ -120,10 +120,11 @@ class Talk:
                 with self.model.before():
                     self.answer(self.turns[-1][0], self.turns[:-1], "before")
         elif first.lower() in ("image", "图像"):
+            path = "".join(rest).strip("\"'")
             try:
-                if rest:
-                    self.take("".join(rest).strip("\"'"))
-                print(Path(self.image).name if rest else self.say("path"))
+                if path:
+                    self.take(path)
+                print(Path(path).name if path else self.say("path"))
             except ImageError as error:
                 print(error)
         else:

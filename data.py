@@ -135,25 +135,24 @@ def read_scenes(
     seen: dict[tuple, int] = {}  # (image, text, negative) -> its row
     find = _find_image if among is None else _Among(among)
     for number, entry in enumerate(entries):
+        result.rows += 1
         try:
             name, rows, split = _rows_of(form, entry)
             if name not in found:
                 found[name] = None
                 try:
                     found[name] = find(name, roots)
-                    if found[name] == _Among.OTHER:
-                        continue
-                    image_size(found[name])
+                    if found[name] != _Among.OTHER:
+                        image_size(found[name])
                 except ImageError as error:
                     found[name], bad[name] = None, str(error)
-            if found[name] == _Among.OTHER:
-                continue
             if found[name] is None:
                 raise InputError(bad[name])
-            result.rows += 1
         except InputError as error:
-            result.rows += 1
             result.rejected.append(Rejected(str(path), number, str(error)))
+            continue
+        if found[name] == _Among.OTHER:
+            result.rows -= 1
             continue
         scene = scenes.setdefault(found[name], Scene(found[name], split=split, label=_label(entry)))
         if scene.split != split:

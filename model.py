@@ -425,15 +425,14 @@ class DualEncoder(Encoder):
         Raises InputError: not such a folder, base missing or changed since training, tensors that do not fit.
         """
         name, folder = str(folder), base_folder(str(folder))
-        others = {
-            "best_model": f"a run's folder; give {folder / 'best_model'}",
-            ADAPTER_CONFIG: "an adapter of train_vqa.py, not a matcher",
-            CAPTIONER: "a captioner of train_caption.py, not a matcher",
-        }
         if not (folder / SETTINGS).is_file():
-            for mark, what in others.items():
-                if (folder / mark).exists():
-                    raise InputError(f"{folder}: {what}")
+            others = {
+                "best_model": f"a run's folder; give {folder / 'best_model'}",
+                ADAPTER_CONFIG: "an adapter of train_vqa.py, not a matcher",
+                CAPTIONER: "a captioner of train_caption.py, not a matcher",
+            }
+            if found := [what for mark, what in others.items() if (folder / mark).exists()]:
+                raise InputError(f"{folder}: {found[0]}")
         if not (folder / SETTINGS).is_file() and (folder / "config.json").is_file():
             return ClipEncoder.from_pretrained(name, device=device, dtype=dtype)
         try:
@@ -965,11 +964,10 @@ class VQA(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             try:
-                model = cls(settings, get_peft_model(base, lora), tokenizer, processor)
-            except InputError:
-                raise
+                adapted = get_peft_model(base, lora)
             except ValueError as error:
                 raise InputError(f"{config.base_model}: LoRA cannot be added: {str(error).splitlines()[0]}") from None
+            model = cls(settings, adapted, tokenizer, processor)
         return model.to(device) if config.quantize == "none" else model
 
     @classmethod

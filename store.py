@@ -321,14 +321,17 @@ class Store:
 
         Only points marked `last` are read, 24 us each: 0.12 s for the 5000 files of 100,000 tiles.
         """
-        last = self._m.Filter(must=[self._m.FieldCondition(key="last", match=self._m.MatchValue(value=1))])
-        marks = self._scroll(last, ["path", "size", "mtime_ns", "hash"])
-        return {p["path"]: (p["size"], p["mtime_ns"], p["hash"]) for _, p in marks}
+        marks = self._marks(["path", "size", "mtime_ns", "hash"])
+        return {p["path"]: (p["size"], p["mtime_ns"], p["hash"]) for p in marks}
 
     def attributes(self) -> dict[str, dict[str, str]]:
         """{path: attributes} of the same files."""
+        return {p["path"]: p["attributes"] for p in self._marks(["path", "attributes"])}
+
+    def _marks(self, fields: list[str]) -> list[dict]:
+        """These fields of the last point of every file that is in."""
         last = self._m.Filter(must=[self._m.FieldCondition(key="last", match=self._m.MatchValue(value=1))])
-        return {p["path"]: p["attributes"] for _, p in self._scroll(last, ["path", "attributes"])}
+        return [payload for _, payload in self._scroll(last, fields)]
 
     def count(self, filter: Filter | None = None) -> int:
         """Points in the index, or those that the filter lets through."""

@@ -116,10 +116,11 @@ class SceneTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         start = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
+        training = model.training
         model.eval()
         with self.accelerator.autocast():
             found = self.task.evaluate(model)
-        model.train()  # here, not in every step: it visits thousands of modules
+        model.train(training)  # here, not in every step: it visits thousands of modules
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         best = self.args.metric_for_best_model if self.args.load_best_model_at_end else None
         if best and best not in found and best.removeprefix("eval_") not in found:

@@ -295,7 +295,8 @@ class Bench:
         cuda = self.options.device == "cuda"
         steps, watch = steps + cuda, StepWatch(self.options.device)
         memory = {"loaded": torch.cuda.memory_allocated()} if cuda else {}
-        torch.cuda.reset_peak_memory_stats() if cuda else None
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         if side == "rows":
             assert work.per_step % rows == 0
             settings = self.settings(steps, rows, work.per_step // rows, **settings)
@@ -430,7 +431,8 @@ class Swift:
 
     def __init__(self, bench: Bench, work: Work, rows: int, steps: int):
         options, folder = bench.options, Path(bench.folder.name)
-        self.per_step, self.number = work.per_step, rows
+        self.bench, self.per_step, self.number = bench, work.per_step, rows
+        bench.reset()  # on a GPU the two processes share its memory
         file = folder / "swift.jsonl"
         with file.open("w") as out:
             for row in work.rows:
@@ -474,6 +476,7 @@ class Swift:
 
     def run(self, steps: int) -> float:
         """Seconds of the next steps."""
+        self.bench.reset()
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
         found = self._read()
@@ -577,14 +580,12 @@ def tune(bench: Bench, work: Work) -> dict:
 def compare(bench: Bench, work: Work, best: dict) -> dict:
     """Interleaved rounds of all sides: questions a second, and the ratio of ours to each peer in each round."""
     options = bench.options
-    bench.reset()
     swift = Swift(bench, work, best["swift"], 2 + options.rounds * options.steps) if options.swift else None
     rates, memory = {side: [] for side in (*bench.packed, "rows", *(["swift"] if swift else []))}, {}
     for number in range(options.rounds):
         for side, kept in rates.items():
             steps = options.steps * (options.our_steps if side in bench.packed else 1)
             if side == "swift":
-                bench.reset()  # on a GPU the two processes share its memory
                 seconds = swift.run(steps)
             else:
                 made = bench.run(side, work, steps, best["rows"])
@@ -857,8 +858,8 @@ def main(argv: list[str] | None = None) -> dict:
     usable = next((rows for rows in reversed(options.rows) if work.per_step % rows == 0), 1)
     equal = results["equal"] = check_equal(bench, work, usable)
     labels = {"ours": "cached image tokens", "tower": "tower in the step", "compiled": "compiled layers"}
-    for side, label in ((side, labels[side]) for side in bench.packed):
-        say(f"same work ({label}): loss {equal[side]['loss']:.6f} and {equal['loss_rows']:.6f} on {equal['questions']} "
+    for side in bench.packed:
+        say(f"same work ({labels[side]}): loss {equal[side]['loss']:.6f} and {equal['loss_rows']:.6f} on {equal['questions']} "
             f"questions (difference {equal[side]['loss_difference']:.1e} relative), LoRA gradient difference "
             f"{equal[side]['gradient_difference']:.1e} relative")  # fmt: skip
     tuned = results["tuned"] = tune(bench, work)

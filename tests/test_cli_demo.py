@@ -64,10 +64,10 @@ def printable(text: str) -> str:
 def test_bytes_that_are_no_utf8_are_said_and_the_talk_goes_on(chat_adapter, pictures):
     words = ["cli_demo.py", "--from_pretrained", str(chat_adapter), "--max_length", "4", "--device", "cpu",
              "--image_path", str(pictures / "a.png"), "--language", "en"]  # fmt: skip
-    said = "大\n".encode("gbk") + b"image\nWhat?\nstop\n"
+    said = "大\n".encode("gbk") + b'image\nimage ""\nWhat?\nstop\n'
     made = subprocess.run([sys.executable, *words], input=said, capture_output=True, timeout=120, cwd=ROOT)
     out = made.stdout.decode(errors="replace")
-    assert made.returncode == 0 and "not UTF-8" in out and "give the path" in out and out.count("Model: ") == 1
+    assert made.returncode == 0 and "not UTF-8" in out and out.count("give the path") == 2 and out.count("Model: ") == 1
 
 
 def test_chinese_words_of_its_own(chat_adapter, pictures):
