@@ -10,6 +10,7 @@ turns, `before` asks the last question again without the adapter, `stop` ends. C
 """
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -108,6 +109,9 @@ class Talk:
             print(self.say("bytes"))
             return True
         word, (first, *rest) = COMMANDS.get(text.lower()), text.split(maxsplit=1)
+        path = text.strip("\"'")  # a file's name alone is no question: it was dragged here
+        if not os.path.isfile(path):
+            path = "".join(rest).strip("\"'") if first.lower() in ("image", "图像") else None
         if word == "stop":
             return False
         if word == "clear":
@@ -119,8 +123,7 @@ class Talk:
             else:
                 with self.model.before():
                     self.answer(self.turns[-1][0], self.turns[:-1], "before")
-        elif first.lower() in ("image", "图像"):
-            path = "".join(rest).strip("\"'")
+        elif path is not None:
             try:
                 if path:
                     self.take(path)

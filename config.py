@@ -630,7 +630,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
 
         namespace.output_dir = f"output/training_{datetime.now():%Y%m%d_%H%M%S}"
     run = Path(namespace.output_dir)
-    writes = not getattr(namespace, "eval_only", None)
+    # An evaluation alone keeps what it found only where it is told to.
+    writes = not getattr(namespace, "eval_only", None) or bool(flag_value("--output_dir", argv))
     if writes and not resume and holds_run(run):
         raise InputError(
             f"{run}: holds a run already; go on with it by --resume_from_checkpoint {run}, or give another --output_dir"

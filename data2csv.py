@@ -126,10 +126,10 @@ def read_answers(path: Path) -> dict:
         try:
             if not is_active(row):
                 continue
-            number = field(row, "id", int, str)
+            number = str(field(row, "id", int, str))  # as text: "7" and 7 are one id
             if number in answers:
-                raise InputError(f"field 'id': {number!r} is the id of an earlier answer too")
-            answers[number] = field(row, "question_id", int, str), str(field(row, "answer", str, int, float))
+                raise InputError(f"field 'id': {number} is the id of an earlier answer too")
+            answers[number] = str(field(row, "question_id", int, str)), str(field(row, "answer", str, int, float))
         except InputError as error:
             raise InputError(f"{path}: answers[{index}]: {error}") from None
     return answers
@@ -167,7 +167,7 @@ class Table:
         """Append a row, or return the reason why not."""
         if not is_active(row):
             return "inactive"
-        number, img_id = field(row, "id", int, str), field(row, "img_id", int, str)
+        number, img_id = str(field(row, "id", int, str)), field(row, "img_id", int, str)
         kind, question = field(row, "type", str), field(row, "question", str)
         if split is None:
             split = field(row, "split", str) if row.get("split") is not None else ""
@@ -175,9 +175,9 @@ class Table:
         for answer_id in field(row, "answers_ids", list):
             if type(answer_id) not in (int, str):
                 raise InputError(f"field 'answers_ids': expected ids, found {json.dumps(answer_id)[:60]}")
-            owner, text = answer_of.get(answer_id, (number, ""))
+            owner, text = answer_of.get(str(answer_id).strip(), (number, ""))
             if owner != number:
-                raise InputError(f"field 'answers_ids': answer {answer_id!r} belongs to question {owner!r}")
+                raise InputError(f"field 'answers_ids': answer {answer_id} belongs to question {owner}")
             answer = answer or text
         if not question:
             return "empty question"

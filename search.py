@@ -383,8 +383,9 @@ def run_classify(args) -> int:
         payloads, vectors = library.everything(limit)
         if not payloads:
             raise InputError(f"{args.store}: no image of the index passes the filters")
+        names = list(dict.fromkeys(payload["path"] for payload in payloads))
+        truth = read_truth(args.truth, labels, names) if args.truth else {}
         tile_scores = library.classify(vectors, classes, args.template)
-    names = list(dict.fromkeys(payload["path"] for payload in payloads))
     number = {name: n for n, name in enumerate(names)}
     owner = np.array([number[payload["path"]] for payload in payloads])
     scores = np.zeros((len(names), len(labels)))
@@ -402,7 +403,6 @@ def run_classify(args) -> int:
         for n, name in enumerate(names)
     ]
     if args.truth:
-        truth = read_truth(args.truth, labels, names)
         known = [n for n, name in enumerate(names) if name in truth]
         right = np.array([best[n] == truth[names[n]] for n in known])
         result |= accuracy(right, np.array([truth[names[n]] for n in known]), best[known], labels)
@@ -448,24 +448,26 @@ def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, in
             if row:
                 pairs.append((row[0], row[1]))
     known = set(names)
-    truth, strange = {}, Counter()
+    truth, strange, elsewhere = {}, Counter(), []
     for name, label in pairs:
-        if name in known:
-            if key(label) in number:
-                truth[name] = number[key(label)]
-            else:
-                strange[label] += 1
-    other = (
-        f"{sum(strange.values())} images have a truth that is no label: {', '.join(sorted(strange)[:5])}"
-        if strange
-        else ""
-    )
-    if not truth:
-        raise InputError(
-            f"{where}: no image of the index has a truth among {', '.join(labels[:5])} ...; {other}".rstrip("; ")
+        if name not in known:
+            elsewhere.append(name)
+        elif key(label) in number:
+            truth[name] = number[key(label)]
+        else:
+            strange[label] += 1
+    other = []
+    if strange:
+        other.append(f"{sum(strange.values())} images have a truth that is no label: {', '.join(sorted(strange)[:5])}")
+    if elsewhere:
+        other.append(
+            f"{len(elsewhere)} rows name images that are not among those classified: {', '.join(elsewhere[:3])}"
         )
-    if other:
-        print(other, file=sys.stderr)
+    if not truth:
+        found = f"no image of the index has a truth among {', '.join(labels[:5])} ..."
+        raise InputError("; ".join([f"{where}: {found}", *other]))
+    for line in other:
+        print(f"{where}: {line}", file=sys.stderr)
     return truth
 
 

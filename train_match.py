@@ -13,6 +13,7 @@ report.html, and TensorBoard events.
 import os
 import random
 import re
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ import torch
 
 import metrics
 import report
-from config import MatchConfig, parse, user_errors
+from config import MatchConfig, flag_value, parse, user_errors
 from data import (
     CHINESE,
     FeatureStore,
@@ -248,7 +249,9 @@ def main(argv: list[str] | None = None) -> dict:
     started = time.perf_counter()
 
     if config.eval_only:
-        return evaluate_only(config, args)
+        return evaluate_only(
+            config, args, keep=bool(flag_value("--output_dir", sys.argv[1:] if argv is None else argv))
+        )
 
     # ---- data and model
     splits = load_splits(config, args.seed, run / "rejected.jsonl" if main_process else None)
@@ -377,14 +380,15 @@ def mined_negatives(model, scenes, config, args) -> list[list[str | None]]:
     return [[texts[n] if (n := int(next(picked))) >= 0 else None for _ in scene.rows] for scene in scenes]
 
 
-def evaluate_only(config: MatchConfig, args) -> dict:
-    """`--eval_only`: the table of a checkpoint on the test split (else the validation split), printed and returned."""
+def evaluate_only(config: MatchConfig, args, keep: bool) -> dict:
+    """`--eval_only`: the table of a checkpoint on the test split (else the validation split), printed and returned, and with
+    `keep` left in --output_dir."""
     model = DualEncoder.from_pretrained(config.eval_only, device=str(args.device))
     store = pixel_store(model, config.cache_dir)
     splits = drop_unreadable(load_splits(config, args.seed), store, config.max_rejected)
     print(f"data: {describe(splits)}")
     tested = "test" if splits["test"] else "val"
-    found = evaluate_scenes(model, splits[tested], store, {}, config, args.eval_batch_size)[0]
+    found, image, text, texts = evaluate_scenes(model, splits[tested], store, {}, config, args.eval_batch_size)
     results = {
         "images": {name: len(scenes) for name, scenes in splits.items()},
         "split": tested,
@@ -392,6 +396,10 @@ def evaluate_only(config: MatchConfig, args) -> dict:
     }
     results["histogram"] = flat(histogram_baseline(splits["train"], splits[tested], store.settings, config.margin))
     print(summary(results, config.eval_only))
+    if keep:
+        write_json(Path(args.output_dir) / "results.json", results)
+        write_report(Path(args.output_dir), results, splits[tested], image, text, texts, store.settings)
+        print(f"report  {Path(args.output_dir) / 'report.html'}")
     return results
 
 

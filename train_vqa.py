@@ -334,17 +334,38 @@ def main(argv: list[str] | None = None) -> dict | None:
         if chat:
             results["loss"] = {"before": loss_of(held_texts)}
 
-    if config.eval_only:
-        made["after"] = ask(held, progress=main_process)
+    def finish(adapter, keep: bool) -> dict:
+        """Score what was answered, print it and, with `keep`, leave it in the run's folder."""
+        results["seconds"] = round(time.perf_counter() - started, 1)
         if chat:
             results["loss"]["after"] = loss_of(held_texts)
-            results["scores"] = score_chat(made, held, splits["train"])[0]
-            say(chat_summary(results, config.lora))
-            return results
-        results |= {name: score(answers, held) for name, answers in made.items()}
-        results["change"] = change_of(made, held)
-        say(summary(results, config.lora))
+            results["scores"], rows = score_chat(made, held, splits["train"])
+            text = chat_summary(results, adapter)
+        else:
+            results.update({name: score(answers, held) for name, answers in made.items()})
+            results["change"] = change_of(made, held)
+            rows = report.sample_rows(
+                held, metrics.is_right, **{name: made[name] for name in ("before", "after", "blind") if name in made}
+            )
+            text = summary(results, adapter)
+        if main_process and keep:
+            write_json(run / "results.json", results)
+            listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            report.write_atomic(run / "samples.jsonl", "".join(listed))
+            if chat:
+                caption_scores.write_page(
+                    run / "report.html", "Dialogue", results["scores"], rows, read_history(run),
+                    lambda path: read_image(path, store.settings, max_side=448).rgb, subtitle=f"{run}",
+                )  # fmt: skip
+            else:
+                write_report(run, results, rows, store.settings)
+            text += f"\nreport  {run / 'report.html'}"
+        say(text)
         return results
+
+    if config.eval_only:
+        made["after"] = ask(held, progress=main_process)
+        return finish(config.lora, keep=bool(flag_value("--output_dir", argv)))
 
     # ---- training
     if config.compile_layers:
@@ -379,24 +400,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     best = trainer.save_best()
     results |= {"steps": outcome.global_step, "best_step": trainer.state.best_global_step}
     made["after"] = ask(held, progress=main_process)
-    if chat:
-        results["loss"]["after"] = loss_of(held_texts)
-        results["scores"], rows = score_chat(made, held, splits["train"])
-        results["seconds"] = round(time.perf_counter() - started, 1)
-        if main_process:
-            write_json(run / "results.json", results)
-            listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            report.write_atomic(run / "samples.jsonl", "".join(listed))
-            caption_scores.write_page(
-                run / "report.html", "Dialogue", results["scores"], rows, read_history(run),
-                lambda path: read_image(path, store.settings, max_side=448).rgb, subtitle=f"{run}",
-            )  # fmt: skip
-            print(chat_summary(results, best))
-            print(f"report  {run / 'report.html'}")
-        return results
-
     # ---- the same training without images: what the questions give away
-    if config.blind_baseline:
+    if config.blind_baseline and not chat:
         say("training the blind baseline: the same, without images")
         model.reset_adapter(args.seed)
         twin = copy.copy(args)
@@ -406,22 +411,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         made["blind"] = ask(held, blind=True)
         model.load_trained(best)
 
-    # ---- results
-    results |= {name: score(answers, held) for name, answers in made.items()}
-    results["change"] = change_of(made, held)
-    results["seconds"] = round(time.perf_counter() - started, 1)
-    if main_process:
-        write_json(run / "results.json", results)
-        samples = report.sample_rows(
-            held, metrics.is_right, **{name: made[name] for name in ("before", "after", "blind") if name in made}
-        )
-        report.write_atomic(
-            run / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-        )
-        write_report(run, results, samples, store.settings)
-        print(summary(results, best))
-        print(f"report  {run / 'report.html'}")
-    return results
+    return finish(best, keep=True)
 
 
 def watched_scenes(scenes: list[QuestionScene], most: int) -> list[QuestionScene]:

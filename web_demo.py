@@ -733,7 +733,9 @@ def main(argv: list[str] | None = None) -> int:
             theme=theme, css=CSS, footer_links=[], quiet=True, prevent_thread_lock=True,
         )  # fmt: skip
     except OSError as error:
-        raise InputError(f"--port {args.port}: {error}") from None
+        taken = "Cannot find empty port" in str(error)  # gradio's words, which name a flag that is not ours
+        what = "is in use by another program; give another --port" if taken else error
+        raise InputError(f"--port {args.port}: {what}") from None
     print(f"http://{args.host}:{args.port}  (Ctrl-C stops it)", flush=True)
     try:
         app.block_thread()

@@ -36,6 +36,7 @@ import gc
 import io
 import json
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -54,6 +55,7 @@ import torch.nn.functional as F
 import transformers
 from common import peak_memory
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -136,7 +138,7 @@ def arguments(argv=None) -> argparse.Namespace:
         help="scenes x texts of a step to compare by time to the target")  # fmt: skip
     add("--seeds", type=int, default=3, help="orders of the data, for ours in the sweep")
     add("--limit", type=int, default=8000, help="questions after which a run of ours to the target is given up")
-    add("--peer_limit", type=int, default=8000, help="the same for the rows side; 0: it does not run")
+    add("--peer_limit", type=int, default=8000, help="the same for each peer; 0: they do not run")
     add("--eval_images", type=int, default=4, help="held-out images that the target is measured on")
     add(
         "--memory",
@@ -427,15 +429,15 @@ def synchronize(device: str) -> None:
 
 
 class Swift:
-    """`swift sft` on the rows of `work`, held still between rounds (benchmarks/swift_worker.py)."""
+    """`swift sft` on `listed` rows, `per_step` of them a step, held still between rounds (benchmarks/swift_worker.py)."""
 
-    def __init__(self, bench: Bench, work: Work, rows: int, steps: int):
+    def __init__(self, bench: Bench, listed: list[dict], per_step: int, rows: int, steps: int):
         options, folder = bench.options, Path(bench.folder.name)
-        self.bench, self.per_step, self.number = bench, work.per_step, rows
+        self.bench = bench
         bench.reset()  # on a GPU the two processes share its memory
         file = folder / "swift.jsonl"
         with file.open("w") as out:
-            for row in work.rows:
+            for row in listed:
                 asked = "<image>" + options.prompt.replace("{question}", row["question"])
                 turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["answer"]}]
                 out.write(json.dumps({"messages": turns, "images": [row["image"]]}) + "\n")
@@ -444,7 +446,7 @@ class Swift:
             "template": bench.model.qwen.config.model_type, "tuner_type": "lora", "torch_dtype": options.dtype,
             "attn_impl": "sdpa", "lora_rank": options.lora_rank, "lora_alpha": 2 * options.lora_rank, "lora_dropout": 0,
             "target_modules": "all-linear", "freeze_vit": "true", "freeze_aligner": "true", "max_grad_norm": 1.0,
-            "per_device_train_batch_size": rows, "gradient_accumulation_steps": work.per_step // rows,
+            "per_device_train_batch_size": rows, "gradient_accumulation_steps": per_step // rows,
             "learning_rate": options.learning_rate, "lr_scheduler_type": "constant", "warmup_ratio": 0, "weight_decay": 0,
             "optim": optimizer_of(options.device), "gradient_checkpointing": str(options.gradient_checkpointing).lower(),
             "dataset_shuffle": "false", "train_dataloader_shuffle": "false", "split_dataset_ratio": 0, "max_length": 4096,
@@ -474,10 +476,10 @@ class Swift:
         self.log.seek(0)
         raise SystemExit(f"ms-swift failed:\n{self.log.read()[-3000:]}")
 
-    def run(self, steps: int) -> float:
-        """Seconds of the next steps."""
+    def run(self, steps: int, weights: Path | None = None) -> float:
+        """Seconds of the next steps; then, outside the clock, the LoRA weights go to the file `weights`."""
         self.bench.reset()
-        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.write(json.dumps({"steps": steps, "weights": weights and str(weights)}) + "\n")
         self.process.stdin.flush()
         found = self._read()
         self.peak = found["peak"]
@@ -571,7 +573,7 @@ def tune(bench: Bench, work: Work) -> dict:
     if bench.options.swift:
         found["swift"] = {}
         for rows in usable:
-            peer = Swift(bench, work, rows, 3)
+            peer = Swift(bench, work.rows, work.per_step, rows, 3)
             found["swift"][rows] = work.per_step / peer.run(1)
             peer.close()
     return found
@@ -580,7 +582,9 @@ def tune(bench: Bench, work: Work) -> dict:
 def compare(bench: Bench, work: Work, best: dict) -> dict:
     """Interleaved rounds of all sides: questions a second, and the ratio of ours to each peer in each round."""
     options = bench.options
-    swift = Swift(bench, work, best["swift"], 2 + options.rounds * options.steps) if options.swift else None
+    swift = None
+    if options.swift:
+        swift = Swift(bench, work.rows, work.per_step, best["swift"], 2 + options.rounds * options.steps)
     rates, memory = {side: [] for side in (*bench.packed, "rows", *(["swift"] if swift else []))}, {}
     for number in range(options.rounds):
         for side, kept in rates.items():
@@ -701,9 +705,20 @@ def held_out(bench: Bench, batches: list[dict]) -> dict:
 class Target(TrainerCallback):
     """Stops at the target; evaluation, every `every` steps, is outside the clock."""
 
-    def __init__(self, bench: Bench, batches: list, per_step: int, every: int):
-        self.bench, self.batches, self.per_step, self.every = bench, batches, per_step, every
+    def __init__(self, bench: Bench, batches: list, per_step: int):
+        self.bench, self.batches, self.per_step, self.every = bench, batches, per_step, max(1, round(200 / per_step))
         self.seconds, self.curve, self.reached = 0.0, [], False
+
+    def look(self, steps: int) -> bool:
+        """Score the model as it is after `steps` steps; whether it has reached the target."""
+        options = self.bench.options
+        found = held_out(self.bench, self.batches)
+        self.curve.append({"seconds": self.seconds, "questions": steps * self.per_step} | found)
+        loss, accuracy = options.target_loss, options.target_accuracy
+        self.reached = (loss is not None and found["loss"] <= loss) or (
+            accuracy is not None and found["accuracy"] >= accuracy
+        )
+        return self.reached
 
     def on_train_begin(self, *_, **__):
         self.start = time.perf_counter()
@@ -711,43 +726,37 @@ class Target(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
-        options = self.bench.options
-        synchronize(options.device)
+        synchronize(self.bench.options.device)
         self.seconds += time.perf_counter() - self.start
         language = self.bench.model.qwen.model.language_model
         before = language.config._attn_implementation
         language.set_attn_implementation("scene")
-        found = held_out(self.bench, self.batches)
+        control.should_training_stop = self.look(state.global_step)
         language.set_attn_implementation(before)
-        self.curve.append({"seconds": self.seconds, "questions": state.global_step * self.per_step} | found)
-        loss, accuracy = options.target_loss, options.target_accuracy
-        self.reached = (loss is not None and found["loss"] <= loss) or (
-            accuracy is not None and found["accuracy"] >= accuracy
-        )
-        control.should_training_stop = self.reached
         self.start = time.perf_counter()
 
 
-def to_target(bench: Bench, batches: list, side: str, scenes: int, texts: int, seed: int, rows: int = 1) -> dict:
+def to_target(bench: Bench, batches: list[dict], side: str, scenes: int, texts: int, seed: int, rows: int = 1) -> dict:
     """Train one side till the target, each in its natural order: ours in shuffled scenes with questions drawn anew each
     epoch, theirs in shuffled rows."""
     bench.reset()
     per_step = scenes * texts
-    every = max(1, round(200 / per_step))
-    target = Target(bench, batches, per_step, every)
-    steps = -(-(bench.options.peer_limit if side == "rows" else bench.options.limit) // per_step)
-    if side == "rows":
-        listed = [(scene.image, q) for scene in bench.train for q in scene.questions]
-        listed = [{"image": image, "question": q.text, "answer": q.answer} for image, q in listed]
-        trainer = bench.theirs(listed, bench.settings(steps, rows, per_step // rows, seed=seed), shuffle=True)
+    target = Target(bench, batches, per_step)
+    steps = -(-(bench.options.limit if side == "ours" else bench.options.peer_limit) // per_step)
+    listed = [{"image": s.image, "question": q.text, "answer": q.answer} for s in bench.train for q in s.questions]
+    if side == "swift":
+        swift_to_target(bench, listed, target, steps, rows, seed)
     else:
-        enough = [scene for scene in bench.train if len(scene.questions) >= texts] or bench.train
-        data = bench.dataset(enough, texts=texts, seed=seed)
-        trainer = bench.ours(data, bench.settings(steps, scenes, seed=seed))
-    trainer.add_callback(target)
-    trainer.remove_callback(PrinterCallback)
-    with bench.plain_attention() if side == "rows" else contextlib.nullcontext():
-        trainer.train()
+        if side == "rows":
+            trainer = bench.theirs(listed, bench.settings(steps, rows, per_step // rows, seed=seed), shuffle=True)
+        else:
+            enough = [scene for scene in bench.train if len(scene.questions) >= texts] or bench.train
+            data = bench.dataset(enough, texts=texts, seed=seed)
+            trainer = bench.ours(data, bench.settings(steps, scenes, seed=seed))
+        trainer.add_callback(target)
+        trainer.remove_callback(PrinterCallback)
+        with bench.plain_attention() if side == "rows" else contextlib.nullcontext():
+            trainer.train()
     return {
         "side": side,
         "scenes": scenes,
@@ -758,8 +767,29 @@ def to_target(bench: Bench, batches: list, side: str, scenes: int, texts: int, s
     }
 
 
+def swift_to_target(bench: Bench, listed: list[dict], target: Target, steps: int, rows: int, seed: int) -> None:
+    """ms-swift on shuffled rows, its LoRA weights scored by our model at every stop. Its first step is not on its clock."""
+    order, drawn = random.Random(seed), []
+    while len(drawn) < (steps + target.every) * target.per_step:
+        drawn += order.sample(listed, len(listed))
+    peer = Swift(bench, drawn, target.per_step, rows, steps + target.every)
+    own = {re.sub(r"^.*?(language_model\.)", r"\1", name): p for name, p in bench.model.named_parameters()}
+    done, file = 1, Path(bench.folder.name) / "swift.safetensors"
+    try:
+        while done < steps and not target.reached:
+            ahead = target.every - done % target.every
+            target.seconds += peer.run(ahead, file)
+            done += ahead
+            with torch.no_grad():
+                for name, weight in load_file(file).items():
+                    own[re.sub(r"^.*?(language_model\.)", r"\1", name)].copy_(weight)
+            target.look(done)
+    finally:
+        peer.close()
+
+
 def race(bench: Bench, best: dict) -> dict:
-    """The sweep of ours, and the rows side, to the target."""
+    """The sweep of ours, and the peers, to the target."""
     held = bench.held[: bench.options.eval_images]
     data = bench.dataset(held)
     collate = QuestionCollator(VQAConfig.eval_pack_tokens)
@@ -779,19 +809,22 @@ def race(bench: Bench, best: dict) -> dict:
         say(race_line(name, runs))
     if bench.options.peer_limit:
         options = bench.options
-        result["rows"] = [to_target(bench, batches, "rows", options.scenes, options.texts, SEED, best["rows"])]
-        say(race_line("rows, shuffled", result["rows"]))
+        for side in best:
+            result[side] = [to_target(bench, batches, side, options.scenes, options.texts, SEED, best[side])]
+            say(race_line(f"{side}, shuffled", result[side]))
     done = {n: statistics.median(r["seconds"] for r in runs) for n, runs in result["ours"].items()
             if all(r["reached"] for r in runs)}  # fmt: skip
     if done:
         result["best"] = min(done, key=done.get)
-        line = f"fastest of ours to the target: {result['best']}"
-        if "rows" in result and result["rows"][0]["reached"]:
-            result["ratio"] = result["rows"][0]["seconds"] / done[result["best"]]
-            line += f"; time to the target, rows / ours: {result['ratio']:.1f}"
-            own = f"{bench.options.scenes}x{bench.options.texts}"
-            line += f" ({own}: {result['rows'][0]['seconds'] / done[own]:.1f})" if own in done else ""
-        say(line)
+        say(f"fastest of ours to the target: {result['best']}")
+        own, result["ratios"] = f"{bench.options.scenes}x{bench.options.texts}", {}
+        for side in best:
+            for run in result.get(side, []):
+                ratios = result["ratios"][side] = {name: run["seconds"] / done[name] for name in done}
+                shown = ", ".join(
+                    f"{ratios[name]:.1f} ({name})" for name in dict.fromkeys((own, result["best"])) if name in done
+                )
+                say(f"time to the target, {side} / ours: {'' if run['reached'] else 'more than '}{shown}")
     return result
 
 

@@ -1,7 +1,8 @@
 """One long `swift sft` that stands still between rounds; run by bench_vqa.py with the python of ms-swift's own venv.
 
 Its arguments are those of `swift sft`. After the first optimizer step, which is not timed, it prints what it trained and
-read; then for each number N on stdin it runs N steps and prints their seconds and the peak memory. Such lines begin with @@.
+read; then for each {"steps": N, "weights": FILE} on stdin it runs N steps, prints their seconds and the peak memory, and
+writes what it trains to FILE where one is named. Such lines begin with @@.
 """
 
 import functools
@@ -13,6 +14,7 @@ from importlib.metadata import version
 import torch
 import transformers
 from common import peak_memory
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 
@@ -57,7 +59,9 @@ class Rounds(TrainerCallback):
         line = sys.stdin.readline()
         if not line:
             sys.exit(0)
-        self.total = self.left = int(line)
+        asked = json.loads(line)
+        self.total = self.left = asked["steps"]
+        self.weights = asked["weights"]
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
@@ -73,6 +77,11 @@ class Rounds(TrainerCallback):
         self.left -= 1
         if self.left == 0:
             seconds, device = time.perf_counter() - self.start, "cuda" if torch.cuda.is_available() else "cpu"
+            if self.weights:
+                trained = {
+                    n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad
+                }
+                save_file(trained, self.weights)
             reply(seconds=seconds, steps=self.total, peak=peak_memory(device))
             self._wait()
 

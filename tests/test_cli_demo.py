@@ -35,7 +35,7 @@ def talk(chat_adapter, lines, *flags) -> subprocess.CompletedProcess:
 
 def test_a_conversation_through_a_pipe(chat_adapter, pictures):
     lines = [pictures / "none.png", pictures / "a.png", "How many buildings?", "And now?", "before", "clear", "before",
-             f"image {pictures / 'b.tif'}", "图中有什么？", "image nowhere.tif", "stop", "never reached"]  # fmt: skip
+             pictures / "b.tif", "图中有什么？", "image nowhere.tif", "stop", "never reached"]  # fmt: skip
     made = talk(chat_adapter, lines, "--language", "en")
     assert made.returncode == 0, made.stderr
     out = made.stdout

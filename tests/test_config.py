@@ -212,8 +212,9 @@ def test_resolve_checkpoint(tmp_path):
 def test_new_run_into_a_used_folder(tmp_path):
     checkpoint(tmp_path, 4, {})
     refused(lambda: read(out=tmp_path), tmp_path, "--resume_from_checkpoint")
-    for cls, words in ((MatchConfig, ["--eval_only", str(tmp_path)]), (VQAConfig, ["--eval_only"])):  # writes nothing
-        assert parse(cls, [f"--output_dir={tmp_path}", "--use_cpu=true", *words])[0].eval_only
+    for cls, words in ((MatchConfig, ["--eval_only", str(tmp_path)]), (VQAConfig, ["--eval_only"])):
+        assert parse(cls, ["--use_cpu=true", *words])[0].eval_only  # keeps nothing
+        refused(lambda: parse(cls, [f"--output_dir={tmp_path}", "--use_cpu=true", *words]), tmp_path)  # noqa: B023
     refused(lambda: parse(VQAConfig, [f"--output_dir={tmp_path}", "--eval_only=false", "--use_cpu=true"]), tmp_path)
     _, args, _ = parse(MatchConfig, ["--use_cpu=true"])
     assert Path(args.output_dir).parent.name == "output" and TRAINING_DEFAULTS["output_dir"] is None

@@ -132,6 +132,15 @@ def test_images_by_suffix_and_folder(here, call):
     assert code == 2 and err.startswith("error: nowhere: the image folder cannot be read: No such file")
 
 
+def test_an_id_is_the_same_as_a_number_and_as_text(here, call):
+    written = question(1, text="by text", answers_ids=["1"]) | {"id": "1"}
+    write(here, [question(0, answers_ids=["0"]), written], [answer(0), answer("1", question_id=1)])
+    assert call()[0] == 0 and len(read(here / "rsvqa-dataset.csv")) == 2
+    write(here, [question(0)], [answer(0), answer("0")])
+    code, _, err = call()
+    assert code == 2 and "field 'id': 0 is the id of an earlier answer too" in err
+
+
 def test_what_is_left_out_is_counted_by_reason(here, call):
     asked = [
         question(0),

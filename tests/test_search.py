@@ -130,7 +130,9 @@ def test_classify(ask, two_dates, tmp_path):
     truth = tmp_path / "truth.csv"
     truth.write_text("path,label\nfarm/p0.tif,FARM\nharbour/p1.tif,harbour\nfarm/p2.tif,airport\nelsewhere.tif,farm\n")
     code, out, err = ask("classify", "--labels", "farm,harbour", "--truth", truth)
-    assert code == 0 and "on 2 images" in out and "airport" in err
+    assert (
+        code == 0 and "on 2 images" in out and "no label: airport" in err and "among those classified: elsewhere" in err
+    )
 
 
 def test_monitor(ask, two_dates, tmp_path):

@@ -392,6 +392,33 @@ time.sleep(60)
 )
 
 
+def test_a_walk_over_8_bit_vectors_gives_exact_scores(tmp_path, monkeypatch):
+    """Beside one another in a wide span of values, where 8 bits alone would change places."""
+    monkeypatch.setattr(store, "GRAPH_FROM_KB", 1)
+    monkeypatch.setattr(store, "SCAN_BELOW_KB", 1)
+    monkeypatch.setattr(store, "SCAN_FEW", 0)
+    rng = np.random.default_rng(0)
+    centre = unit(64)
+    near = centre + 0.15 * rng.standard_normal((2000, 64), np.float32)
+    vectors = near / np.linalg.norm(near, axis=1, keepdims=True)
+    with store.create(tmp_path / "x.index", record={}, dim=64) as index:
+        index.upsert(Point(f"{i}", v, footprint=(i / 50, 0, i / 50 + 0.01, 0.01)) for i, v in enumerate(vectors))
+        assert index.build()
+        assert any("quantiz" in path.name for path in (tmp_path / "x.index").rglob("*"))
+        queries = vectors[::100] + 0.05 * rng.standard_normal((20, 64), np.float32)
+        queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+        truth = queries @ vectors.T
+        for filter, among in ((None, 2000), (Filter(bbox=(0, -1, 19.985, 1)), 1000)):
+            found = index.search(queries, 10, filter=filter, ef=400)
+            share = []
+            for scores, hits in zip(truth[:, :among], found):
+                assert np.allclose(
+                    [hit.score for hit in hits], scores[[int(h.payload["path"]) for h in hits]], atol=1e-6
+                )
+                share.append(len({int(h.payload["path"]) for h in hits} & set(np.argsort(-scores)[:10].tolist())) / 10)
+            assert np.mean(share) > 0.95, share
+
+
 @pytest.mark.parametrize("what", ["upsert", "remove", "build"])
 def test_killed_at_any_moment(tmp_path, what):
     """A writer over an index of some files replaces them and adds more, removes them, or builds the graph; SIGKILL.

@@ -49,11 +49,14 @@ def test_whole_run(run, tmp_path, capsys):
 
 def test_eval_only_repeats_the_scores(run, base, asked, tmp_path, capsys):
     trained = run("--no_blind_baseline")
-    again = run("--eval_only", f"--lora={tmp_path / 'run' / 'best_model'}", output="unused")
+    again = run("--eval_only", f"--lora={tmp_path / 'run' / 'best_model'}", output="again")
     for name in ("before", "after", "majority", "change"):
         assert again[name] == trained[name], name
-    assert not (tmp_path / "unused").exists()
-    chosen = run("--eval_only", f"--lora={tmp_path / 'run' / 'best_model'}", "--decode=candidates", output="unused")
+    kept = tmp_path / "again"
+    assert json.loads((kept / "results.json").read_text())["after"] == json.loads(json.dumps(again["after"]))
+    assert (kept / "samples.jsonl").read_text() == (tmp_path / "run" / "samples.jsonl").read_text()
+    assert (kept / "report.html").is_file() and not (kept / "best_model").exists()
+    chosen = run("--eval_only", f"--lora={tmp_path / 'run' / 'best_model'}", "--decode=candidates", output="chosen")
     rows = chosen["after"]["exact"]
     assert rows["micro"] >= 0 and chosen["after"]["questions"] == trained["after"]["questions"]
 
@@ -102,7 +105,7 @@ def test_folders_that_cannot_be_written_are_said_first(run, tmp_path):
 def test_blind_baseline_is_trained_and_the_adapter_is_back(run, tmp_path):
     results = run()
     assert 0 <= results["blind"]["exact"]["micro"] <= 1 and (tmp_path / "run" / "blind" / "metrics.jsonl").is_file()
-    alone = run("--eval_only", f"--lora={tmp_path / 'run' / 'best_model'}", output="unused")
+    alone = run("--eval_only", f"--lora={tmp_path / 'run' / 'best_model'}", output="alone")
     assert alone["after"] == results["after"], "the blind training must not touch the adapter that is scored"
 
 

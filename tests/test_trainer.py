@@ -268,12 +268,15 @@ def test_a_trained_matcher_can_mine(train, tmp_path, capsys):
 
 def test_eval_only_scores_a_checkpoint_as_its_run_did(train, tmp_path):
     trained = train(tmp_path / "run", "--max_steps 3")["trained"]
-    again = train(tmp_path / "other", f"--eval_only {tmp_path / 'run' / 'best_model'}")["trained"]
-    assert train(tmp_path / "run", f"--eval_only {tmp_path / 'run' / 'best_model'}")["trained"] == again
+    only = f"--eval_only {tmp_path / 'run' / 'best_model'}"
+    again = train(tmp_path / "other", only)["trained"]
+    with pytest.raises(InputError, match="holds a run already"):
+        train(tmp_path / "run", only)
     assert set(again) == set(trained)
     for name, value in trained.items():  # an interval is a pair
         assert again[name] == pytest.approx(value), name
-    assert not (tmp_path / "other").exists()
+    kept = tmp_path / "other"
+    assert json.loads((kept / "results.json").read_text())["trained"] == json.loads(json.dumps(again))
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -418,7 +418,7 @@ def test_a_port_in_use_is_a_refusal(call_main, shown, tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         code, _, err = call_main(web_demo.main, "--store", store, "--device", "cpu", "--port", port)
-    assert code == 2 and f"--port {port}" in err and "Traceback" not in err
+    assert code == 2 and f"--port {port}: is in use by another program" in err and "Traceback" not in err
 
 
 # ----------------------------------------------------------------------------------------------------
