@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from config import InputError, add_device_flags, refuse_outside, user_errors
+from config import InputError, add_device_flags, refuse_outside, refuse_unwritable, user_errors
 
 DEMO = {
     "model_path": "output/demo_caption/final",
@@ -87,6 +87,8 @@ def checked(args) -> None:
     output = args.output_file and Path(args.output_file)
     if output and output.is_dir():
         raise InputError(f"--output_file {output}: is a folder, expected a file")
+    if output:
+        refuse_unwritable(output.absolute().parent, "--output_file: its folder")
 
 
 def load(args):
@@ -187,7 +189,7 @@ def reference_scenes(args, images: list[str], language: str) -> dict[str, list[s
     if splits != {None} and args.split not in splits:
         raise InputError(f"{args.references}: no row of split {args.split!r}; there are {sorted(map(str, splits))}")
     chosen = {
-        scene.image: [text for text in scene.texts if has_word(text)]
+        scene.image: [text for text in scene.listed if has_word(text)]
         for scene in found.scenes
         if splits == {None} or scene.split == args.split
     }
@@ -256,7 +258,7 @@ def evaluate(args) -> int:
         if args.training:
             found = read_scenes(args.training, more_roots=(args.test_dir,), language=language)
             known = [scene for scene in found.scenes if scene.split in (None, "train")]
-            texts = [scene.texts for scene in known]
+            texts = [scene.listed for scene in known]
             store = pixel_store(model)
             pooled = [model.embed_images(paths, store) for paths in (images, [scene.image for scene in known])]
             made = caption_scores.baselines(*pooled, texts) | made

@@ -49,6 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other questions")
     parser.add_argument("--type", nargs="+", action="extend", help="only questions of these types")
     parser.add_argument(
+        "--test_split", default="test", help="which `split` of the data is the test (RSVQA HR: also test_phili)"
+    )
+    parser.add_argument(
         "--only", nargs="+", action="extend", choices=list(report.FLIPS), metavar="FLIP",
         help="show only these: " + "; ".join(f"{flip} ({text})" for flip, text in report.FLIPS.items())
         + ". Images are searched, with all of their questions, until --num_samples are found",
@@ -72,17 +75,21 @@ def build_parser() -> argparse.ArgumentParser:
 # Questions
 
 
-def read_questions(path: str, *, image_root: str | None, max_rejected: float, types: list[str] | None = None):
+def read_questions(
+    path: str, *, image_root: str | None, max_rejected: float, types: list[str] | None = None, test_split: str = "test"
+):
     """(scenes, one line on them): the test split of a file that names splits, else its validation split, else all of
     it; with `types` only questions of these. Raises InputError."""
     from data import QuestionScene, read_conversations
 
     found = read_conversations(path, image_root=image_root, max_rejected=max_rejected)
     scenes, split = found.scenes, "all splits"
-    for name in ("test", "val"):
+    for name in (test_split, "val"):
         if own := [scene for scene in found.scenes if scene.split == name]:
             scenes, split = own, f"{name} split"
             break
+    if others := sorted({s.split for s in found.scenes if s.split and s.split.startswith("test")} - {test_split}):
+        split += f" (--test_split {others[0]} takes that one)"
     known = sorted({q.kind or "question" for scene in scenes for q in scene.questions})
     if unknown := sorted(set(types or []) - set(known)):
         raise InputError(f"--type {unknown[0]}: no question of {path} is of it; there are {', '.join(known)}")
@@ -120,7 +127,7 @@ class Images:
                 rgb = read_image(path, self.store.settings).rgb
                 return self.store.resize(rgb), report.thumbnail(rgb, 320)
             except ImageError as error:
-                return None, str(error)
+                return None, str(error) if path in str(error) else f"{path}: {error}"
 
         pixels = {}
         with ThreadPoolExecutor(4) as pool:  # Pillow and GDAL release the GIL
@@ -316,7 +323,11 @@ def main(argv: list[str] | None = None) -> int:
 
     # ---- data and model
     scenes, line = read_questions(
-        args.data, image_root=args.image_root, max_rejected=args.max_rejected, types=args.type
+        args.data,
+        image_root=args.image_root,
+        max_rejected=args.max_rejected,
+        types=args.type,
+        test_split=args.test_split,
     )
     print(line)
     from transformers.utils import logging

@@ -64,6 +64,10 @@ class DataConfig:
     test_file: str | None = None
     """Test data, scored once with the best model. Default: the `test` rows of train_file, if it has any."""
 
+    test_split: str = "test"
+    """Which `split` of the data is scored as test; RSVQA HR has a second one, `test_phili` (another city). Rows of others
+    whose name begins with test are left out."""
+
     image_root: str | None = None
     """Folder that image names are relative to. Default: the data file's folder, or its `images/`."""
 

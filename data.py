@@ -27,6 +27,7 @@ from config import DataConfig, InputError
 from imagery import ImageError, ImageSettings, image_size, read_image
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -48,6 +49,8 @@ class Scene:
     """Class of the scene, where the file names one: evaluation then takes negatives from other classes."""
     prompts: dict[str, str] = field(default_factory=dict)
     """{text: what it answers}, where a row says so (`prompt`, or `zh_prompt` for a `zh_answer`)."""
+    listed: list[str] = field(default_factory=list)
+    """The texts with the repeats within one entry of the file, as RSICD has them: what published scores count."""
 
 
 @dataclass
@@ -76,6 +79,8 @@ class SceneFile:
     rejected: list[Rejected]
     duplicates: int = 0
     rows: int = 0
+    left_out: list[Rejected] = field(default_factory=list)
+    """Single texts that say nothing, of rows that have others: listed, but no reason to stop."""
 
 
 def load_json(path: str | Path):
@@ -137,7 +142,7 @@ def read_scenes(
     for number, entry in enumerate(entries):
         result.rows += 1
         try:
-            name, rows, split = _rows_of(form, entry)
+            name, rows, split, empty = _rows_of(form, entry)
             if name not in found:
                 found[name] = None
                 try:
@@ -154,22 +159,30 @@ def read_scenes(
         if found[name] == _Among.OTHER:
             result.rows -= 1
             continue
+        if empty:
+            reason = f"{empty} texts of {name} hold no word and are left out"
+            result.left_out.append(Rejected(str(path), number, reason))
         scene = scenes.setdefault(found[name], Scene(found[name], split=split, label=_label(entry)))
         if scene.split != split:
             raise InputError(f"{path}: row {number}: image {name!r} is in split {split!r} and in {scene.split!r}")
         for text, negative in rows:
             if language != "all" and (language == "zh") != bool(CHINESE.search(text)):
                 continue
-            if (scene.image, text, negative) in seen:
+            key = (scene.image, text, negative)
+            if seen.get(key, number) == number:
+                scene.listed.append(text)
+            if key in seen:
                 result.duplicates += 1
                 continue
-            seen[(scene.image, text, negative)] = number
+            seen[key] = number
             scene.rows.append((text, negative))
             prompt = entry.get("zh_prompt" if text == str(entry.get("zh_answer")).strip() else "prompt")
             if isinstance(prompt, str) and prompt.strip():
                 scene.prompts[text] = prompt.strip()
     for scene in scenes.values():
         scene.texts = list(dict.fromkeys(text for text, _ in scene.rows))
+        if form == "triplets":  # a text stands there once for each of its negatives
+            scene.listed = list(scene.texts)
         true = set(scene.texts)
         wrong = [row for row in scene.rows if row[1] in true]
         for row in wrong:
@@ -235,16 +248,17 @@ def _form_of(path: Path, content) -> tuple[str, list]:
     )
 
 
-def _rows_of(form: str, entry) -> tuple[str, list[tuple[str, str | None]], str | None]:
-    """One entry as (image name, [(text, negative)], split). Raises InputError naming the field."""
+def _rows_of(form: str, entry) -> tuple[str, list[tuple[str, str | None]], str | None, int]:
+    """One entry as (image name, [(text, negative)], split, how many of its texts say nothing and are left out). Raises
+    InputError naming the field."""
     if not isinstance(entry, dict):
         raise InputError(f"expected an object, found {type(entry).__name__}")
     split = entry.get("split")
     if form == "triplets":
         negative = _text(entry, "negative") if entry.get("negative") is not None else None
-        return _text(entry, "image_name"), [(_text(entry, "positive"), negative)], split
+        return _text(entry, "image_name"), [(_text(entry, "positive"), negative)], split, 0
     if form == "captions":
-        return _text(entry, "image"), [(_text(entry, "caption"), None)], split
+        return _text(entry, "image"), [(_text(entry, "caption"), None)], split, 0
     if form == "karpathy":
         sentences = entry.get("sentences")
         if not isinstance(sentences, list) or not sentences:
@@ -252,14 +266,25 @@ def _rows_of(form: str, entry) -> tuple[str, list[tuple[str, str | None]], str |
         name = _text(entry, "filename")
         name = str(Path(entry["filepath"]) / name) if isinstance(entry.get("filepath"), str) else name
         split = "train" if split == "restval" else split  # COCO's name for the extra training part
-        return name, [(_text(s if isinstance(s, dict) else {}, "raw"), None) for s in sentences], split
+        sentences = [s if isinstance(s, dict) else {} for s in sentences]
+        texts = [_text(s, "raw") for s in sentences if not _says_nothing(s.get("raw"))]
+        if not texts:
+            raise InputError("field 'sentences': none of them holds a word")
+        return name, [(text, None) for text in texts], split, len(sentences) - len(texts)
     captions = entry.get("captions")
-    if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions):
-        raise InputError("field 'captions': expected a list of texts, none of them empty")
-    texts = [_text({"captions": text}, "captions") for text in captions]
-    if isinstance(entry.get("zh_answer"), str) and entry["zh_answer"].strip():
-        texts.append(entry["zh_answer"].strip())
-    return _text(entry, "image"), [(text, None) for text in texts], split
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise InputError("field 'captions': expected a list of texts")
+    texts = [_text({"captions": text}, "captions") for text in captions if not _says_nothing(text)]
+    empty = len(captions) - len(texts)
+    if isinstance(entry.get("zh_answer"), str) and not _says_nothing(entry["zh_answer"]):
+        texts.append(_text(entry, "zh_answer"))
+    if not texts:
+        raise InputError("field 'captions': none of them holds a word")
+    return _text(entry, "image"), [(text, None) for text in texts], split, empty
+
+
+def _says_nothing(text) -> bool:
+    return isinstance(text, str) and not has_word(text)
 
 
 def _label(entry: dict) -> str | None:
@@ -275,7 +300,7 @@ def _text(entry: dict, name: str) -> str:
         raise InputError(f"field {name!r}: expected a text, found {type(value).__name__} {json.dumps(value)[:60]}")
     if not value.strip():
         raise InputError(f"field {name!r} is empty")
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if SURROGATE.search(value):
         raise InputError(f"field {name!r}: half of a surrogate pair, not a character: {value[:60]!a}")
     return value.strip()
 
@@ -304,6 +329,8 @@ class Question:
     id: str | None = None
     history: tuple[tuple[str, str], ...] = ()
     """Earlier turns of the same conversation, (question, answer) each."""
+    times: int = 1
+    """How often the file gives this answer to the image: a repeated caption counts as often among the references."""
 
 
 @dataclass
@@ -425,11 +452,20 @@ def image_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of images")
-    found = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and not any(part[0] == "." for part in path.relative_to(folder).parts)
-    ]
+
+    def refuse(error: OSError):  # what cannot be listed must not pass for what is gone
+        raise InputError(f"{error.filename}: the folder cannot be read: {error.strerror}") from None
+
+    found, visited = [], set()
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(where)
+        if real in visited:  # a link that leads back up
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [Path(where, name) for name in names if name[0] != "." and Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    found.sort()
     if not found:
         raise InputError(f"{folder}: no image in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return found
@@ -452,7 +488,8 @@ def captions_as_answers(scenes: list[Scene], prompt: str, prompt_zh: str) -> lis
         answers = []
         for text in filter(has_word, scene.texts):
             default, kind = (prompt_zh, "zh") if is_chinese(text) else (prompt, "en")
-            answers.append(Question(scene.prompts.get(text, default), text, kind))
+            times = max(1, scene.listed.count(text))
+            answers.append(Question(scene.prompts.get(text, default), text, kind, times=times))
         if answers:
             made.append(QuestionScene(scene.image, answers, scene.split))
     return made
@@ -479,24 +516,35 @@ def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None, r
     }
     splits: dict[str, list] = {"train": [], "val": [], "test": []}
     found = read(config.train_file, **options)
-    rejected, duplicates = found.rejected, found.duplicates
+    rejected, duplicates, left_out = found.rejected, found.duplicates, found.left_out
+    others: Counter = Counter()
     for scene in found.scenes:
-        if scene.split not in (None, "train", "val", "test"):
+        name = _split_of(scene, config)
+        if name == OTHER_TEST:
+            others[scene.split] += 1
+        elif name not in splits:
             raise InputError(
                 f"{config.train_file}: split {scene.split!r} of {scene.image}: expected train, val or test"
             )
-        splits[scene.split or "train"].append(scene)
+        else:
+            splits[name].append(scene)
     for name in ("val", "test"):
         if file := getattr(config, f"{name}_file"):
             found = read(file, **options)
             rejected, duplicates = rejected + found.rejected, duplicates + found.duplicates
-            own = [scene for scene in found.scenes if scene.split == name]
+            left_out = left_out + found.left_out
+            own = [scene for scene in found.scenes if scene.split and _split_of(scene, config) == name]
+            if own:
+                others.update(scene.split for scene in found.scenes if _split_of(scene, config) == OTHER_TEST)
             splits[name] = own or found.scenes
     if not splits["train"]:
         raise InputError(f"{config.train_file}: no row of split 'train'")
     if not splits["val"]:
-        order = random.Random(seed).sample(range(len(splits["train"])), len(splits["train"]))
-        held = set(order[: max(1, round(config.val_fraction * len(order)))])
+        groups = same_content([scene.image for scene in splits["train"]])  # copies of a picture go the same way
+        wanted, held = max(1, round(config.val_fraction * len(splits["train"]))), set()
+        for number in random.Random(seed).sample(range(len(groups)), len(groups)):
+            if len(held) < wanted:
+                held.update(groups[number])
         splits["val"] = [scene for i, scene in enumerate(splits["train"]) if i in held]
         splits["train"] = [scene for i, scene in enumerate(splits["train"]) if i not in held]
         if not splits["train"]:
@@ -516,31 +564,59 @@ def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None, r
             splits[name] = [scenes[i] for i in picked]
     if report:
         report.unlink(missing_ok=True)  # what an earlier start listed
-    list_rejected(report, rejected)
+    list_rejected(report, rejected + left_out)
+    if others:
+        found = ", ".join(f"{count} of {name}" for name, count in others.items())
+        print(
+            f"data: images of other test splits are left out ({found}); --test_split {next(iter(others))} scores those"
+        )
+    if left_out:
+        print(
+            f"data: texts without a word left out of {len(left_out)} rows" + (f", listed in {report}" if report else "")
+        )
     if rejected or duplicates:
         where = f", listed in {report}" if report and rejected else ""
         print(f"data: {len(rejected)} bad rows left out{where}; {duplicates} duplicate rows dropped")
     return splits
 
 
-def find_leaks(splits: dict[str, list[Scene]]) -> list[tuple[str, str, str, str]]:
-    """Images of one split that are in another too, by content: [(path, split, path, split)]."""
-    by_size: dict[int, list[tuple[str, str]]] = {}
-    for name, scenes in splits.items():
-        for scene in scenes:
-            by_size.setdefault(os.path.getsize(scene.image), []).append((scene.image, name))
-    leaks = []
-    for entries in by_size.values():  # only files of one length can be equal, so few are hashed
-        if len({split for _, split in entries}) < 2:
+OTHER_TEST = "other test"
+
+
+def _split_of(scene, config: DataConfig) -> str:
+    """Which of train, val and test a scene belongs to; RSVQA HR has two test splits, of which --test_split is scored."""
+    split = scene.split or "train"
+    if split == config.test_split:
+        return "test"
+    return OTHER_TEST if split.startswith("test") else split
+
+
+def same_content(paths: list[str]) -> list[list[int]]:
+    """Positions of files with the same bytes, together; in the order of the first of each."""
+    by_size: dict[int, list[int]] = {}
+    for i, path in enumerate(paths):
+        by_size.setdefault(os.path.getsize(path), []).append(i)
+    groups: list[list[int]] = []
+    for some in by_size.values():  # only files of one length can be equal, so few are hashed
+        if len(some) == 1:
+            groups.append(some)
             continue
-        first: dict[str, tuple[str, str]] = {}
-        for path, split in entries:
-            with open(path, "rb") as file:
+        found: dict[str, list[int]] = {}
+        for i in some:
+            with open(paths[i], "rb") as file:
                 digest = hashlib.file_digest(file, "blake2b").hexdigest() if hasattr(hashlib, "file_digest") else None
                 digest = digest or hashlib.blake2b(file.read()).hexdigest()  # Python 3.10
-            other = first.setdefault(digest, (path, split))
-            if other[1] != split:
-                leaks.append((*other, path, split))
+            found.setdefault(digest, []).append(i)
+        groups += found.values()
+    return sorted(groups)
+
+
+def find_leaks(splits: dict[str, list[Scene]]) -> list[tuple[str, str, str, str]]:
+    """Images of one split that are in another too, by content: [(path, split, path, split)]."""
+    listed = [(scene.image, name) for name, scenes in splits.items() for scene in scenes]
+    leaks = []
+    for first, *copies in same_content([path for path, _ in listed]):
+        leaks += [(*listed[first], *listed[copy]) for copy in copies if listed[copy][1] != listed[first][1]]
     return leaks
 
 
@@ -559,6 +635,13 @@ def image_settings(config: DataConfig) -> ImageSettings:
     )
 
 
+def _refuse_thin(rgb: np.ndarray) -> None:
+    """Qwen-VL's processor takes no picture longer than 200 times its width, and no model sees anything in one."""
+    height, width = rgb.shape[:2]
+    if max(height, width) > 200 * min(height, width):
+        raise ImageError(f"{width} x {height} pixels: longer than 200 times its width; cut it into pieces")
+
+
 class QwenResize:
     """Bring an RGB image to the size the Qwen-VL processor would, by the same Pillow resize.
 
@@ -575,6 +658,7 @@ class QwenResize:
         """(H, W, 3) uint8 -> (H', W', 3) uint8."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+        _refuse_thin(rgb)
         h, w = smart_resize(*rgb.shape[:2], self.factor, self.low, self.high)
         return np.asarray(Image.fromarray(rgb).resize((w, h), self.resample))
 
@@ -589,7 +673,10 @@ class SquareResize:
 
     def __call__(self, rgb: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> (S, S, 3) uint8."""
-        made = self.processor(images=[rgb], do_rescale=False, do_normalize=False)["pixel_values"][0]
+        _refuse_thin(rgb)
+        made = self.processor(
+            images=[rgb], do_rescale=False, do_normalize=False, input_data_format="channels_last"
+        )["pixel_values"][0]  # fmt: skip
         return np.ascontiguousarray(np.asarray(made).transpose(1, 2, 0))
 
 
@@ -613,7 +700,11 @@ class PixelStore:
                 return np.load(entry)
             except (OSError, ValueError, EOFError, zipfile.BadZipFile):
                 entry.unlink(missing_ok=True)  # cut short by a full disk: make it anew
-        pixels = self.resize(read_image(path, self.settings).rgb)
+        rgb = read_image(path, self.settings).rgb
+        try:
+            pixels = self.resize(rgb)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from None
         if entry is not None:
             entry.parent.mkdir(parents=True, exist_ok=True)
             temporary = entry.with_suffix(f".{os.getpid()}.{id(pixels)}.tmp")
@@ -690,6 +781,14 @@ def drop_unreadable(
     return kept
 
 
+def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without marks around it. Equal texts are split once: a million questions of RSVQA HR are few
+    different ones."""
+    known = list(dict.fromkeys(texts))
+    ids = dict(zip(known, tokenizer(known, add_special_tokens=False)["input_ids"])) if known else {}
+    return [ids[text] for text in texts]
+
+
 def drop_too_long(
     splits: dict[str, list[QuestionScene]], tokenizer, max_rejected: float, report: Path | None = None,
     **limits: tuple[str, int],
@@ -706,7 +805,7 @@ def drop_too_long(
             if (part == "answer" and name == "test") or not listed:
                 continue
             texts = [q.text if part == "question" else q.answer for q in listed]
-            for question, ids in zip(listed, tokenizer(texts, add_special_tokens=False)["input_ids"]):
+            for question, ids in zip(listed, token_ids(tokenizer, texts)):
                 if len(ids) > limit:
                     reasons.setdefault(id(question), f"{part} of {len(ids)} tokens: above {flag} {limit}")
         kept[name] = []
@@ -744,23 +843,27 @@ class FeatureStore:
         for shard in sorted(self.folder.glob("*.npz")):
             try:
                 with np.load(shard) as stored:
-                    table.update(zip(stored["keys"].tolist(), stored["features"]))
+                    table.update(zip(stored["digests"].tolist(), stored["features"]))
             except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
                 shard.unlink(missing_ok=True)  # cut short by a full disk: make it anew
-        missing = [key for key in dict.fromkeys(keys) if key not in table]
+        name_of = {key: hashlib.blake2b(key.encode(), digest_size=16).hexdigest() for key in dict.fromkeys(keys)}
+        missing = [key for key, name in name_of.items() if name not in table]
         made = [
             compute(missing[i : i + batch]) for i in tqdm(range(0, len(missing), batch), desc=desc, disable=not missing)
         ]
         if missing:
             features = np.concatenate(made)
-            table.update(zip(missing, features))
+            digests = [
+                name_of[key] for key in missing
+            ]  # a key may be a long text, and an array is as wide as its longest
+            table.update(zip(digests, features))
             self.folder.mkdir(parents=True, exist_ok=True)
-            name = hashlib.blake2b("\n".join(missing).encode(), digest_size=16).hexdigest()
+            name = hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest()
             temporary = self.folder / f"{name}.{os.getpid()}.tmp"
             with open(temporary, "wb") as file:
-                np.savez(file, keys=np.array(missing), features=features)
+                np.savez(file, digests=np.array(digests), features=features)
             os.replace(temporary, self.folder / f"{name}.npz")
-        return np.stack([table[key] for key in keys])
+        return np.stack([table[name_of[key]] for key in keys])
 
 
 class TokenStore:
@@ -971,10 +1074,10 @@ class ChatPrompt:
         """For each question its ids and how many at their end are to be predicted (0 without an answer)."""
         if not questions:
             return []
-        asked = self.tokenizer([question + self.after for question in questions], add_special_tokens=False)["input_ids"]
+        asked = token_ids(self.tokenizer, [question + self.after for question in questions])
         if answers is None:
             return [(np.array(ids), 0) for ids in asked]
-        said = self.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+        said = token_ids(self.tokenizer, answers)
         return [(np.array([*q, *a, self.end]), len(a) + 1) for q, a in zip(asked, said)]
 
 
@@ -1015,13 +1118,11 @@ class CaptionPrompt:
 
     def branches(self, prompts: list[str], captions: list[str] | None = None) -> list[tuple[np.ndarray, int]]:
         """For each prompt its ids, with those of its caption, and how many at their end are to be predicted."""
-        known = list(dict.fromkeys(prompts))
-        texts = [f"{self.before}{prompt}{self.after}" for prompt in known]
-        asked = dict(zip(known, self.tokenizer(texts, add_special_tokens=False)["input_ids"])) if known else {}
+        asked = token_ids(self.tokenizer, [f"{self.before}{prompt}{self.after}" for prompt in prompts])
         if captions is None:
-            return [(np.array(asked[prompt]), 0) for prompt in prompts]
-        said = self.tokenizer(list(captions), add_special_tokens=False)["input_ids"] if captions else []
-        return [(np.array([*asked[prompt], *ids, self.end]), len(ids) + 1) for prompt, ids in zip(prompts, said)]
+            return [(np.array(ids), 0) for ids in asked]
+        said = token_ids(self.tokenizer, captions)
+        return [(np.array([*q, *ids, self.end]), len(ids) + 1) for q, ids in zip(asked, said)]
 
 
 def split_work(prefixes: list[int], branches: list[list[int]], budget: int) -> list[list[tuple[int, list[int]]]]:

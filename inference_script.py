@@ -15,7 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from config import InputError, add_device_flags, user_errors
+from config import InputError, add_device_flags, refuse_unwritable, user_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -142,6 +142,8 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--json_output {args.json_output}: its folder does not exist")
     if args.json_output and Path(args.json_output).is_dir():
         raise InputError(f"--json_output {args.json_output}: is a folder, expected a file")
+    if args.json_output and args.json_output != "-":
+        refuse_unwritable(Path(args.json_output).resolve().parent, "--json_output: its folder")
 
     from transformers.utils import logging
 

@@ -52,8 +52,11 @@ def prompts_of(scenes: list[QuestionScene]) -> dict[str, str]:
 
 
 def in_language(scenes: list[QuestionScene], language: str) -> tuple[list[str], list[list[str]]]:
-    """(images, captions of each) of the scenes that have captions in a language."""
-    listed = [(scene.image, [q.answer for q in scene.questions if q.kind == language]) for scene in scenes]
+    """(images, captions of each, repeats too) of the scenes that have captions in a language."""
+    listed = [
+        (scene.image, [text for q in scene.questions if q.kind == language for text in [q.answer] * q.times])
+        for scene in scenes
+    ]
     listed = [(image, texts) for image, texts in listed if texts]
     return [image for image, _ in listed], [texts for _, texts in listed]
 

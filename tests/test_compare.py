@@ -248,6 +248,19 @@ def test_only_that_finds_nothing_says_so(call, world, tmp_path):
     assert "No samples." in (tmp_path / "report.html").read_text()
 
 
+def test_the_second_test_split_is_named_and_can_be_chosen(world):
+    rows = world.rows()
+    images = list(dict.fromkeys(str(scene.image) for scene in world.scenes()))
+    for row in rows:
+        row["split"] = "test" if Path(images[0]).name in json.dumps(row, ensure_ascii=False) else "test_phili"
+    path = world.root / "both.json"
+    path.write_text(json.dumps(rows))
+    scenes, line = compare_before_after.read_questions(str(path), image_root=None, max_rejected=0)
+    assert len(scenes) == 1 and "test split (--test_split test_phili takes that one)" in line
+    scenes, _ = compare_before_after.read_questions(str(path), image_root=None, max_rejected=0, test_split="test_phili")
+    assert len(scenes) == len(images) - 1
+
+
 def test_a_file_of_all_splits_gives_its_test_split(call, world, tmp_path):
     rows = world.rows()
     for i, row in enumerate(rows):

@@ -182,7 +182,74 @@ def test_scene_form_with_chinese_answer(folder):
     rows = [{"image": "a0.png", "captions": ["x", "y", "x"], "zh_answer": "农田"}]
     read = read_scenes(save(folder / "s.jsonl", "\n".join(json.dumps(row) for row in rows)))
     assert read.scenes[0].texts == ["x", "y", "农田"] and read.duplicates == 1
-    refused(lambda: read_scenes(save(folder / "s.json", [{"image": "a0.png", "captions": ["x", ""]}])), "'captions'")
+    assert read.scenes[0].listed == ["x", "y", "x", "农田"], "a repeat within an entry counts among the references"
+    refused(lambda: read_scenes(save(folder / "s.json", [{"image": "a0.png", "captions": ["...", ""]}])), "'captions'")
+    refused(lambda: read_scenes(save(folder / "s.json", [{"image": "a0.png", "captions": ["x", 1]}])), "'captions'")
+
+
+def test_a_sentence_without_a_word_costs_no_image(folder, capsys):
+    rows = [{"filename": f"a{i}.png", "sentences": [{"raw": "a farm"}, {"raw": text}, {"raw": "a farm"}]}
+            for i, text in enumerate(["", "...", "a field"])]  # fmt: skip
+    path = save(folder / "k.json", {"images": rows})
+    read = read_scenes(path)
+    assert [scene.texts for scene in read.scenes] == [["a farm"], ["a farm"], ["a farm", "a field"]]
+    assert [scene.listed.count("a farm") for scene in read.scenes] == [2, 2, 2]
+    assert not read.rejected and [bad.row for bad in read.left_out] == [0, 1]
+    answers = data.captions_as_answers(read.scenes, "Describe.", "描述。")
+    assert [(q.answer, q.times) for q in answers[2].questions] == [("a farm", 2), ("a field", 1)]
+    report = folder / "rejected.jsonl"
+    load_splits(DataConfig(train_file=str(path)), report=report)
+    assert "texts without a word left out of 2 rows" in capsys.readouterr().out
+    assert len(report.read_text().splitlines()) == 2
+
+
+def test_copies_of_a_picture_are_held_out_together(folder):
+    for i in range(10):
+        shutil.copy(folder / f"a{i}.png", folder / f"b{i}.png")
+    rows = [{"image": f"{name}{i}.png", "caption": "x"} for name in "ab" for i in range(10)]
+    path = save(folder / "c.json", rows)
+    for seed in range(5):
+        splits = load_splits(DataConfig(train_file=str(path), val_fraction=0.3), seed)
+        assert len(splits["val"]) == 6 and len(splits["train"]) == 14 and not find_leaks(splits)
+
+
+def test_a_second_test_split_is_said_and_can_be_chosen(folder, capsys):
+    rows = [{"image": f"a{i}.png", "caption": "x", "split": split}
+            for i, split in enumerate(["train", "train", "val", "test", "test_phili", "test_phili"])]  # fmt: skip
+    path = str(save(folder / "c.json", rows))
+    splits = load_splits(DataConfig(train_file=path))
+    assert len(splits["test"]) == 1 and "2 of test_phili); --test_split test_phili" in capsys.readouterr().out
+    for files in ({}, {"test_file": path}):
+        splits = load_splits(DataConfig(train_file=path, test_split="test_phili", **files))
+        assert [scene.split for scene in splits["test"]] == ["test_phili"] * 2 and len(splits["train"]) == 2
+
+
+def test_images_below_links_are_found_and_a_closed_folder_is_said(folder, monkeypatch):
+    (folder / "real").mkdir()
+    picture(folder / "real" / "c.png", 5)
+    (folder / "library").mkdir()
+    (folder / "library" / "2020").symlink_to(folder / "real")
+    (folder / "library" / "up").symlink_to(folder / "library")
+    (folder / "library" / "x.png").mkdir()
+    found = data.image_files(folder / "library")
+    assert found == [folder / "library" / "2020" / "c.png"]
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", closed)
+    refused(lambda: data.image_files(folder), "cannot be read: Permission denied")
+
+
+def test_equal_texts_are_split_into_tokens_once():
+    asked = []
+
+    def tokenizer(texts, add_special_tokens):
+        asked.extend(texts)
+        return {"input_ids": [[len(text)] for text in texts]}
+
+    assert data.token_ids(tokenizer, ["a", "bb", "a"]) == [[1], [2], [1]] and asked == ["a", "bb"]
+    assert data.token_ids(tokenizer, []) == []
 
 
 def test_language_filter(folder):
@@ -366,6 +433,33 @@ def test_prepare_reads_each_image_once_and_reports(folder, monkeypatch):
     assert list(bad) == [str(folder / "a1.png")] and "a1.png" in bad[str(folder / "a1.png")]
     monkeypatch.setattr(data, "read_image", None)  # all is kept: nothing is read again
     assert store.prepare([path for path in paths[:-1] if path not in bad]) == {}
+
+
+def test_a_long_text_does_not_widen_every_feature_on_disk(tmp_path):
+    keys = [f"text {i}" for i in range(500)] + ["x" * 20_000]
+    FeatureStore(tmp_path, "r").get(keys, lambda chunk: np.ones((len(chunk), 4), np.float32))
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.npz")) < 200_000
+
+
+@pytest.mark.parametrize("size", [(3000, 10), (1, 201)])
+def test_a_strip_of_a_picture_is_refused_by_name(processors, tmp_path, size):
+    path = picture(tmp_path / "thin.png", size=size)
+    for store in (PixelStore(QwenResize(processors[0]), ImageSettings()), clip_store(tmp_path)):
+        with pytest.raises(data.ImageError, match=r"thin\.png.*200 times its width"):
+            store[str(path)]
+
+
+def clip_store(folder):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return PixelStore(data.SquareResize(CLIPImageProcessorPil()), ImageSettings())
+
+
+@pytest.mark.parametrize("height", [1, 3])
+def test_a_picture_as_low_as_it_has_colours(tmp_path, height):
+    Image.new("RGB", (60, height), (200, 100, 20)).save(tmp_path / "low.png")
+    made = clip_store(tmp_path)[str(tmp_path / "low.png")]
+    assert made.shape == (224, 224, 3) and (made == (200, 100, 20)).all()
 
 
 def test_feature_store(tmp_path):

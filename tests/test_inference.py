@@ -198,7 +198,7 @@ def test_nothing_is_written_when_nothing_was_done(call, checkpoint, images, tmp_
     for folder, said in [(tmp_path / "none", "no model here"), (checkpoint.parent, "best_model")]:
         code, _, err = call("--json_input", tmp_path / "in.json", "--json_output", out, folder=folder)
         assert code == 2 and str(folder) in err and said in err and not out.exists()
-    for bad in (tmp_path / "no" / "out.json", tmp_path):
+    for bad in (tmp_path / "no" / "out.json", tmp_path, Path("/proc/out.json")):
         code, _, err = call("--json_input", tmp_path / "in.json", "--json_output", bad)
         assert code == 2 and "--json_output" in err
 

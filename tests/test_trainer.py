@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,7 +16,10 @@ from safetensors.torch import load_file
 import train_match
 import trainer as trainer_module
 from config import InputError, resolve_checkpoint
+from data import Scene
+from imagery import ImageSettings
 from model import DualEncoder
+from tests.conftest import draw
 from trainer import SceneTrainer, read_history
 
 ROOT = Path(__file__).parents[1]
@@ -277,6 +281,30 @@ def test_eval_only_scores_a_checkpoint_as_its_run_did(train, tmp_path):
         assert again[name] == pytest.approx(value), name
     kept = tmp_path / "other"
     assert json.loads((kept / "results.json").read_text())["trained"] == json.loads(json.dumps(again))
+
+
+def test_colours_know_no_word_of_the_test(tmp_path):
+    """A test text without a word of training used to end the run after hours, in the baseline."""
+    said = {"a": ["a farm"], "b": ["a field"], "c": ["helipad", "вертолёт"]}
+    scenes = [
+        Scene(str(draw(tmp_path / f"{name}.png", k, (20, 20), (60 * k, 90, 60))), texts, [(t, None) for t in texts])
+        for k, (name, texts) in enumerate(said.items())
+    ]
+    found = train_match.histogram_baseline(scenes[:2], scenes[2:], ImageSettings(), 0.2)
+    assert found["mR"] == 1.0  # of one image
+
+
+def test_repeated_captions_of_an_image_count_as_published():
+    """RSICD repeats sentences until an image has five: a table over them has five texts an image."""
+    scenes = [Scene("a", ["x", "y"], [], listed=["x", "x", "x", "y"]), Scene("b", ["z"], [], listed=["z", "z"])]
+    scenes += [Scene("c", ["w"], [])]
+    texts, rng = ["x", "y", "z", "w"], np.random.default_rng(0)
+    image, text = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in rng.standard_normal((2, 4, 8)))
+    found = train_match.score_scenes(image[:3], text, scenes, texts, 0.2)
+    plain = train_match.metrics.retrieval(image[:3], text[[0, 0, 0, 1, 2, 2, 3]], np.array([0, 0, 0, 0, 1, 1, 2]))
+    assert found["texts"] == 7
+    for name in ("i2t_R@1", "t2i_R@1", "mR"):
+        assert found[f"strict_{name}"] == pytest.approx(plain[name]), name
 
 
 # ----------------------------------------------------------------------------------------------------
