@@ -699,8 +699,9 @@ def refuse_unwritable(folder: str | Path, flag: str) -> None:
     """Refuse a folder that cannot be made or written into, before hours of work are to end in it. Leaves nothing behind.
     Raises InputError."""
     folder = Path(folder)
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing: list[Path] = []
     try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

@@ -593,21 +593,28 @@ def _split_of(scene, config: DataConfig) -> str:
 
 def same_content(paths: list[str]) -> list[list[int]]:
     """Positions of files with the same bytes, together; in the order of the first of each."""
-    by_size: dict[int, list[int]] = {}
-    for i, path in enumerate(paths):
-        by_size.setdefault(os.path.getsize(path), []).append(i)
-    groups: list[list[int]] = []
-    for some in by_size.values():  # only files of one length can be equal, so few are hashed
-        if len(some) == 1:
-            groups.append(some)
-            continue
-        found: dict[str, list[int]] = {}
-        for i in some:
-            with open(paths[i], "rb") as file:
-                digest = hashlib.file_digest(file, "blake2b").hexdigest() if hasattr(hashlib, "file_digest") else None
-                digest = digest or hashlib.blake2b(file.read()).hexdigest()  # Python 3.10
-            found.setdefault(digest, []).append(i)
-        groups += found.values()
+
+    def beginning(path):
+        with open(path, "rb") as file:
+            return hashlib.blake2b(file.read(1 << 16)).digest()
+
+    def whole(path):
+        digest = hashlib.blake2b()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.digest()
+
+    groups = [list(range(len(paths)))]
+    # Tiles of one size are as many bytes long, all of them: few differ only behind their beginning, and those are read.
+    for key in (os.path.getsize, beginning, whole):
+        finer: list[list[int]] = []
+        for group in groups:
+            found: dict = {}
+            for i in group:
+                found.setdefault(key(paths[i]) if len(group) > 1 else None, []).append(i)
+            finer += found.values()
+        groups = finer
     return sorted(groups)
 
 

@@ -25,7 +25,7 @@ from datetime import datetime
 import numpy as np
 import rasterio
 from PIL import Image, ImageOps
-from rasterio.enums import ColorInterp, Resampling
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_gcps
 from rasterio.warp import transform as warp_points
@@ -303,19 +303,25 @@ class _Raster:
         if max(out[0] * out[1], block) > limit or window[2] * window[3] / level**2 > limit * STREAM_FACTOR:
             raise _too_large(self.path, self.height, self.width, limit)
 
-    def read(self, bands, window, out, nodata=None, nearest=False):
+    def read(self, bands, window, out, settings, nearest=False):
         """Bands of `window` as `out` (H, W): data (C, H, W) in the file's type and mask (C, H, W), True for data."""
+        nodata = settings.nodata
+        # GDAL marks band 4 of 4 as alpha where nothing is said; a sensor with files of four bands measures in it.
+        _, layouts = SENSORS.get(settings.bands, (None, {}))
+        flags = self.src.mask_flag_enums
+        measured = len(self.colours) in layouts and any(MaskFlags.alpha in flags[band - 1] for band in bands)
         # Averaging is the honest way down, but the mean of two palette numbers is some third colour, and GDAL leaves
-        # out of a mean only what the file itself marks as missing.
-        nearest = nearest or self.palette or nodata is not None
+        # out of a mean just what the file itself marks as missing.
+        nearest = nearest or self.palette or nodata is not None or measured
         resampling = Resampling.nearest if nearest else Resampling.average
         with _guard(self.path):  # one call for pixels and mask: nodata tags, alpha bands, internal masks
             read = self.src.read(
-                list(bands), window=Window(*window), out_shape=(len(bands), *out), resampling=resampling, masked=True
-            )
+                list(bands), window=Window(*window), out_shape=(len(bands), *out), resampling=resampling,
+                masked=not measured,
+            )  # fmt: skip
             white_is_zero = self.src.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
             bits = int(self.src.tags(bands[0], ns="IMAGE_STRUCTURE").get("NBITS", 8))
-        data, mask = read.data, ~np.ma.getmaskarray(read)
+        data, mask = np.ma.getdata(read), ~np.ma.getmaskarray(read)
         if np.iscomplexobj(data):  # radar: show the amplitude
             data = np.abs(data)
         if data.dtype.kind == "f":
@@ -387,8 +393,9 @@ class _Photo:
                 self.alpha = image.getchannel("A")
             self.decoded = image.convert("L" if len(self.colours) == 1 else "RGB")
 
-    def read(self, bands, window, out, nodata=None, nearest=False):
+    def read(self, bands, window, out, settings, nearest=False):
         """As `_Raster.read`."""
+        nodata = settings.nodata
         if self.decoded is None:
             self._decode()
         c, r, w, h = window
@@ -415,7 +422,8 @@ def _open(path) -> _Raster | _Photo:
 
 def _too_large(path, height: int, width: int, limit: int) -> ImageError:
     what = f"{width} x {height} pixels would decode more than max_pixels={limit}"
-    return _error(path, what, "read windows of a tiled GeoTIFF with overviews, or raise max_pixels for a trusted file")
+    remedy = "or raise max_pixels (search.py index --max_pixels) for a trusted file"
+    return _error(path, what, f"read windows of a tiled GeoTIFF with overviews, {remedy}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -451,12 +459,13 @@ def _choose_bands(scene, settings: ImageSettings) -> tuple[int, ...]:
 def _named(names, codes, two_digits=False) -> tuple[int, int, int] | None:
     """Indexes of the bands described as red, green and blue, or by the sensor's numbers. With `two_digits` only as
     "B04", Sentinel-2's way: a bare "B4" is red on Landsat 8 and near infrared on Landsat 7."""
-    words = [set(re.split(r"[^a-z0-9]+", name.lower())) for name in names]
-    other = {"edge", "infra", "ir", "nir", "swir"}  # "red edge", "infra-red"
+    words = [set(re.findall(r"[a-z0-9]+", name.lower())) for name in names]
+    other = {"edge", "infra", "ir", "nir", "swir", "coastal"}  # "red edge", "infra-red", "coastal blue"
 
     def find(colour, code):
         spelt = {f"b{code:02d}"} | (set() if two_digits else {f"b{code}"}) if code else set()
-        hits = [i for i, w in enumerate(words) if w & spelt or (colour in w and not w & other)]
+        sure = [i for i, w in enumerate(words) if w & spelt or w == {colour}]  # "green", before PlanetScope's "green_i"
+        hits = sure or [i for i, w in enumerate(words) if colour in w and not w & other]
         return hits[0] + 1 if hits else None
 
     found = tuple(map(find, ("red", "green", "blue"), codes or (None,) * 3))
@@ -495,7 +504,7 @@ def _percentile_limits(path, mtime, size, bands, settings):
         samples = []  # (values, mask), each (C, n); nearest, so that the values are the file's own
         for window, shape in reads:
             scene.check(window, shape, settings.max_pixels)
-            pair = scene.read(bands, window, shape, settings.nodata, nearest=True)
+            pair = scene.read(bands, window, shape, settings, nearest=True)
             samples.append([part.reshape(len(part), -1) for part in pair])
     limits = []
     for values, mask in zip(*(np.concatenate(parts, axis=1) for parts in zip(*samples))):
@@ -557,6 +566,9 @@ def _footprint(crs, transform, window, acquired) -> Footprint:
     west, east = (lon - 360 * round(lon / 360) for lon in (west, east)) if east - west < 360 else (-180.0, 180.0)
     if west <= east and not west <= lons[0] <= east:  # no box without the centre: this one went around the Earth
         west, east = -180.0, 180.0
+    # Rounding takes a file of the whole Earth 1e-13 degrees past its ends.
+    west, east = (max(-180.0, min(lon, 180.0)) for lon in (west, east))
+    south, north, *lats = (max(-90.0, min(lat, 90.0)) for lat in (south, north, *lats))
     size = [_metres(lons[0], lats[0], lons[i], lats[i]) for i in (1, 2)]
     if crs.is_projected:
         # UTM's own scale error (0.04%) shall not turn 10 m into 9.996 m; Web Mercator's (a factor of 2 at 60
@@ -645,7 +657,7 @@ def _read(scene, settings, window, max_side) -> Picture:
     scene.check(box, out, settings.max_pixels)
     bands = _choose_bands(scene, settings)
     limits = _limits(scene, bands, settings)
-    data, mask = scene.read(bands, box, out, settings.nodata)
+    data, mask = scene.read(bands, box, out, settings)
     return Picture(
         rgb=_render(data, mask, limits),
         footprint=scene.footprint(box),

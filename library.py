@@ -46,6 +46,9 @@ TEMPLATES = {
     "zh": ("{}", "{}。", "{}的卫星影像。", "一幅{}的遥感图像。"),
 }
 CHANGE = 3.0  # spreads of the unchanged from which a change is one
+MIN_VALID = 0.5  # share of a tile that must hold data before it is compared with another date's
+# What is said of every hit, beside its attributes.
+RESULT = ("query", "rank", "score", "path", "window", "where", "time")
 CLASS_LISTS = Path(__file__).parent / "classes"
 NEIGHBOURS = 0.2  # share of the smaller of two tiles that the other covers, above which both show one place
 
@@ -77,6 +80,8 @@ class Plan:
     """Paths whose points are to be removed: gone, or changed since."""
     unchanged: int
     rejected: list[Rejected]
+    attributes: dict[str, dict[str, str]]
+    """{path: {name: value}} as given, or as the index knew them; those of files that cannot be read too."""
 
 
 def windows_of(height: int, width: int, tile: int, stride: int) -> list:
@@ -128,6 +133,8 @@ def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
     names = rows[0][1:]
     if bad := [name for name in names if not re.fullmatch(r"\w+", name)]:
         raise InputError(f"{path}: column {bad[0]!r}: expected one word of letters, digits and _")
+    if taken := [name for name in names if name in RESULT]:
+        raise InputError(f"{path}: column {taken[0]!r}: results have a field of that name already; rename the column")
     found = {}
     for number, row in enumerate(rows[1:], 2):
         if not row:
@@ -145,20 +152,26 @@ def plan_index(
     have. Raises InputError: no image below `root`, attributes of an image that is not there."""
     found = {path.relative_to(root).as_posix(): path for path in image_files(root)}
     if attributes is None:
-        kept = index.attributes() if index is not None else {}
+        kept = index.record.get("waiting", {}) | index.attributes() if index is not None else {}
         attributes = {name: values for name, values in kept.items() if name in found}
     if unknown := sorted(set(attributes) - set(found)):
         raise InputError(f"attributes: {len(unknown)} images are not below {root}, first {unknown[0]!r}")
     done = index.files() if index is not None else {}
-    partial: dict[str, tuple[str, set]] = {}  # files that a kill cut short: (hash, windows that are in)
+    partial: dict[str, tuple[str, int, set]] = {}  # files that a kill cut short: (hash, mtime, windows that are in)
     if index is not None and index.count():
-        for _, payload in index.scroll(payload=["path", "window", "hash"]):
+        for _, payload in index.scroll(payload=["path", "window", "hash", "mtime_ns"]):
             if payload["path"] not in done:
                 window = payload["window"] and tuple(payload["window"])
-                partial.setdefault(payload["path"], (payload["hash"], set()))[1].add(window)
+                known = (payload["hash"], payload["mtime_ns"], set())
+                partial.setdefault(payload["path"], known)[2].add(window)
 
     def examine(name):
         path = found[name]
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # neither JSON nor the index could hold it
+            shown = name.encode(errors="replace").decode()
+            return Rejected(shown, -1, f"{shown}: the name is not UTF-8; rename the file")
         try:
             stat = path.stat()
             mine = {"folder": name.rpartition("/")[0]} if "/" in name else {}
@@ -168,8 +181,8 @@ def plan_index(
             if old and old[:2] == (stat.st_size, stat.st_mtime_ns) and old[2].endswith(marks):
                 return None
             digest = f"{content_hash(path)}.{marks}"
-            if old and old[2] == digest:
-                return None  # only touched
+            if old and old[2] == digest and stat.st_size <= HASHED:
+                return None  # only touched; of a larger file the hash did not see every byte
             windows = windows_of(*image_size(path), tile, stride)
         except OSError as error:
             return Rejected(name, -1, f"{path}: cannot be read: {error.strerror}")
@@ -196,13 +209,14 @@ def plan_index(
         if file.path in done:
             stale.append(file.path)
         elif file.path in partial:
-            digest, windows = partial[file.path]
-            if digest == file.hash and windows <= set(file.windows):
+            digest, mtime, windows = partial[file.path]
+            same = digest == file.hash and (file.size <= HASHED or mtime == file.mtime_ns)
+            if same and windows <= set(file.windows):
                 # One is made again, so that there is a point to carry the mark of a finished file.
                 file.windows = [w for w in file.windows if w not in windows] + [next(iter(windows))]
             else:
                 stale.append(file.path)
-    return Plan(files, sorted(stale), results.count(None), rejected)
+    return Plan(files, sorted(stale), results.count(None), rejected, attributes)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -328,7 +342,9 @@ def index_library(
     index = plan = None
     if state.is_main_process:
         plan, index = _open_for_writing(model, root, location, about, attributes, moved)
-    plan = broadcast_object_list([plan])[0] if state.num_processes > 1 else plan
+        settings = ImageSettings.from_dict(index.record["image"])
+    if state.num_processes > 1:
+        plan, settings = broadcast_object_list([plan, settings])
     report = IndexReport(unchanged=plan.unchanged, rejected=plan.rejected)
     writer = _Writer(index, plan, report) if index is not None else None
     share = slice(state.process_index, None, state.num_processes)
@@ -389,7 +405,14 @@ def _open_for_writing(model, root, location, about, attributes, moved):
             raise InputError(f"{root}: none of its {len(plan.rejected)} images can be read: {reasons}") from None
         return plan, store.create(location, record=record, dim=model.settings.projection_dim)
     try:
-        index.check({"model": record["model"], **about})
+        # A limit of what is read, which changes no picture; the largest stays, for all that is in to be shown again.
+        known = index.record.get("image", {})
+        most = max(about["image"]["max_pixels"], known.get("max_pixels", 0))
+        index.check(
+            {"model": record["model"], **about, "image": about["image"] | {"max_pixels": known.get("max_pixels")}}
+        )
+        if most != known["max_pixels"]:
+            index.annotate(image=known | {"max_pixels": most})
         if index.record.get("library") != record["library"]:
             if not moved:
                 raise InputError(
@@ -457,6 +480,14 @@ class _Writer:
         broken = {self.plan.files[number].path: reason for number, reason in self.broken.items()}
         self.report.rejected += [Rejected(path, -1, reason) for path, reason in sorted(broken.items())]
         self.report.removed += len(self.stale - set(broken))
+        # Attributes live on the points, and these files have none; written before their points go.
+        waiting = {}
+        for bad in self.report.rejected:
+            known = self.plan.attributes.get(bad.file, {})
+            if known := {name: value for name, value in known.items() if name != "folder"}:
+                waiting[bad.file] = known
+        if waiting != self.index.record.get("waiting", {}):
+            self.index.annotate(waiting=waiting)
         self.index.remove(path=sorted({*self.stale, *broken}))
 
 
@@ -472,7 +503,9 @@ def read_classes(source: str) -> dict[str, list[str]]:
     if path.suffix.lower() == ".json":
         content = load_json(path)
         if isinstance(content, list):
-            content = {label: label for label in content if isinstance(label, str)}
+            if strange := [label for label in content if not isinstance(label, str)]:
+                raise InputError(f"{path}: expected a list of labels, each a text, found {strange[0]!r} in it")
+            content = {label: label for label in content}
         found = {}
         for label, phrases in content.items() if isinstance(content, dict) else ():
             phrases = [phrases] if isinstance(phrases, str) else phrases
@@ -604,8 +637,9 @@ class Library:
 
     def picture(self, payload: dict, max_side: int | None = None) -> np.ndarray:
         """(H, W, 3) uint8 of a hit, stretched as it was indexed. Raises ImageError."""
-        path = (self.root / payload["path"]).resolve()
-        if not path.is_relative_to(self.root.resolve()):  # a record on a shared server may say anything
+        root = os.path.abspath(self.root)
+        path = Path(os.path.normpath(os.path.join(root, payload["path"])))  # the name alone: the library may hold links
+        if not path.is_relative_to(root):  # a record on a shared server may say anything
             raise ImageError(f"{payload['path']}: is not below the library {self.root}")
         return read_image(path, self.settings, window=payload["window"], max_side=max_side).rgb
 
@@ -637,12 +671,17 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 def same_place(a: dict, b: dict) -> bool:
     """Whether two points show one place at one time: windows of one file, or footprints, of which the smaller is covered by
-    more than NEIGHBOURS."""
+    more than NEIGHBOURS. Files without a time are of one time where they are in one folder."""
     if a["path"] == b["path"]:
         if a["window"] is None or b["window"] is None:
             return True
         boxes = [(c, r, c + w, r + h) for c, r, w, h in (a["window"], b["window"])]
-    elif a["footprint"] and b["footprint"] and a["time"] == b["time"]:
+    elif (
+        a["footprint"]
+        and b["footprint"]
+        and a["time"] == b["time"]
+        and (a["time"] or a["path"].rpartition("/")[0] == b["path"].rpartition("/")[0])
+    ):
         boxes = []
         for west, south, east, north in (a["footprint"], b["footprint"]):
             boxes.append((west, south, east + 360 * (east < west), north))
@@ -673,7 +712,7 @@ def result_row(rank: int, hit: Hit) -> dict:
     return {
         "rank": rank, "score": round(hit.score, 4), "path": payload["path"],
         "window": payload["window"] and ",".join(map(str, payload["window"])), "where": where, "time": payload["time"],
-        **payload["attributes"],
+        **{name: value for name, value in payload["attributes"].items() if name not in RESULT},
     }  # fmt: skip
 
 
@@ -729,6 +768,22 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
     for name, payloads, used in (("before", first, i), ("after", second, j)):
         if len(used) < len(payloads):
             notes.append(f"{name}: {len(payloads) - len(used)} of {len(payloads)} places have no counterpart, left out")
+    valid = [np.array([p["extra"].get("valid", 1) for p in side]) for side in (first, second)]
+    empty = {"before": valid[0][i] < MIN_VALID, "after": valid[1][j] < MIN_VALID}
+    for name, side in empty.items():
+        if side.any():
+            notes.append(
+                f"{name}: {int(side.sum())} of {len(side)} matched places hold data on less than {MIN_VALID:.0%} of their"
+                " area, left out"
+            )
+    kept = ~(empty["before"] | empty["after"])
+    if not kept.any():
+        raise InputError(f"none of the matched places can be compared: {'; '.join(notes)}")
+    found, i, j = [pair for pair, good in zip(found, kept) if good], i[kept], j[kept]
+    ours, theirs = before.settings.to_dict(), after.settings.to_dict()
+    if other := [name for name in ours if name != "max_pixels" and ours[name] != theirs[name]]:
+        listed = ", ".join(f"{name} {ours[name]} and {theirs[name]}" for name in other)
+        notes.append(f"the two indexes differ in how they show pictures ({listed}): part of the change may be that")
     sizes = [np.array([np.hypot(*p["extra"]["pixel_size_m"]) for p in side]) for side in (first, second)]
     ratio = sizes[1][j] / sizes[0][i]
     if (off := np.abs(np.log(ratio)) > np.log(1.25)).any():

@@ -13,18 +13,22 @@ scenes and the matcher of `make demo`. Exit code 0: done; 1: done, but some imag
 """
 
 import argparse
+import colorsys
 import csv
 import html
 import io
 import json
 import os
+import re
 import sys
 from collections import Counter
+from datetime import timedelta, timezone
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 
-from config import InputError, add_device_flags, read_lines, refuse_outside, user_errors
+from config import InputError, add_device_flags, read_lines, refuse_outside, refuse_unwritable, user_errors
 
 MODEL = "lcybuaa/Git-RSCLIP"
 DEMO = {
@@ -83,6 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--stretch", choices=["auto", "percentile", "reflectance", "none"], help="how values become 8 bits"
     )
     make.add_argument("--nodata", type=float, help="value without data that a file does not tag")
+    make.add_argument(
+        "--max_pixels",
+        type=int,
+        help="most pixels of a trusted file decoded at once (default: 67 million); an index keeps the largest it was given",
+    )
     make.add_argument(
         "--attributes",
         metavar="CSV",
@@ -170,26 +179,38 @@ def open_library(args, location: str | None = None, encoder=None):
 
 def filter_of(args):
     """The `store.Filter` of the flags, or None."""
-    from store import Filter, attributes_of
+    from store import DAY, Filter, attributes_of, moment
 
     attributes = attributes_of(args.where)
-    if args.start and args.end and args.start > args.end:
+    first, last = (
+        text and (made if (made := moment(text, flag)).tzinfo else made.replace(tzinfo=timezone.utc))
+        for flag, text in (("--from", args.start), ("--to", args.end))
+    )
+    if last and re.fullmatch(DAY, args.end):
+        last += timedelta(days=1, microseconds=-1)  # a date means to the end of that day
+    if first and last and first > last:
         raise InputError(f"--from {args.start} is after --to {args.end}")
     made = Filter(bbox=args.bbox and tuple(args.bbox), start=args.start, end=args.end, attributes=attributes)
     return None if made == Filter() else made
 
 
 def output_folder(path: str) -> Path:
-    out = Path(path)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: is a file, expected a folder")
-    return out
+    refuse_unwritable(path, "--out")
+    return Path(path)
+
+
+def refuse_unwritable_file(target: str | None, flag: str) -> None:
+    """Refuse a file that could not be written, before the work that is to end in it. Raises InputError."""
+    if target and target != "-":
+        if Path(target).is_dir():
+            raise InputError(f"{flag} {target}: is a folder, expected a file")
+        refuse_unwritable(Path(target).parent, flag)
 
 
 def csv_text(rows: list[dict]) -> str:
-    """Rows as CSV with the first one's keys as header."""
+    """Rows as CSV; the header is the keys of all of them, and what a row lacks stays empty."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
@@ -229,6 +250,9 @@ def run_index(args) -> int:
 
     if not Path(args.library).is_dir():
         raise InputError(f"{args.library}: no such folder of images")
+    server = args.store.lower().startswith(("http://", "https://"))
+    if not server and os.environ.get("RANK", "0") == "0":
+        refuse_unwritable(args.store, "--store")
     attributes = read_attributes(args.attributes) if args.attributes else None
     if args.model is None:
         args.model = recorded_model(args.store) or (DEMO["model"] if args.preset == "demo" else MODEL)
@@ -238,7 +262,8 @@ def run_index(args) -> int:
     if state.num_processes > 1:
         device = str(state.device)
     model = DualEncoder.from_pretrained(args.model, base_model=args.base_model, device=device, dtype=dtype)
-    changed = {name: getattr(args, name) for name in ("bands", "stretch", "nodata") if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in ("bands", "stretch", "nodata", "max_pixels")}
+    changed = {name: value for name, value in given.items() if value is not None}
     settings = ImageSettings.from_dict(model.settings.images | changed)
     report = index_library(
         model, args.library, args.store, tile=args.tile, stride=stride, settings=settings, attributes=attributes,
@@ -254,10 +279,11 @@ def run_index(args) -> int:
     )
     if report.empty:
         print(f"{report.empty} tiles without data left out")
+    listed = Path(args.store) / "rejected.jsonl"
+    if server:  # in the current folder, under a name that is nobody else's
+        listed = Path(f"{urlsplit(args.store).path.rstrip('/').rpartition('/')[2]}.rejected.jsonl")
+    listed.unlink(missing_ok=True)  # an earlier run's
     if report.rejected:
-        store_is_folder = Path(args.store).is_dir()
-        listed = Path(args.store) / "rejected.jsonl" if store_is_folder else Path("rejected.jsonl")
-        listed.unlink(missing_ok=True)
         list_rejected(listed, report.rejected)
         print(f"{len(report.rejected)} files could not be read, listed in {listed}:", file=sys.stderr)
         for bad in report.rejected[:3]:
@@ -291,6 +317,8 @@ def run_query(args) -> int:
     if any(not words.strip() for words in [*args.words, *args.without]):
         raise InputError("query: an empty text")
     limit = filter_of(args)
+    for flag in ("json", "csv", "geojson", "sheet"):
+        refuse_unwritable_file(getattr(args, flag), f"--{flag}")
     from imagery import read_image
     from library import geojson, result_row
     from report import contact_sheet, table_text
@@ -313,9 +341,7 @@ def run_query(args) -> int:
             results.append((title, hits))
         if not any(hits for _, hits in results):
             print("nothing found: no image of the index passes the filters", file=sys.stderr)
-        rows = [
-            {"query": title, **result_row(rank, hit)} for title, hits in results for rank, hit in enumerate(hits, 1)
-        ]
+        rows = [{"query": title} | result_row(rank, hit) for title, hits in results for rank, hit in enumerate(hits, 1)]
         quiet = "-" in (args.json, args.csv, args.geojson)
         if not quiet:
             columns = {
@@ -515,7 +541,8 @@ def run_monitor(args) -> int:
                     {"query": query, "change": round(float(z[q, n]), 2), "before": round(float(first[q, n]), 4),
                      "after": round(float(second[q, n]), 4), "is_change": bool(abs(z[q, n]) >= threshold),
                      "path_before": a["path"], "path_after": b["path"], "window": a["window"] and ",".join(map(str, a["window"])),
-                     "time_before": a["time"], "time_after": b["time"], "pair": int(n)}
+                     "time_before": a["time"], "time_after": b["time"], "valid_before": a["extra"].get("valid", 1),
+                     "valid_after": b["extra"].get("valid", 1), "pair": int(n)}
                 )  # fmt: skip
         summary = []
         for q, query in enumerate(queries):
@@ -570,6 +597,21 @@ def pairs_html(rows: list[dict], pairs, before, after) -> str:
 # landuse
 
 
+def palette(number: int) -> list[str]:
+    """That many different colours: PALETTE, then of many hues and lightnesses each time the one farthest from all before."""
+    made = [[int(colour[k : k + 2], 16) for k in (1, 3, 5)] for colour in PALETTE[:number]]
+    if number > len(PALETTE):
+        hues = max(36, number)
+        tones = [(0.3, 0.9), (0.4, 0.5), (0.5, 0.9), (0.6, 0.5), (0.7, 0.9), (0.8, 0.6)]  # lightness, saturation
+        pool = np.array([colorsys.hls_to_rgb(n / hues, *tone) for n in range(hues) for tone in tones])
+        pool = np.rint(255 * pool).astype(int)
+        near = np.min([((pool - colour) ** 2).sum(1) for colour in made], axis=0)
+        while len(made) < number:
+            made.append(pool[near.argmax()].tolist())
+            near = np.minimum(near, ((pool - made[-1]) ** 2).sum(1))
+    return ["#{:02x}{:02x}{:02x}".format(*colour) for colour in made]
+
+
 def run_landuse(args) -> int:
     """Shares of classes over a library: of its images, and of the ground they cover in square kilometres, where
     overlapping tiles count once; map, chart and table, also by region."""
@@ -584,6 +626,9 @@ def run_landuse(args) -> int:
     classes = read_classes(args.classes)
     labels = list(classes)
     regions = read_regions(args.regions) if args.regions else []
+    for name in ("region", "all"):  # columns of the table by region
+        if regions and name in labels:
+            raise InputError(f"--classes {args.classes}: a class named {name!r} does not go with --regions; rename it")
     with open_library(args) as library:
         payloads, vectors = library.everything(limit)
         if not payloads:
@@ -616,6 +661,8 @@ def run_landuse(args) -> int:
     notes = [f"{len(payloads)} images or tiles, {total:.3f} km2 of ground"]
     if len(placed) < len(payloads):
         notes.append(f"{len(payloads) - len(placed)} of them have no georeference: they count as images, not as area")
+    if partly := sum(payloads[n]["extra"].get("valid", 1) < 0.9 for n in placed):
+        notes.append(f"{partly} tiles hold data on less than 90% of their area, which is counted whole")
     print("; ".join(notes))
     by_region = [
         {
@@ -629,7 +676,7 @@ def run_landuse(args) -> int:
     region_heads = {"region": "region", **{label: label for label in used}, "all": "all"}
     if by_region:
         print(f"\nkm2 by region\n{table_text(by_region, region_heads)}")
-    colours = {label: PALETTE[n % len(PALETTE)] for n, label in enumerate(labels)}
+    colours = dict(zip(labels, palette(len(labels))))
     shares = shares_figure(counts, land.areas if placed else None, colours, out / "shares.png")
     sections = [
         (
@@ -652,7 +699,8 @@ def run_landuse(args) -> int:
     write_atomic(out / "landuse.csv", csv_text(rows))
     write_json(out / "landuse.json", {"classes": rows, "regions": by_region, "notes": notes})
     page("Land use", sections, out / "index.html", args.store)
-    print(f"-> {out / 'index.html'}, landuse.csv, landuse.geojson, map.png, shares.png", file=sys.stderr)
+    drawings = "map.png, shares.png" if placed else "shares.png"
+    print(f"-> {out / 'index.html'}, landuse.csv, landuse.geojson, {drawings}", file=sys.stderr)
     return 0
 
 

@@ -48,8 +48,10 @@ EF_FILTERED = 96  # with ACORN, under a box of 20% and a time span of 30%: recal
 GRAPH_FROM_KB = 10_000  # fewer vectors than this (5000 of 512) are scanned: under 2 ms, and exact
 SCAN_BELOW_KB = 20_000  # what a filter leaves is scanned too, below about 10,000 of 512
 # A scan too, where the engine guesses that a filter leaves fewer points: a box of 5% (guess 1,600, true 5,000) takes 9 ms at
-# a recall of 1.000, the walk 8 ms at 0.98. Most of both is the filter.
-SCAN_FEW = 2000
+# a recall of 1.000, the walk 8 ms at 0.98; a box of 20% with a time span (guess 3,100, true 6,000) 12 ms, the walk 11 ms at
+# 0.97. Most of all four is the filter.
+SCAN_FEW = 6000
+GROWS_FROM = 100_000  # points; above, EF, EF_FILTERED and SCAN_FEW grow with the square root of the index's size
 RIM = 1e-3  # degrees; see `_inside`
 DAY = r"\d{4}-\d\d-\d\d"
 PAGE = 10_000  # points a scroll reads at once
@@ -107,8 +109,8 @@ class Point:
         if self.last:
             payload["last"] = 1  # Edge 0.9 matches no booleans
         if self.time is not None:
-            moment = _moment(self.time, what).isoformat()
-            payload["time"] = self.time if re.fullmatch(DAY, self.time) else moment  # forms the engine reads too
+            exact = moment(self.time, what).isoformat()
+            payload["time"] = self.time if re.fullmatch(DAY, self.time) else exact  # forms the engine reads too
         for name, value in self.attributes.items():
             if not re.fullmatch(r"\w+", name) or not isinstance(value, str):
                 raise InputError(f"{what}: attribute {name}={value!r}; expected a word and a text")
@@ -181,7 +183,7 @@ def _inside(lon: float, lat: float, rim: float) -> dict:
     return {"lon": max(rim - 180, min(lon, 180 - rim)), "lat": max(rim - 90, min(lat, 90 - rim))}
 
 
-def _moment(text: str, what: str) -> datetime:
+def moment(text: str, what: str) -> datetime:
     try:  # Python 3.10 knows no Z
         return datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
     except (TypeError, ValueError):
@@ -257,6 +259,8 @@ class Store:
     """What `create` was given."""
     dim: int
     """D, the length of a vector."""
+    _points: int | None = None
+    """How many there are, once counted; None after a change."""
 
     def __enter__(self):
         return self
@@ -311,6 +315,7 @@ class Store:
                 self._index(f"attributes.{name}", "keyword")
                 self._attributes.add(name)
             self._write([point.id for point in points], matrix, payloads)
+        self._points = None
 
     def remove(self, ids: Iterable[str] | None = None, *, path: str | list[str] | None = None) -> None:
         """Remove points by id, or all of a file or of several. Unknown ones are no error. A call takes 0.5 s at 100,000
@@ -321,6 +326,7 @@ class Store:
         if what:
             with self._errors():
                 self._delete(what if path is None else self._filter(Filter(path=what)))
+            self._points = None
 
     def files(self) -> dict[str, tuple[int, int, str]]:
         """{path: (bytes, mtime_ns, hash)} of every file whose last tile is in: what a second run need not read again.
@@ -383,9 +389,16 @@ class Store:
             return []
         with self._errors():
             limit = self._filter(filter)
-            ef = max(k, ef or (EF if limit is None else EF_FILTERED))
+            ef = max(k, ef or round((EF if limit is None else EF_FILTERED) * self._growth()))
             found = self._search(queries, k, limit, exact, ef, with_payload)
         return found if vectors.ndim == 2 else found[0]
+
+    def _growth(self) -> float:
+        """How much more than in an index of GROWS_FROM points is looked at: with the numbers of 100,000 points, recall@10 at
+        1,000,000 was 0.90 (docs/results.md)."""
+        if self._points is None:
+            self._points = self._count(None)
+        return max(1.0, self._points / GROWS_FROM) ** 0.5
 
     def recall(self, queries, k: int = 10, *, filter: Filter | None = None, ef: int | None = None) -> float:
         """Share, 0 to 1, of the k exact nearest that the graph finds, over queries (Q, D)."""
@@ -422,11 +435,14 @@ class Store:
         if filter.start is not None or filter.end is not None:
             limits = {}
             if filter.start is not None:
-                limits["gte"] = _moment(filter.start, "start").isoformat()
+                limits["gte"] = moment(filter.start, "start").isoformat()
             if filter.end is not None:
-                end = _moment(filter.end, "end")
+                end = moment(filter.end, "end")
                 day = re.fullmatch(DAY, filter.end)
-                limits |= {"lt": (end + timedelta(days=1)).isoformat()} if day else {"lte": end.isoformat()}
+                if day and end.year < 9999:  # the calendar's last day has no next one, and nothing is later
+                    limits["lt"] = (end + timedelta(days=1)).isoformat()
+                elif not day:
+                    limits["lte"] = end.isoformat()
             must.append(between("time", self._date_range, **limits))
         if filter.bbox is not None:
             west, south, east, north = _box(filter.bbox, "bbox")
@@ -500,7 +516,10 @@ class _Edge(Store):
                 what = "an index already" if header.exists() else "no empty folder"
                 raise InputError(f"{folder}: is {what}; give another --store, or remove it first")
             shutil.rmtree(shard, ignore_errors=True)  # a `create` that was killed: index.json is written last
-            shard.mkdir(parents=True)
+            try:
+                shard.mkdir(parents=True)
+            except OSError as error:
+                raise InputError(f"{folder}: cannot be made ({error.strerror}); give another --store") from None
             self._shard = self._start(lambda: m.EdgeShard.create(str(shard), _edge_config(m, create["dim"])))
             for name, kind in INDEXED.items():
                 self._index(name, kind)
@@ -611,7 +630,7 @@ class _Edge(Store):
 
     def _search(self, queries, k, filter, exact, ef, with_payload):
         if filter and not exact:
-            exact = self._shard.count(self._m.CountRequest(exact=False, filter=filter)) < SCAN_FEW
+            exact = self._shard.count(self._m.CountRequest(exact=False, filter=filter)) < SCAN_FEW * self._growth()
         more = {"limit": k, "filter": filter, "params": self._params(filter, exact, ef), "with_payload": with_payload}
         requests = [self._m.QueryRequest(query=self._m.Query.Nearest(query), **more) for query in queries]
         found = self._shard.query_batch(self._m.QueryBatchRequest(requests))

@@ -271,12 +271,13 @@ class Page:
     def without_paths(self, text: str) -> str:
         """A message without the paths of our indexes and images, which are no visitor's business."""
         for opened in (self.library, self.after):
-            for path in (opened.index.location, opened.root.resolve(), opened.root.absolute()) if opened else ():
+            for path in (opened.index.location, opened.root.resolve(), os.path.abspath(opened.root)) if opened else ():
                 text = text.replace(str(path), Path(path).name or str(path))
         return text
 
     def keep(self, name: str, content: str) -> str:
         """The path of a new file for a visitor to download; files of an hour ago are dropped."""
+        self.folder.mkdir(parents=True, exist_ok=True)  # what cleans /tmp may have taken it
         for old in self.folder.iterdir():
             if old.stat().st_mtime < time.time() - 3600:
                 shutil.rmtree(old, ignore_errors=True)

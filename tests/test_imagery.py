@@ -317,6 +317,10 @@ def test_auto_bands(tmp_path):
     words = ["Red Edge 1", "near infra-red", "Blue", "Green band", "Band 4 (Red)"]
     assert bands_of(tmp_path, 5, names=words) == (5, 4, 3)
     # A bare B4 is red on Landsat 8, near infrared on Landsat 7: auto does not guess, a sensor knows.
+    planet = ["coastal_blue", "blue", "green_i", "green", "yellow", "red", "rededge", "nir"]
+    assert bands_of(tmp_path, 8, names=planet) == (6, 4, 2)
+    worldview = ["Coastal Blue", "Blue", "Green", "Yellow", "Red", "Red Edge", "NIR1", "NIR2"]
+    assert bands_of(tmp_path, 8, names=worldview) == (5, 3, 2)
     landsat = ["SR_B1", "SR_B2", "SR_B3", "SR_B4", "SR_B5"]
     assert bands_of(tmp_path, 5, names=landsat) == (1, 2, 3)
     assert bands_of(tmp_path, 5, "landsat8", names=landsat) == (4, 3, 2)
@@ -344,6 +348,22 @@ def test_auto_bands(tmp_path):
 )
 def test_chosen_bands(tmp_path, settings, count, expected):
     assert bands_of(tmp_path, count, settings) == expected
+
+
+def test_the_fourth_band_of_a_sensor_is_no_mask(tmp_path):
+    data = np.full((4, 8, 8), 90, np.uint8)
+    data[3, :, :4] = 0  # near infrared over water
+    path = write_tif(tmp_path / "rgbn.tif", data)
+    assert rasterio.open(path).colorinterp[3] == ColorInterp.alpha, "what GDAL makes of it where nothing is said"
+    for side in (None, 4):
+        picture = read_image(path, ImageSettings(bands="naip"), max_side=side)
+        assert picture.valid == 1 and (picture.rgb == 90).all()
+    assert read_image(path).valid == read_image(path, ImageSettings(bands="rgb")).valid == 0.5
+    data[:3, :2] = 0
+    path = write_tif(tmp_path / "tagged.tif", data, nodata=0)
+    assert read_image(path, ImageSettings(bands="naip")).valid == 0.75
+    path = write_tif(tmp_path / "masked.tif", data, mask=np.eye(8) > 0)
+    assert read_image(path, ImageSettings(bands="naip")).valid == 0.125
 
 
 @pytest.mark.parametrize("settings, count", [("sentinel2", 3), ("4,3,2", 3), ("rgb", 2), ("9", 1)])
@@ -641,6 +661,17 @@ def test_the_whole_earth_and_the_pole(tmp_path, crs, left, top, step, box):
         assert np.ptp([lon for lon, _ in place.polygon]) == pytest.approx(360, abs=1e-3)
 
 
+def test_rounding_takes_no_box_off_the_earth(tmp_path):
+    step = 0.166666666666667  # 1080 of them are 180.00000000000036
+    where = dict(crs="EPSG:4326", transform=from_origin(-180, 90, step, step), sparse_ok=True)
+    path = write_tif(tmp_path / "a.tif", np.zeros((1, 1080, 2160), np.uint8), **where)
+    place = read_image(path, max_side=8).footprint
+    assert place.lonlat_bounds == (-180, -90, 180, 90)
+    assert max(abs(lat) for _, lat in place.polygon) == 90
+    place = read_image(path, window=(1800, 900, 360, 180)).footprint
+    assert place.lonlat_bounds[1] == -90 and -180 <= place.lonlat_bounds[2] <= 180
+
+
 def test_no_place_is_no_error(tmp_path):
     data = np.zeros((1, 10, 10), np.uint8)
     local = 'LOCAL_CS["site",UNIT["metre",1]]'
@@ -755,7 +786,7 @@ def test_max_pixels_counts_what_is_decoded(tmp_path):
     small = ImageSettings(max_pixels=128 * 128)
     assert read_image(path, small, window=(100, 100, 128, 128)).rgb.shape == (128, 128, 3)
     assert read_image(path, small, max_side=64).rgb.shape == (64, 64, 3)  # streams through 16 x max_pixels
-    with pytest.raises(ImageError, match="max_pixels=16384"):
+    with pytest.raises(ImageError, match=r"max_pixels=16384.*search\.py index --max_pixels"):
         read_image(path, small)
     with pytest.raises(ImageError, match="max_pixels=16383"):
         read_image(path, ImageSettings(max_pixels=128 * 128 - 1), max_side=64)  # not even one tile

@@ -16,6 +16,7 @@ from PIL import Image
 from rasterio.transform import from_origin
 from rasterio.warp import transform_bounds
 
+import library as module
 import store
 from config import InputError
 from imagery import ImageSettings, read_image, tile_windows
@@ -27,6 +28,7 @@ from library import (
     match_places,
     read_attributes,
     read_classes,
+    result_row,
     same_place,
     time_in_name,
     unit,
@@ -175,6 +177,26 @@ def test_second_run_changes_only_what_changed(model, folder, tmp_path, monkeypat
     assert not any(path == "large.tif" for path, _ in contents(tmp_path / "x"))
 
 
+def test_a_name_that_is_not_utf8_is_rejected(model, folder, tmp_path):
+    shutil.copy(folder / "large.tif", os.fsencode(folder) + b"/caf\xe9.tif")
+    report = index_library(model, folder, tmp_path / "x", **SMALL)
+    assert [bad.file for bad in report.rejected] == ["broken.jpg", "caf?.tif"] and report.files == 5
+    assert report.rejected[1].reason == "caf?.tif: the name is not UTF-8; rename the file"
+
+
+def test_a_large_file_with_a_new_time_is_read_again(model, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "HASHED", 1 << 20)
+    for name, size in (("a", 700), ("b", 500)):  # 1.5 MB, of which one piece of 1 MiB is hashed, and 0.75 MB
+        path = write_tif(tmp_path / "library" / f"{name}.tif", size, size, seed=1)
+    index_library(model, folder, tmp_path / "x", **SMALL)
+    with (folder / "a.tif").open("r+b") as file:
+        file.seek(1_300_000)
+        file.write(bytes(1000))
+    path.touch()
+    report = index_library(model, folder, tmp_path / "x", **SMALL)
+    assert (report.updated, report.unchanged) == (1, 6)
+
+
 def test_workers_make_the_same_index(model, folder, tmp_path):
     index_library(model, folder, tmp_path / "one", **SMALL)
     index_library(model, folder, tmp_path / "two", **(SMALL | {"workers": 2, "batch_size": 5}))
@@ -287,13 +309,48 @@ def test_attributes(model, folder, tmp_path):
     assert kept == {"test", "train", None}
     assert index_library(model, folder, tmp_path / "x", attributes={}, **SMALL).updated == 2
     assert {p["attributes"].get("split") for _, p in contents(tmp_path / "x").values()} == {None}
-    for text, word in (("path\nx\n", "header"), ("path,a b\nx,1\n", "a b"), ("path,a\nx\n", "line 2")):
+    wrong = [("path\nx\n", "header"), ("path,a b\nx,1\n", "a b"), ("path,a\nx\n", "line 2")]
+    for text, word in [*wrong, ("path,time\nx,1\n", "'time'.*rename")]:
         table.write_text(text)
         with pytest.raises(InputError, match=word):
             read_attributes(table)
     with pytest.raises(InputError, match="not below"):
         index_library(model, folder, tmp_path / "y", attributes={"nowhere.tif": {"a": "b"}}, **SMALL)
     assert not (tmp_path / "y").exists()
+
+
+def test_attributes_wait_for_a_file_that_cannot_be_read(model, folder, tmp_path):
+    rows = {"large.tif": {"split": "test"}, "broken.jpg": {"split": "val"}}
+    index_library(model, folder, tmp_path / "x", attributes=rows, **SMALL)
+
+    def waiting():
+        with store.open(tmp_path / "x") as index:
+            return index.record["waiting"]
+
+    assert waiting() == {"broken.jpg": {"split": "val"}}
+    whole = (folder / "large.tif").read_bytes()
+    for cut in (20, len(whole) * 2 // 3):  # seen when planning, and when reading
+        (folder / "large.tif").write_bytes(whole[:cut])
+        index_library(model, folder, tmp_path / "x", **SMALL)
+        assert waiting() == rows
+    (folder / "large.tif").write_bytes(whole)
+    (folder / "broken.jpg").unlink()
+    index_library(model, folder, tmp_path / "x", **SMALL)
+    assert waiting() == {}
+    assert {
+        p["attributes"].get("split") for (path, _), (_, p) in contents(tmp_path / "x").items() if path == "large.tif"
+    } == {"test"}
+
+
+def test_another_limit_of_pixels_is_the_same_index(model, folder, tmp_path):
+    index_library(model, folder, tmp_path / "x", **SMALL)
+    for limit in (2**27, 2**26):
+        settings = ImageSettings(max_pixels=limit)
+        assert index_library(model, folder, tmp_path / "x", settings=settings, **SMALL).unchanged == 5
+        with Library.open(tmp_path / "x", encoder=model) as library:
+            assert library.settings.max_pixels == 2**27, "the largest, so that every picture can be shown again"
+    with pytest.raises(InputError, match="other settings"):
+        index_library(model, folder, tmp_path / "x", settings=ImageSettings(bands="bgr", max_pixels=2**28), **SMALL)
 
 
 def test_refusals_leave_all_as_it_was(model, encoder, folder, tmp_path):
@@ -407,11 +464,35 @@ def test_neighbours_of_one_place_are_left_out(library):
     assert not same_place(point(), point(path="b", footprint=[0.9, 0, 1.9, 1]))
     assert same_place(point(footprint=[179.5, 0, -179.5, 1]), point(path="b", footprint=[179.6, 0, -179.4, 1]))
     assert not same_place(point(footprint=None), point(path="b", footprint=None))
+    assert same_place(point(path="x/a", time=None), point(path="x/b", time=None))
+    assert not same_place(point(path="2020/a", time=None), point(path="2023/a", time=None)), "folders may be dates"
 
 
 def test_a_picture_outside_the_library_is_refused(library):
     with pytest.raises(InputError, match="not below"):
         library.picture({"path": "../../etc/passwd", "window": None})
+    for path in ("/etc/passwd", "farm/../../x.png", "../library2/a.png"):
+        with pytest.raises(InputError, match="not below"):
+            library.picture({"path": path, "window": None})
+
+
+def test_a_linked_file_is_shown(library, tmp_path, monkeypatch):
+    (library.root / "large.tif").rename(tmp_path / "elsewhere.tif")
+    (library.root / "large.tif").symlink_to(tmp_path / "elsewhere.tif")
+    assert library.picture({"path": "large.tif", "window": (0, 0, 9, 9)}).shape == (9, 9, 3)
+    monkeypatch.chdir(library.root)
+    library.root = Path(".")
+    assert library.picture({"path": "large.tif", "window": (0, 0, 9, 9)}).shape == (9, 9, 3)
+    with pytest.raises(InputError, match="not below"):
+        library.picture({"path": "../elsewhere.tif", "window": None})
+
+
+def test_attributes_do_not_overwrite_a_result():
+    payload = {"path": "a.tif", "window": None, "footprint": None, "time": "2020-06-30", "extra": {}}
+    payload["attributes"] = {"time": "late", "query": "x", "path": "b", "score": "9", "sensor": "S2"}
+    row = result_row(1, store.Hit("id", 0.5, payload))
+    assert (row["time"], row["path"], row["score"], row["sensor"]) == ("2020-06-30", "a.tif", 0.5, "S2")
+    assert "query" not in row
 
 
 def test_sigmoid_gives_its_own_probabilities(folder, tmp_path):
@@ -445,6 +526,9 @@ def test_classes(tmp_path):
         path.write_text(text)
         with pytest.raises(InputError):
             read_classes(str(path))
+    path.write_text('["a", "b", {"c": "a c"}]')
+    with pytest.raises(InputError, match="a c"):
+        read_classes(str(path))
     with pytest.raises(InputError, match="two classes"):
         read_classes("forest")
 
@@ -474,6 +558,24 @@ def test_places_of_two_dates_are_matched(model, tmp_path):
     assert any("1 of 4 places have no counterpart" in note for note in pairs.notes)
     notes = match_places(opened["before"], opened["coarse"]).notes
     assert any("differ in resolution" in note and "10.00 m" in note and "20.00 m" in note for note in notes)
+    # Half of a picture missing is no change of its place.
+    for side, n, columns in (("before", 1, 40), ("after", 2, 30)):
+        with rasterio.open(tmp_path / side / f"{side}_{n}.tif", "r+") as file:
+            file.nodata = 0
+            data = np.maximum(file.read(), 1)
+            data[:, :, :columns] = 0
+            file.write(data)
+        opened[side].index.close()
+        again = {"settings": ImageSettings(bands="bgr")} if side == "after" else {}
+        location = tmp_path / f"{side}_again.index"
+        index_library(model, tmp_path / side, location, **SMALL, **again)
+        opened[side] = Library.open(location, encoder=model)
+    pairs = match_places(opened["before"], opened["after"])
+    assert [p["path"] for p in pairs.before] == ["before_0.tif", "before_2.tif"], "40 of 64 columns are over half"
+    assert len(pairs.before_vectors) == len(pairs.after_vectors) == 2
+    assert any("before: 1 of 3 matched places hold data on less than 50%" in note for note in pairs.notes)
+    assert not any("after: 1 of 3 matched" in note for note in pairs.notes)
+    assert any("bands auto and bgr" in note for note in pairs.notes)
     for other, word in (("far", "no tile of"), ("photo", "georeference")):
         with pytest.raises(InputError, match=word):
             match_places(opened["before"], opened[other])

@@ -10,7 +10,8 @@ import shapely
 from PIL import Image
 
 import search
-from library import index_library
+from data import Rejected
+from library import IndexReport, index_library
 from model import DualEncoder
 from tests.test_library import SMALL, write_tif
 
@@ -55,11 +56,38 @@ def test_index_says_what_it_did(ask, two_dates, matcher, tmp_path):
         assert code == 1 and "0 files indexed" in out and "10 unchanged" in out and "broken.tif" in err
         (row,) = map(json.loads, (tmp_path / "x.index/rejected.jsonl").read_text().splitlines())
         assert row["file"] == "broken.tif" and row["reason"]
+        (two_dates / "2020/broken.tif").unlink()
+        code, _, err = ask("index", *words, "--max_pixels", 2**27, store=tmp_path / "x.index")
+        assert code == 0 and not (tmp_path / "x.index/rejected.jsonl").exists(), err
         # A second folder in the same store is a mistake, not a removal of the first.
         code, _, err = ask("index", two_dates / "2023", *words[1:], store=tmp_path / "x.index")
         assert code == 2 and "--moved" in err
     finally:
-        (two_dates / "2020/broken.tif").unlink()
+        (two_dates / "2020/broken.tif").unlink(missing_ok=True)
+
+
+def test_rejected_files_of_a_server_have_a_list_of_their_own(ask, two_dates, matcher, monkeypatch, tmp_path):
+    (tmp_path / "rejected.jsonl").write_text("another program's")
+    report = IndexReport(rejected=[Rejected("a.tif", -1, "a.tif: broken")])
+    monkeypatch.setattr("library.index_library", lambda *_, **__: report)
+    words = ["index", two_dates / "2020", "--model", matcher]
+    code, _, err = ask(*words, store="http://localhost:6333/my_library/")
+    assert code == 1 and "a.tif: broken" in (tmp_path / "my_library.rejected.jsonl").read_text(), err
+    assert (tmp_path / "rejected.jsonl").read_text() == "another program's"
+
+
+def test_rows_of_different_attributes_make_one_table():
+    assert search.csv_text([{"a": 1}, {"a": 2, "b": 3}]) == "a,b\n1,\n2,3\n"
+
+
+def test_every_class_has_a_colour_of_its_own():
+    assert search.palette(7) == search.PALETTE[:7]
+    for number in (21, 45, 300):
+        made = search.palette(number)
+        assert made[:20] == search.PALETTE and len(set(made)) == len(made) == number
+    rgb = np.array([[int(colour[k : k + 2], 16) for k in (1, 3, 5)] for colour in search.palette(45)])
+    apart = np.linalg.norm(rgb[:, None] - rgb, axis=-1) + 999 * np.eye(45)
+    assert apart.min() > 25
 
 
 def test_query_in_every_form(ask, two_dates, tmp_path):
@@ -91,6 +119,8 @@ def test_query_filters_and_pictures(ask, two_dates, tmp_path):
 
     assert len(paths("a farm", "--where", "folder=farm")) == 5
     assert set(paths("a farm", "--where", "folder=farm", "folder=harbour")) == set(paths("a farm", "-k", 20))
+    assert len(paths("a farm", "--from", "2020-06-30T08:00", "--to", "2020-06-30")) == 10
+    assert paths("a farm", "--from", "2020-06-30T11:00+01:00", "--to", "2020-06-30T10:00:00Z")
     assert paths("a farm", "--from", "2021-01-01") == [] and len(paths("a farm", "--to", "2020-06-30")) == 10
     assert len(paths("a farm", "--bbox", 15.0, 41.0, 15.04, 42.0)) == 2
     picture = two_dates / "2020/farm/p4.tif"
@@ -146,6 +176,7 @@ def test_monitor(ask, two_dates, tmp_path):
     changed = {row["path_before"] for row in rows if row["is_change"] == "True"}
     assert changed == {"farm/p2.tif", "harbour/p5.tif", "farm/p6.tif"}, "the three that were drawn anew, and no other"
     assert {(row["time_before"][:4], row["time_after"][:4]) for row in rows} == {("2020", "2023")}
+    assert {(float(row["valid_before"]), float(row["valid_after"])) for row in rows} == {(1, 1)}
     shapes = json.loads((tmp_path / "m/changes.geojson").read_text())["features"]
     assert {shape["properties"]["path_before"] for shape in shapes} == changed
     page = (tmp_path / "m/index.html").read_text()
@@ -174,6 +205,30 @@ def test_landuse(ask, two_dates, tmp_path):
         assert (tmp_path / "l" / name).stat().st_size > 100
 
 
+def test_landuse_says_what_it_counts_and_draws(ask, matcher, tmp_path):
+    path = write_tif(tmp_path / "library/a.tif", 64, 64)
+    with rasterio.open(path, "r+") as file:
+        file.nodata = 0
+        data = np.maximum(file.read(), 1)
+        data[:, :, :9] = 0
+        file.write(data)
+    write_tif(tmp_path / "plain/a.tif", 64, 64, crs=None)
+    model = DualEncoder.from_pretrained(matcher)
+    for name in ("library", "plain"):
+        index_library(model, tmp_path / name, tmp_path / f"{name}.index", **SMALL)
+    words = ["landuse", "--classes", "farm,harbour", "--out", tmp_path / "l"]
+    code, out, err = ask(*words, store=tmp_path / "library.index")
+    assert code == 0 and "1 tiles hold data on less than 90% of their area, which is counted whole" in out
+    assert "map.png" in err
+    code, out, err = ask(*words[:-1], tmp_path / "p", store=tmp_path / "plain.index")
+    assert code == 0 and "map.png" not in err and "less than 90%" not in out
+    regions = tmp_path / "regions.geojson"
+    shape = {"type": "Polygon", "coordinates": [[[14, 41], [16, 41], [16, 42], [14, 42], [14, 41]]]}
+    regions.write_text(json.dumps({"type": "Feature", "properties": {}, "geometry": shape}))
+    code, _, err = ask("landuse", "--classes", "farm,all", "--regions", regions, "--out", tmp_path / "r")
+    assert code == 2 and "'all'" in err and "rename" in err and not (tmp_path / "r").exists()
+
+
 def test_recall(ask, tmp_path):
     code, out, _ = ask("recall", "-k", 3)
     assert code == 0 and "recall@3" in out and "1.0000 over 10 queries" in out
@@ -192,6 +247,12 @@ def test_recall(ask, tmp_path):
         (["query", "a", "--where", "colour=red"], "no point has the attribute 'colour'"),
         (["query", "a", "--bbox", 10, 0, 20, 95], "no box"),
         (["query", "a", "--from", "June"], "ISO 8601"),
+        (["query", "a", "--from", "2020-07-01", "--to", "2020-06-30"], "is after"),
+        (["query", "a", "--json", "."], "--json .: is a folder"),
+        (["query", "a", "--sheet", f"{__file__}/sheet.png"], "--sheet"),
+        (["query", "a", "--csv", f"{__file__}/x/out.csv"], "--csv"),
+        (["classify", "--labels", "a,b", "--out", f"{__file__}/x"], "--out"),
+        (["landuse", "--classes", "a,b", "--out", __file__], "is a file, expected a folder"),
         (["query", "a", "--like", "nowhere.png"], "nowhere.png"),
         (["query", "a", "--each", "--like", "x.png"], "--each"),
         (["query", "a", "--template", "no place"], "--template"),
@@ -223,6 +284,8 @@ def test_refusals_of_stores_and_models(ask, encoder, two_dates, tmp_path):
         assert code == 2 and "python search.py index" in err
         code, _, err = ask(*command, store=None)
         assert code == 2 and "--store" in err
+    code, _, err = ask("index", two_dates / "2020", store=f"{__file__}/x")
+    assert code == 2 and "--store" in err and "Traceback" not in err
     encoder(image_tower="full", seed=9).save_pretrained(tmp_path / "other")
     code, _, err = ask("query", "a", "--model", tmp_path / "other")
     assert code == 2 and "fingerprint" in err

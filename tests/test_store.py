@@ -307,6 +307,8 @@ def test_folders_that_are_no_index(tmp_path):
         store.open(tmp_path)
     with pytest.raises(InputError, match="no empty folder"):
         store.create(tmp_path, record={}, dim=4)
+    with pytest.raises(InputError, match="cannot be made"):
+        store.create(tmp_path / "photo.jpg" / "x", record={}, dim=4)
     place = tmp_path / "x"
     store.create(place, record={}, dim=4).close()
     header = json.loads((place / "index.json").read_text())
@@ -417,6 +419,23 @@ def test_a_walk_over_8_bit_vectors_gives_exact_scores(tmp_path, monkeypatch):
                 )
                 share.append(len({int(h.payload["path"]) for h in hits} & set(np.argsort(-scores)[:10].tolist())) / 10)
             assert np.mean(share) > 0.95, share
+
+
+def test_more_is_looked_at_in_a_large_index(opened, monkeypatch):
+    monkeypatch.setattr(store, "GROWS_FROM", 10)
+    with opened(record=RECORD, dim=DIM) as index:
+        asked, search = [], index._search
+        monkeypatch.setattr(index, "_search", lambda *args: asked.append(args[4]) or search(*args))
+        points = made(40)
+        for some, ef in ((points[:10], store.EF), (points[10:], 2 * store.EF)):
+            index.upsert(some)
+            index.search(unit(DIM), 1)
+            assert asked[-1] == ef
+        index.search(unit(DIM), 1, ef=7)
+        index.search(unit(DIM), 1, filter=Filter(bbox=(-180, -90, 180, 90)))
+        index.remove([point.id for point in points[10:]])
+        index.search(unit(DIM), 1)
+        assert asked[-3:] == [7, 2 * store.EF_FILTERED, store.EF]
 
 
 @pytest.mark.parametrize("what", ["upsert", "remove", "build"])
