@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from config import InputError, add_device_flags, refuse_outside, refuse_unwritable, user_errors
+from config import InputError, add_device_flags, refuse_outside, refuse_unwritable_file, user_errors
 
 DEMO = {
     "model_path": "output/demo_caption/final",
@@ -84,11 +84,8 @@ def checked(args) -> None:
     )
     if args.temperature and args.num_beams > 1:
         raise InputError("--num_beams searches and --temperature draws: give one of them")
-    output = args.output_file and Path(args.output_file)
-    if output and output.is_dir():
-        raise InputError(f"--output_file {output}: is a folder, expected a file")
-    if output:
-        refuse_unwritable(output.absolute().parent, "--output_file: its folder")
+    if args.output_file:
+        refuse_unwritable_file(args.output_file, "--output_file")
 
 
 def load(args):

@@ -15,7 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
-from config import add_device_flags, refuse_outside, user_errors
+from config import SURROGATE, add_device_flags, refuse_outside, user_errors
 
 SAY = {
     "image": ("Image (path, or empty for none): ", "图像路径（留空则无图像）："),
@@ -105,7 +105,7 @@ class Talk:
         from imagery import ImageError
 
         text = text.strip()
-        if any("\ud800" <= c <= "\udfff" for c in text):  # bytes that were no UTF-8
+        if SURROGATE.search(text):  # bytes that were no UTF-8
             print(self.say("bytes"))
             return True
         word, (first, *rest) = COMMANDS.get(text.lower()), text.split(maxsplit=1)

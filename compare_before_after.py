@@ -125,9 +125,9 @@ class Images:
         def attempt(path):
             try:
                 rgb = read_image(path, self.store.settings).rgb
-                return self.store.resize(rgb), report.thumbnail(rgb, 320)
+                return self.store.resized(path, rgb), report.thumbnail(rgb, 320)
             except ImageError as error:
-                return None, str(error) if path in str(error) else f"{path}: {error}"
+                return None, str(error)
 
         pixels = {}
         with ThreadPoolExecutor(4) as pool:  # Pillow and GDAL release the GIL

@@ -11,15 +11,21 @@ preset, the default written here.
 import ast
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import itertools
 import json
+import os
+import re
 import sys
 import tempfile
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair; also how Python reads bytes that are no UTF-8
+NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -567,7 +573,6 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     aliases = ALIASES.get(config_class.__name__, {})
     argv = [_renamed(word, aliases) for word in (sys.argv[1:] if argv is None else argv)]
     import logging
-    import os
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our DataLoader workers fork
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
@@ -634,8 +639,7 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
 
         namespace.output_dir = f"output/training_{datetime.now():%Y%m%d_%H%M%S}"
     run = Path(namespace.output_dir)
-    # An evaluation alone keeps what it found only where it is told to.
-    writes = not getattr(namespace, "eval_only", None) or bool(flag_value("--output_dir", argv))
+    writes = not getattr(namespace, "eval_only", None) or keeps_scores(argv)
     if writes and not resume and holds_run(run):
         raise InputError(
             f"{run}: holds a run already; go on with it by --resume_from_checkpoint {run}, or give another --output_dir"
@@ -711,6 +715,50 @@ def refuse_unwritable(folder: str | Path, flag: str) -> None:
         for path in missing:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def refuse_unwritable_file(path: str | Path, flag: str) -> None:
+    """Refuse a file that could not be written, before the work that is to end in it. Raises InputError."""
+    if Path(path).is_dir():
+        raise InputError(f"{flag} {path}: is a folder, expected a file")
+    refuse_unwritable(Path(path).absolute().parent, f"{flag}: its folder")
+
+
+def keeps_scores(argv: list[str] | None) -> bool:
+    """Whether an evaluation alone is to leave files: only where the command line names a folder for them."""
+    return bool(flag_value("--output_dir", sys.argv[1:] if argv is None else argv))
+
+
+def by_content(paths) -> dict[str, str]:
+    """{path: the first path with the same bytes}. Only files of one length can be equal, and tiles of one size are all of one
+    length, so beginnings are compared before whole files are read. Raises InputError."""
+    groups = [list(paths)]
+    try:
+        for key in (os.path.getsize, beginning, digest):
+            finer: list[list[str]] = []
+            for group in groups:
+                found: dict = {}
+                for path in group:
+                    found.setdefault(key(path) if len(group) > 1 else None, []).append(path)
+                finer += found.values()
+            groups = finer
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    first = {path: group[0] for group in groups for path in group}
+    return {path: first[path] for path in paths}
+
+
+def beginning(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.blake2b(file.read(1 << 16)).digest()
+
+
+def digest(path: str) -> bytes:
+    made = hashlib.blake2b()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            made.update(chunk)
+    return made.digest()
 
 
 def read_text(path: str, flag: str) -> str:

@@ -11,7 +11,6 @@ questions of one image, under whatever names it lies on the disk, stay in one sp
 
 import argparse
 import csv
-import hashlib
 import io
 import json
 import os
@@ -20,7 +19,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from config import InputError, refuse_outside, user_errors
+from config import InputError, by_content, refuse_outside, user_errors
 
 NEEDED = ("image_path", "question", "answer")
 SPECIAL_TOKEN = re.compile(r"<\|[^|]*\|>")
@@ -141,29 +140,6 @@ def reason_against(row: dict[str, str]) -> str | None:
 
 # ----------------------------------------------------------------------------------------------------
 # Splits, always by image
-
-
-def by_content(paths) -> dict[str, str]:
-    """{path: key}, where equal bytes have equal keys. Only files of one length can be equal, so others are not read."""
-    of_size: dict[int, list[str]] = {}
-    keys = {}
-    try:
-        for path in paths:
-            of_size.setdefault(os.path.getsize(path), []).append(path)
-        for same in of_size.values():
-            for path in same:
-                keys[path] = digest(path) if len(same) > 1 else path
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
-    return {path: keys[path] for path in paths}
-
-
-def digest(path: str) -> str:
-    made = hashlib.blake2b()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            made.update(chunk)
-    return made.hexdigest()
 
 
 def draw_splits(images: list[str], val_fraction: float, test_fraction: float, seed: int) -> dict[str, str]:

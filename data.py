@@ -23,11 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from config import DataConfig, InputError
+from config import SURROGATE, DataConfig, InputError, by_content
 from imagery import ImageError, ImageSettings, image_size, read_image
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -133,14 +132,13 @@ def read_scenes(
     content = load_json(path)
     form, entries = _form_of(path, content)
     roots = [Path(image_root)] if image_root else [path.parent, path.parent / "images", *map(Path, more_roots)]
-    result = SceneFile([], [])
+    result = SceneFile([], [], rows=len(entries))
     scenes: dict[str, Scene] = {}
     found: dict[str, str | None] = {}  # image name -> path, or None with its reason in `bad`
     bad: dict[str, str] = {}
     seen: dict[tuple, int] = {}  # (image, text, negative) -> its row
     find = _find_image if among is None else _Among(among)
     for number, entry in enumerate(entries):
-        result.rows += 1
         try:
             name, rows, split, empty = _rows_of(form, entry)
             if name not in found:
@@ -485,11 +483,10 @@ def captions_as_answers(scenes: list[Scene], prompt: str, prompt_zh: str) -> lis
     """A scene's captions as answers to the prompt of their row, else to the one of their language (`kind`: en or zh)."""
     made = []
     for scene in scenes:
-        answers = []
+        answers, times = [], Counter(scene.listed)
         for text in filter(has_word, scene.texts):
             default, kind = (prompt_zh, "zh") if is_chinese(text) else (prompt, "en")
-            times = max(1, scene.listed.count(text))
-            answers.append(Question(scene.prompts.get(text, default), text, kind, times=times))
+            answers.append(Question(scene.prompts.get(text, default), text, kind, times=max(1, times[text])))
         if answers:
             made.append(QuestionScene(scene.image, answers, scene.split))
     return made
@@ -539,19 +536,22 @@ def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None, r
             splits[name] = own or found.scenes
     if not splits["train"]:
         raise InputError(f"{config.train_file}: no row of split 'train'")
+    content = by_content(images_of(splits))
     if not splits["val"]:
-        groups = same_content([scene.image for scene in splits["train"]])  # copies of a picture go the same way
-        wanted, held = max(1, round(config.val_fraction * len(splits["train"]))), set()
-        for number in random.Random(seed).sample(range(len(groups)), len(groups)):
-            if len(held) < wanted:
-                held.update(groups[number])
-        splits["val"] = [scene for i, scene in enumerate(splits["train"]) if i in held]
-        splits["train"] = [scene for i, scene in enumerate(splits["train"]) if i not in held]
+        scenes = splits["train"]
+        copies = Counter(content[scene.image] for scene in scenes)  # of a picture: they go the same way
+        wanted, held = max(1, round(config.val_fraction * len(scenes))), set()
+        for picture in random.Random(seed).sample(list(copies), len(copies)):
+            if wanted > 0:
+                held.add(picture)
+                wanted -= copies[picture]
+        splits["val"] = [scene for scene in scenes if content[scene.image] in held]
+        splits["train"] = [scene for scene in scenes if content[scene.image] not in held]
         if not splits["train"]:
             raise InputError(
                 f"{config.train_file}: {len(splits['val'])} image is too few to hold one out for validation"
             )
-    leaks = find_leaks(splits)
+    leaks = find_leaks(splits, content)
     if leaks:
         first = "; ".join(f"{a} ({x}) = {b} ({y})" for a, x, b, y in leaks[:3])
         message = f"{len(leaks)} images are in more than one split, e.g. {first}"
@@ -591,40 +591,25 @@ def _split_of(scene, config: DataConfig) -> str:
     return OTHER_TEST if split.startswith("test") else split
 
 
-def same_content(paths: list[str]) -> list[list[int]]:
-    """Positions of files with the same bytes, together; in the order of the first of each."""
-
-    def beginning(path):
-        with open(path, "rb") as file:
-            return hashlib.blake2b(file.read(1 << 16)).digest()
-
-    def whole(path):
-        digest = hashlib.blake2b()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.digest()
-
-    groups = [list(range(len(paths)))]
-    # Tiles of one size are as many bytes long, all of them: few differ only behind their beginning, and those are read.
-    for key in (os.path.getsize, beginning, whole):
-        finer: list[list[int]] = []
-        for group in groups:
-            found: dict = {}
-            for i in group:
-                found.setdefault(key(paths[i]) if len(group) > 1 else None, []).append(i)
-            finer += found.values()
-        groups = finer
-    return sorted(groups)
-
-
-def find_leaks(splits: dict[str, list[Scene]]) -> list[tuple[str, str, str, str]]:
-    """Images of one split that are in another too, by content: [(path, split, path, split)]."""
-    listed = [(scene.image, name) for name, scenes in splits.items() for scene in scenes]
+def find_leaks(
+    splits: dict[str, list[Scene]], content: dict[str, str] | None = None
+) -> list[tuple[str, str, str, str]]:
+    """Images of one split that are in another too, by content: [(path, split, path, split)]. content: what `by_content` says
+    of the images, where that is known."""
+    content = content or by_content(images_of(splits))
+    first: dict[str, tuple[str, str]] = {}
     leaks = []
-    for first, *copies in same_content([path for path, _ in listed]):
-        leaks += [(*listed[first], *listed[copy]) for copy in copies if listed[copy][1] != listed[first][1]]
+    for split, scenes in splits.items():
+        for scene in scenes:
+            other = first.setdefault(content[scene.image], (scene.image, split))
+            if other[1] != split:
+                leaks.append((*other, scene.image, split))
     return leaks
+
+
+def images_of(splits: dict[str, list[Scene]]) -> list[str]:
+    """Paths of all images, each once."""
+    return list(dict.fromkeys(scene.image for scenes in splits.values() for scene in scenes))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -640,6 +625,11 @@ def image_settings(config: DataConfig) -> ImageSettings:
         reflectance=tuple(config.reflectance),
         nodata=config.nodata,
     )
+
+
+def digest_of(text: str) -> str:
+    """32 hex digits, by which caches name what belongs to a text."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _refuse_thin(rgb: np.ndarray) -> None:
@@ -707,11 +697,7 @@ class PixelStore:
                 return np.load(entry)
             except (OSError, ValueError, EOFError, zipfile.BadZipFile):
                 entry.unlink(missing_ok=True)  # cut short by a full disk: make it anew
-        rgb = read_image(path, self.settings).rgb
-        try:
-            pixels = self.resize(rgb)
-        except ImageError as error:
-            raise ImageError(f"{path}: {error}") from None
+        pixels = self.resized(path, read_image(path, self.settings).rgb)
         if entry is not None:
             entry.parent.mkdir(parents=True, exist_ok=True)
             temporary = entry.with_suffix(f".{os.getpid()}.{id(pixels)}.tmp")
@@ -726,6 +712,13 @@ class PixelStore:
                 ) from None
         return pixels
 
+    def resized(self, path: str, rgb: np.ndarray) -> np.ndarray:
+        """The picture (H, W, 3) of a file as the vision tower takes it. Raises ImageError, naming the file."""
+        try:
+            return self.resize(rgb)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from None
+
     @staticmethod
     def identity(path: str) -> str:
         """A text that changes when the file at `path` does. Raises ImageError."""
@@ -738,7 +731,7 @@ class PixelStore:
     def _entry(self, path: str) -> Path | None:
         if self.folder is None:
             return None
-        digest = hashlib.blake2b(f"{self.identity(path)}|{self.recipe}".encode(), digest_size=16).hexdigest()
+        digest = digest_of(f"{self.identity(path)}|{self.recipe}")
         return self.folder / digest[:2] / f"{digest}.npy"
 
     def prepare(self, paths: list[str], desc: str = "images") -> dict[str, str]:
@@ -842,7 +835,7 @@ class FeatureStore:
     """Arrays by key in one folder per `recipe` (tower fingerprint, image settings, ...), written atomically."""
 
     def __init__(self, cache_dir: str, recipe: str):
-        self.folder = Path(cache_dir) / "features" / hashlib.blake2b(recipe.encode(), digest_size=16).hexdigest()
+        self.folder = Path(cache_dir) / "features" / digest_of(recipe)
 
     def get(self, keys: list[str], compute, desc: str = "features", batch: int = 256) -> np.ndarray:
         """(len(keys), D) float32, row by row from disk where present; `compute(list of keys) -> (n, D)` for the rest."""
@@ -853,19 +846,18 @@ class FeatureStore:
                     table.update(zip(stored["digests"].tolist(), stored["features"]))
             except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
                 shard.unlink(missing_ok=True)  # cut short by a full disk: make it anew
-        name_of = {key: hashlib.blake2b(key.encode(), digest_size=16).hexdigest() for key in dict.fromkeys(keys)}
+        name_of = {key: digest_of(key) for key in dict.fromkeys(keys)}
         missing = [key for key, name in name_of.items() if name not in table]
         made = [
             compute(missing[i : i + batch]) for i in tqdm(range(0, len(missing), batch), desc=desc, disable=not missing)
         ]
         if missing:
             features = np.concatenate(made)
-            digests = [
-                name_of[key] for key in missing
-            ]  # a key may be a long text, and an array is as wide as its longest
+            # Not the keys: one may be a long text, and an array is as wide as its longest entry.
+            digests = [name_of[key] for key in missing]
             table.update(zip(digests, features))
             self.folder.mkdir(parents=True, exist_ok=True)
-            name = hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest()
+            name = digest_of("\n".join(digests))
             temporary = self.folder / f"{name}.{os.getpid()}.tmp"
             with open(temporary, "wb") as file:
                 np.savez(file, digests=np.array(digests), features=features)
@@ -878,10 +870,10 @@ class TokenStore:
     fingerprint and the pixel recipe). N may differ from image to image."""
 
     def __init__(self, cache_dir: str, recipe: str):
-        self.folder = Path(cache_dir) / "tokens" / hashlib.blake2b(recipe.encode(), digest_size=16).hexdigest()
+        self.folder = Path(cache_dir) / "tokens" / digest_of(recipe)
 
     def _entry(self, path: str) -> Path:
-        digest = hashlib.blake2b(PixelStore.identity(path).encode(), digest_size=16).hexdigest()
+        digest = digest_of(PixelStore.identity(path))
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def __getitem__(self, path: str) -> tuple[torch.Tensor, tuple[int, int, int]]:

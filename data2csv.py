@@ -16,14 +16,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from config import InputError, user_errors
+from config import NO_CHARACTER, InputError, user_errors
 
 COLUMNS = ("image_path", "question", "answer", "type", "img_id", "split")
 SPLITS = ("train", "val", "test", "test_phili")  # test_phili: the second test set of RSVQA-HR, in another city
 IMAGE_FOLDERS = ("rsvqa_images", "images", "Images_LR", "Data")  # the last two: as Images_LR.zip and Images.tar unpack
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
-NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 REASONS = {
     "inactive": "switched off, or of another split",
     "empty question": "no text in it",

@@ -311,7 +311,7 @@ class _Raster:
         flags = self.src.mask_flag_enums
         measured = len(self.colours) in layouts and any(MaskFlags.alpha in flags[band - 1] for band in bands)
         # Averaging is the honest way down, but the mean of two palette numbers is some third colour, and GDAL leaves
-        # out of a mean just what the file itself marks as missing.
+        # out of a mean only what the file itself marks as missing.
         nearest = nearest or self.palette or nodata is not None or measured
         resampling = Resampling.nearest if nearest else Resampling.average
         with _guard(self.path):  # one call for pixels and mask: nodata tags, alpha bands, internal masks

@@ -15,7 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from config import InputError, add_device_flags, refuse_unwritable, user_errors
+from config import NO_CHARACTER, InputError, add_device_flags, refuse_unwritable_file, user_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,7 +105,7 @@ def row_error(row) -> str | None:
             return f"field {name!r}: expected a text, found {type(row[name]).__name__}"
         if not row[name].strip():
             return f"field {name!r} is empty"
-        if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in row[name]):
+        if NO_CHARACTER.search(row[name]):
             return f"field {name!r} holds what is no character: {row[name][:60]!a}"
     return None
 
@@ -140,10 +140,8 @@ def main(argv: list[str] | None = None) -> int:
         rows, folder = [{"image_path": args.image_path, "text": text} for text in args.text], None
     if args.json_output and args.json_output != "-" and not Path(args.json_output).resolve().parent.is_dir():
         raise InputError(f"--json_output {args.json_output}: its folder does not exist")
-    if args.json_output and Path(args.json_output).is_dir():
-        raise InputError(f"--json_output {args.json_output}: is a folder, expected a file")
     if args.json_output and args.json_output != "-":
-        refuse_unwritable(Path(args.json_output).resolve().parent, "--json_output: its folder")
+        refuse_unwritable_file(args.json_output, "--json_output")
 
     from transformers.utils import logging
 

@@ -483,9 +483,9 @@ class _Writer:
         # Attributes live on the points, and these files have none; written before their points go.
         waiting = {}
         for bad in self.report.rejected:
-            known = self.plan.attributes.get(bad.file, {})
-            if known := {name: value for name, value in known.items() if name != "folder"}:
-                waiting[bad.file] = known
+            known = self.plan.attributes.get(bad.file, {}).items()
+            if given := {name: value for name, value in known if name != "folder"}:
+                waiting[bad.file] = given
         if waiting != self.index.record.get("waiting", {}):
             self.index.annotate(waiting=waiting)
         self.index.remove(path=sorted({*self.stale, *broken}))

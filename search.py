@@ -19,16 +19,23 @@ import html
 import io
 import json
 import os
-import re
 import sys
 from collections import Counter
-from datetime import timedelta, timezone
+from datetime import timezone
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from config import InputError, add_device_flags, read_lines, refuse_outside, refuse_unwritable, user_errors
+from config import (
+    InputError,
+    add_device_flags,
+    read_lines,
+    refuse_outside,
+    refuse_unwritable,
+    refuse_unwritable_file,
+    user_errors,
+)
 
 MODEL = "lcybuaa/Git-RSCLIP"
 DEMO = {
@@ -179,15 +186,14 @@ def open_library(args, location: str | None = None, encoder=None):
 
 def filter_of(args):
     """The `store.Filter` of the flags, or None."""
-    from store import DAY, Filter, attributes_of, moment
+    from store import Filter, attributes_of, last_moment, moment
+
+    def utc(time):
+        return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
     attributes = attributes_of(args.where)
-    first, last = (
-        text and (made if (made := moment(text, flag)).tzinfo else made.replace(tzinfo=timezone.utc))
-        for flag, text in (("--from", args.start), ("--to", args.end))
-    )
-    if last and re.fullmatch(DAY, args.end):
-        last += timedelta(days=1, microseconds=-1)  # a date means to the end of that day
+    first = args.start and utc(moment(args.start, "--from"))
+    last = args.end and utc(last_moment(args.end, "--to"))
     if first and last and first > last:
         raise InputError(f"--from {args.start} is after --to {args.end}")
     made = Filter(bbox=args.bbox and tuple(args.bbox), start=args.start, end=args.end, attributes=attributes)
@@ -197,14 +203,6 @@ def filter_of(args):
 def output_folder(path: str) -> Path:
     refuse_unwritable(path, "--out")
     return Path(path)
-
-
-def refuse_unwritable_file(target: str | None, flag: str) -> None:
-    """Refuse a file that could not be written, before the work that is to end in it. Raises InputError."""
-    if target and target != "-":
-        if Path(target).is_dir():
-            raise InputError(f"{flag} {target}: is a folder, expected a file")
-        refuse_unwritable(Path(target).parent, flag)
 
 
 def csv_text(rows: list[dict]) -> str:
@@ -247,10 +245,11 @@ def run_index(args) -> int:
     from imagery import ImageSettings
     from library import index_library, read_attributes
     from model import DualEncoder, pick_device
+    from store import is_url
 
     if not Path(args.library).is_dir():
         raise InputError(f"{args.library}: no such folder of images")
-    server = args.store.lower().startswith(("http://", "https://"))
+    server = is_url(args.store)
     if not server and os.environ.get("RANK", "0") == "0":
         refuse_unwritable(args.store, "--store")
     attributes = read_attributes(args.attributes) if args.attributes else None
@@ -318,7 +317,8 @@ def run_query(args) -> int:
         raise InputError("query: an empty text")
     limit = filter_of(args)
     for flag in ("json", "csv", "geojson", "sheet"):
-        refuse_unwritable_file(getattr(args, flag), f"--{flag}")
+        if getattr(args, flag) not in (None, "-"):
+            refuse_unwritable_file(getattr(args, flag), f"--{flag}")
     from imagery import read_image
     from library import geojson, result_row
     from report import contact_sheet, table_text

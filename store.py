@@ -192,6 +192,12 @@ def moment(text: str, what: str) -> datetime:
         ) from None
 
 
+def last_moment(text: str, what: str) -> datetime:
+    """The end of a span of time: a date means to the end of its day. Raises InputError."""
+    end = moment(text, what)
+    return end + timedelta(days=1, microseconds=-1) if re.fullmatch(DAY, text) else end
+
+
 # ----------------------------------------------------------------------------------------------------
 # Opening
 
@@ -211,7 +217,7 @@ def create(
     if not isinstance(dim, int) or not 1 <= dim <= 65536:
         raise ValueError(f"dim: expected a whole number from 1 to 65536, got {dim!r}")
     header = {"format": FORMAT, "dim": dim, "record": json.loads(json.dumps(record))}
-    if client is not None or _is_url(location):
+    if client is not None or is_url(location):
         return _Server(location, collection, client, create=header)
     return _Edge(Path(location), create=header)
 
@@ -223,12 +229,12 @@ def open(location: str | os.PathLike, *, collection: str | None = None, client=N
     instead of a new one. The API key of a server comes from the environment variable QDRANT_API_KEY.
     Raises Missing where there is no index, InputError for another format, one in use, a server that does not answer.
     """
-    if client is not None or _is_url(location):
+    if client is not None or is_url(location):
         return _Server(location, collection, client)
     return _Edge(Path(location))
 
 
-def _is_url(location) -> bool:
+def is_url(location) -> bool:
     return str(location).lower().startswith(("http://", "https://"))
 
 
@@ -437,12 +443,7 @@ class Store:
             if filter.start is not None:
                 limits["gte"] = moment(filter.start, "start").isoformat()
             if filter.end is not None:
-                end = moment(filter.end, "end")
-                day = re.fullmatch(DAY, filter.end)
-                if day and end.year < 9999:  # the calendar's last day has no next one, and nothing is later
-                    limits["lt"] = (end + timedelta(days=1)).isoformat()
-                elif not day:
-                    limits["lte"] = end.isoformat()
+                limits["lte"] = last_moment(filter.end, "end").isoformat()
             must.append(between("time", self._date_range, **limits))
         if filter.bbox is not None:
             west, south, east, north = _box(filter.bbox, "bbox")
@@ -665,7 +666,7 @@ class _Server(Store):
         self._m, self._range, self._date_range = m, m.Range, m.DatetimeRange
         self.location = str(location)
         parts = urlsplit(self.location)
-        path = [part for part in parts.path.split("/") if part] if _is_url(location) else []
+        path = [part for part in parts.path.split("/") if part] if is_url(location) else []
         self._name = collection or (path.pop() if path else None)
         if not self._name:
             raise InputError(f"{location}: names no collection; write it behind the host: http://host:6333/my_library")

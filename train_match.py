@@ -13,7 +13,6 @@ report.html, and TensorBoard events.
 import os
 import random
 import re
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ import torch
 
 import metrics
 import report
-from config import MatchConfig, flag_value, parse, user_errors
+from config import MatchConfig, keeps_scores, parse, user_errors
 from data import (
     CHINESE,
     FeatureStore,
@@ -252,9 +251,7 @@ def main(argv: list[str] | None = None) -> dict:
     started = time.perf_counter()
 
     if config.eval_only:
-        return evaluate_only(
-            config, args, keep=bool(flag_value("--output_dir", sys.argv[1:] if argv is None else argv))
-        )
+        return evaluate_only(config, args, keep=main_process and keeps_scores(argv))
 
     # ---- data and model
     splits = load_splits(config, args.seed, run / "rejected.jsonl" if main_process else None)
@@ -400,9 +397,10 @@ def evaluate_only(config: MatchConfig, args, keep: bool) -> dict:
     results["histogram"] = flat(histogram_baseline(splits["train"], splits[tested], store.settings, config.margin))
     print(summary(results, config.eval_only))
     if keep:
-        write_json(Path(args.output_dir) / "results.json", results)
-        write_report(Path(args.output_dir), results, splits[tested], image, text, texts, store.settings)
-        print(f"report  {Path(args.output_dir) / 'report.html'}")
+        run = Path(args.output_dir)
+        write_json(run / "results.json", results)
+        write_report(run, results, splits[tested], image, text, texts, store.settings)
+        print(f"report  {run / 'report.html'}")
     return results
 
 

@@ -27,7 +27,7 @@ import transformers
 import caption_scores
 import metrics
 import report
-from config import InputError, VQAConfig, flag_value, parse, refuse_unwritable, user_errors
+from config import InputError, VQAConfig, flag_value, keeps_scores, parse, refuse_unwritable, user_errors
 from data import (
     QuestionCollator,
     QuestionDataset,
@@ -336,20 +336,19 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     def finish(adapter, keep: bool) -> dict:
         """Score what was answered, print it and, with `keep`, leave it in the run's folder."""
-        results["seconds"] = round(time.perf_counter() - started, 1)
         if chat:
             results["loss"]["after"] = loss_of(held_texts)
             results["scores"], rows = score_chat(made, held, splits["train"])
-            text = chat_summary(results, adapter)
         else:
             results.update({name: score(answers, held) for name, answers in made.items()})
             results["change"] = change_of(made, held)
-            rows = report.sample_rows(
-                held, metrics.is_right, **{name: made[name] for name in ("before", "after", "blind") if name in made}
-            )
-            text = summary(results, adapter)
+        results["seconds"] = round(time.perf_counter() - started, 1)
+        text = chat_summary(results, adapter) if chat else summary(results, adapter)
         if main_process and keep:
             write_json(run / "results.json", results)
+            if not chat:
+                shown = {name: made[name] for name in ("before", "after", "blind") if name in made}
+                rows = report.sample_rows(held, metrics.is_right, **shown)
             listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             report.write_atomic(run / "samples.jsonl", "".join(listed))
             if chat:
@@ -365,7 +364,7 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     if config.eval_only:
         made["after"] = ask(held, progress=main_process)
-        return finish(config.lora, keep=bool(flag_value("--output_dir", argv)))
+        return finish(config.lora, keep=keeps_scores(argv))
 
     # ---- training
     if config.compile_layers:
@@ -400,6 +399,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     best = trainer.save_best()
     results |= {"steps": outcome.global_step, "best_step": trainer.state.best_global_step}
     made["after"] = ask(held, progress=main_process)
+
     # ---- the same training without images: what the questions give away
     if config.blind_baseline and not chat:
         say("training the blind baseline: the same, without images")

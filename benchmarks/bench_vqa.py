@@ -428,6 +428,11 @@ def synchronize(device: str) -> None:
 # ms-swift, in a process of its own
 
 
+def in_language_model(name: str) -> str:
+    """A tensor's name from the language model on: what stands before differs between ms-swift's wrappers and ours."""
+    return re.sub(r"^.*?(language_model\.)", r"\1", name)
+
+
 class Swift:
     """`swift sft` on `listed` rows, `per_step` of them a step, held still between rounds (benchmarks/swift_worker.py)."""
 
@@ -492,8 +497,8 @@ class Swift:
 
 def check_swift(bench: Bench, work: Work, first: dict) -> dict:
     """What ms-swift trains and reads, and whether that is what we do: a dict of findings for the report."""
-    own = sorted(re.sub(r"^.*?(language_model\.)", r"\1", name) for name in bench.start)
-    theirs = sorted(re.sub(r"^.*?(language_model\.)", r"\1", name) for name in first["trained"])
+    own = sorted(in_language_model(name) for name in bench.start)
+    theirs = sorted(in_language_model(name) for name in first["trained"])
     collator = RowCollator(bench.model)
     count = len(first["input_ids"])
     mine = collator(work.rows[:count])
@@ -773,7 +778,7 @@ def swift_to_target(bench: Bench, listed: list[dict], target: Target, steps: int
     while len(drawn) < (steps + target.every) * target.per_step:
         drawn += order.sample(listed, len(listed))
     peer = Swift(bench, drawn, target.per_step, rows, steps + target.every)
-    own = {re.sub(r"^.*?(language_model\.)", r"\1", name): p for name, p in bench.model.named_parameters()}
+    own = {in_language_model(name): p for name, p in bench.model.named_parameters()}
     done, file = 1, Path(bench.folder.name) / "swift.safetensors"
     try:
         while done < steps and not target.reached:
@@ -782,7 +787,7 @@ def swift_to_target(bench: Bench, listed: list[dict], target: Target, steps: int
             done += ahead
             with torch.no_grad():
                 for name, weight in load_file(file).items():
-                    own[re.sub(r"^.*?(language_model\.)", r"\1", name)].copy_(weight)
+                    own[in_language_model(name)].copy_(weight)
             target.look(done)
     finally:
         peer.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import config
 import csv2json
 import data2csv
 
@@ -134,8 +135,8 @@ def test_only_files_of_equal_length_are_read(here, call, monkeypatch):
     for i in range(10):
         (here / "tiles" / f"{i}.tif").write_bytes(b"x" * (i if i > 1 else 0))
     read = []
-    digest = csv2json.digest
-    monkeypatch.setattr(csv2json, "digest", lambda path: read.append(Path(path).name) or digest(path))
+    digest = config.digest
+    monkeypatch.setattr(config, "digest", lambda path: read.append(Path(path).name) or digest(path))
     ten(here)
     assert "9 images" in call()[1] and read == ["0.tif", "1.tif"]
 
@@ -326,7 +327,7 @@ def test_an_image_that_cannot_be_read(here, call, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(csv2json, "digest", refuse)
+    monkeypatch.setattr(config, "beginning", refuse)
     ten(here)
     code, _, err = call()
     assert code == 2 and f"error: {here}/tiles/0.tif: cannot be read: Permission denied" in err
