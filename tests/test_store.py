@@ -4,6 +4,7 @@ No Qdrant server can be had from a package registry, so the server's engine runs
 calls and models are those a server takes.
 """
 
+import dataclasses
 import http.server
 import json
 import os
@@ -421,18 +422,43 @@ def test_a_walk_over_8_bit_vectors_gives_exact_scores(tmp_path, monkeypatch):
             assert np.mean(share) > 0.95, share
 
 
+@pytest.mark.parametrize("wanted", ["near", "far"])
+def test_a_filter_that_leaves_many_is_asked_of_the_best_of_all(opened, monkeypatch, wanted):
+    """And of all, where the filter leaves what is far from the query: the answer is the exact one in any case."""
+    monkeypatch.setattr(store, "SCAN_FEW", 0)
+    queries = unit(3, DIM, seed=5)
+    points = made(400)
+    order = np.argsort(-(queries[0] @ np.stack([p.vector for p in points]).T))
+    for rank, n in enumerate(order.tolist()):
+        chosen = rank % 3 == 0 if wanted == "near" else rank >= 260
+        points[n] = dataclasses.replace(points[n], attributes={"kind": "this" if chosen else "other"})
+    with opened(record=RECORD, dim=DIM) as index:
+        index.upsert(points)
+        asked, ask = [], index._ask
+        monkeypatch.setattr(index, "_ask", lambda *args: asked.append((len(args[0]), args[1])) or ask(*args))
+        filter = Filter(attributes={"kind": "this"})
+        quick = index.search(queries, 5, filter=filter, with_payload=["path"])
+        if wanted == "near":  # 2.5 x 3 x 5 of all, then 5 of these
+            assert len(asked) == 2 and asked[0][0] == 3 and 35 <= asked[0][1] <= 40
+        else:  # twice in vain for the first query, then with the filter on the way
+            assert [count for count, _ in asked][-1] >= 1 and len(asked) == 5
+        exact = index.search(queries, 5, filter=filter, exact=True)
+        assert [[h.id for h in hits] for hits in quick] == [[h.id for h in hits] for hits in exact]
+        assert all(h.payload.keys() == {"path"} for hits in quick for h in hits)
+
+
 def test_more_is_looked_at_in_a_large_index(opened, monkeypatch):
     monkeypatch.setattr(store, "GROWS_FROM", 10)
     with opened(record=RECORD, dim=DIM) as index:
-        asked, search = [], index._search
-        monkeypatch.setattr(index, "_search", lambda *args: asked.append(args[4]) or search(*args))
+        asked, ask = [], index._ask
+        monkeypatch.setattr(index, "_ask", lambda *args: asked.append(args[3]) or ask(*args))
         points = made(40)
         for some, ef in ((points[:10], store.EF), (points[10:], 2 * store.EF)):
             index.upsert(some)
             index.search(unit(DIM), 1)
             assert asked[-1] == ef
         index.search(unit(DIM), 1, ef=7)
-        index.search(unit(DIM), 1, filter=Filter(bbox=(-180, -90, 180, 90)))
+        index.search(unit(DIM), 1, filter=Filter(path="no such file"))
         index.remove([point.id for point in points[10:]])
         index.search(unit(DIM), 1)
         assert asked[-3:] == [7, 2 * store.EF_FILTERED, store.EF]
