@@ -453,10 +453,10 @@ PRESETS: dict[str, dict[str, dict]] = {
             "lora_alpha": 64,
             "lora_dropout": 0.0,
             "prompt": "{question}",  # the small base knows no instructions
-            "per_device_train_batch_size": 4,  # many small steps: a fresh adapter needs steps, not questions per step
+            "per_device_train_batch_size": 2,  # many small steps: a fresh adapter needs steps, not questions per step
             "per_device_eval_batch_size": 64,
             "learning_rate": 2e-3,
-            "num_train_epochs": 2,
+            "num_train_epochs": 1,
             "logging_steps": 50,
             "metric_for_best_model": "accuracy",
             "dataloader_num_workers": 0,
@@ -509,7 +509,7 @@ CHAT_PRESETS = {  # where the user names no --data
         "train_file": "data/demo/chat_zh.json",
         "test_file": None,
         "max_answer_tokens": 12,
-        "texts_per_scene": 5,
+        "texts_per_scene": 3,
         "num_train_epochs": 1,
     },
 }
