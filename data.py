@@ -256,7 +256,8 @@ def _rows_of(form: str, entry) -> tuple[str, list[tuple[str, str | None]], str |
         negative = _text(entry, "negative") if entry.get("negative") is not None else None
         return _text(entry, "image_name"), [(_text(entry, "positive"), negative)], split, 0
     if form == "captions":
-        return _text(entry, "image"), [(_text(entry, "caption"), None)], split, 0
+        text = _text(entry, "caption")
+        return _text(entry, "image"), [(text, None)] if has_word(text) else [], split, int(not has_word(text))
     if form == "karpathy":
         sentences = entry.get("sentences")
         if not isinstance(sentences, list) or not sentences:

@@ -201,6 +201,10 @@ def test_a_sentence_without_a_word_costs_no_image(folder, capsys):
     load_splits(DataConfig(train_file=str(path)), report=report)
     assert "texts without a word left out of 2 rows" in capsys.readouterr().out
     assert len(report.read_text().splitlines()) == 2
+    rows = [{"image": "a0.png", "caption": t} for t in ("a farm", "...")] + [{"image": "a1.png", "caption": "!"}]
+    read = read_scenes(save(folder / "c.json", rows))
+    assert [scene.texts for scene in read.scenes] == [["a farm"]] and not read.rejected
+    assert [bad.row for bad in read.left_out] == [1, 2], "an image is not dropped without a word about it"
 
 
 def test_copies_of_a_picture_are_held_out_together(folder):
