@@ -61,7 +61,7 @@ class DataConfig:
     scenes, for two CPU cores; run `python demo_data.py` and `python load.py --preset demo` first."""
 
     train_file: str | None = None
-    """Training data: triplets, captions, a Karpathy-split file or a scene-per-line .jsonl (docs/architecture.md), or a
+    """Training data: triplets, captions in any form of the README (rows, Karpathy, COCO, NWPU-Captions, scenes), or a
     folder with images/ and captions.json. A file with a `split` on its rows brings its own validation and test split."""
 
     val_file: str | None = None

@@ -50,6 +50,8 @@ class Scene:
     """{text: what it answers}, where a row says so (`prompt`, or `zh_prompt` for a `zh_answer`)."""
     listed: list[str] = field(default_factory=list)
     """The texts with the repeats within one entry of the file, as RSICD has them: what published scores count."""
+    name: str = ""
+    """The image as the file calls it."""
 
 
 @dataclass
@@ -114,14 +116,15 @@ def read_scenes(
     path: str | Path, *, image_root: str | None = None, more_roots: tuple[str, ...] = (), language: str = "all",
     max_rejected: float = 0.01, among: list[str] | None = None,
 ):  # fmt: skip
-    """Read a text-image file in any form of docs/architecture.md and gather its rows by image.
+    """Read a text-image file and gather its rows by image.
 
     Forms: triplets `[{"image_name", "positive", "negative"}]`; captions `[{"image", "caption"}]`; Karpathy
-    `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`; scenes `[{"image", "captions": [...]}]`, with an
-    optional Chinese `zh_answer` to a `zh_prompt`. Rows may have a `split`, captions the `prompt` they answer. `path` may
-    also be a folder with images/ and captions.json. Images are looked for in `image_root`, else beside the file, in its
-    images/ and in `more_roots`. `among`: of these images alone, found by their path or else by their
-    file name, where only one of them has it; rows of others are passed over.
+    `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`; COCO `{"images": [{"id", "file_name"}], "annotations":
+    [{"image_id", "caption"}]}`; NWPU-Captions `{class: [{"filename", "raw", "raw_1", ...}]}`, its images in a folder for each
+    class or in one; scenes `[{"image", "captions": [...]}]`, with an optional Chinese `zh_answer` to a `zh_prompt`. Rows may
+    have a `split`, captions the `prompt` they answer. `path` may also be a folder with images/ and captions.json. Images are
+    looked for in `image_root`, else beside the file, in its images/ and in `more_roots`. `among`: of these images alone, found
+    by their path or else by their file name, where only one of them has it; rows of others are passed over.
 
     Returns a `SceneFile`. Raises InputError when the file is of no known form, or when more than `max_rejected` of its
     rows are bad: a missing field, a wrong type, an empty text, an image that is missing or not readable.
@@ -130,8 +133,8 @@ def read_scenes(
     if path.is_dir():
         path = path / "captions.json"
     content = load_json(path)
-    form, entries = _form_of(path, content)
     roots = [Path(image_root)] if image_root else [path.parent, path.parent / "images", *map(Path, more_roots)]
+    form, entries = _form_of(path, content, roots)
     result = SceneFile([], [], rows=len(entries))
     scenes: dict[str, Scene] = {}
     found: dict[str, str | None] = {}  # image name -> path, or None with its reason in `bad`
@@ -160,7 +163,7 @@ def read_scenes(
         if empty:
             reason = f"{empty} texts of {name} hold no word and are left out"
             result.left_out.append(Rejected(str(path), number, reason))
-        scene = scenes.setdefault(found[name], Scene(found[name], split=split, label=_label(entry)))
+        scene = scenes.setdefault(found[name], Scene(found[name], split=split, label=_label(entry), name=name))
         if scene.split != split:
             raise InputError(f"{path}: row {number}: image {name!r} is in split {split!r} and in {scene.split!r}")
         for text, negative in rows:
@@ -223,9 +226,24 @@ def _refuse_rejected(path: Path, result: SceneFile, max_rejected: float) -> None
         )
 
 
-def _form_of(path: Path, content) -> tuple[str, list]:
+def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list]:
+    """The form of a file and its entries, one for each row or image."""
     if isinstance(content, dict) and isinstance(content.get("images"), list):
-        return "karpathy", content["images"]
+        if not isinstance(content.get("annotations"), list):
+            return "karpathy", content["images"]
+        captions: dict[str, list] = {}
+        for row in content["annotations"]:
+            if isinstance(row, dict):
+                captions.setdefault(str(row.get("image_id")), []).append(row.get("caption"))
+        images = [image if isinstance(image, dict) else {} for image in content["images"]]
+        return "coco", [{**image, "captions": captions.get(str(image.get("id")), [])} for image in images]
+    if isinstance(content, dict) and content and all(map(_is_nwpu, content.values())):
+        entries = []
+        for label, rows in content.items():
+            folder = any((root / label / rows[0]["filename"]).is_file() for root in roots)
+            rows = [row if isinstance(row, dict) else {} for row in rows]
+            entries += [{**row, "class": label, "filepath": label if folder else ""} for row in rows]
+        return "nwpu", entries
     if isinstance(content, list):
         keys = next((set(entry) for entry in content if isinstance(entry, dict)), set())
         for form, needed in (
@@ -242,8 +260,14 @@ def _form_of(path: Path, content) -> tuple[str, list]:
         have = f"its top level is {type(content).__name__}"
     raise InputError(
         f"{path}: expected a list of {{image_name, positive, negative}}, {{image, caption}} or {{image, captions}},"
-        f' or {{"images": [...]}}; {have}'
+        f' {{"images": [...]}} of Karpathy or COCO, or {{class: [...]}} of NWPU-Captions; {have}'
     )
+
+
+def _is_nwpu(rows) -> bool:
+    """Whether a list begins as those of NWPU-Captions do."""
+    first = rows[0] if isinstance(rows, list) and rows else None
+    return isinstance(first, dict) and isinstance(first.get("filename"), str) and "raw" in first
 
 
 def _rows_of(form: str, entry) -> tuple[str, list[tuple[str, str | None]], str | None, int]:
@@ -259,27 +283,29 @@ def _rows_of(form: str, entry) -> tuple[str, list[tuple[str, str | None]], str |
         text = _text(entry, "caption")
         return _text(entry, "image"), [(text, None)] if has_word(text) else [], split, int(not has_word(text))
     if form == "karpathy":
-        sentences = entry.get("sentences")
-        if not isinstance(sentences, list) or not sentences:
+        field, texts = "raw", entry.get("sentences")
+        if not isinstance(texts, list) or not texts:
             raise InputError("field 'sentences': expected a list with at least one {\"raw\": text}")
-        name = _text(entry, "filename")
-        name = str(Path(entry["filepath"]) / name) if isinstance(entry.get("filepath"), str) else name
         split = "train" if split == "restval" else split  # COCO's name for the extra training part
-        sentences = [s if isinstance(s, dict) else {} for s in sentences]
-        texts = [_text(s, "raw") for s in sentences if not _says_nothing(s.get("raw"))]
-        if not texts:
-            raise InputError("field 'sentences': none of them holds a word")
-        return name, [(text, None) for text in texts], split, len(sentences) - len(texts)
-    captions = entry.get("captions")
-    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        raise InputError("field 'captions': expected a list of texts")
-    texts = [_text({"captions": text}, "captions") for text in captions if not _says_nothing(text)]
-    empty = len(captions) - len(texts)
-    if isinstance(entry.get("zh_answer"), str) and not _says_nothing(entry["zh_answer"]):
-        texts.append(_text(entry, "zh_answer"))
-    if not texts:
-        raise InputError("field 'captions': none of them holds a word")
-    return _text(entry, "image"), [(text, None) for text in texts], split, empty
+        texts = [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in texts]
+    elif form == "nwpu":
+        field, texts = "raw", [entry[key] for key in entry if re.fullmatch(r"raw(_\d+)?", key)]
+    else:
+        field, texts = "captions", entry.get("captions")
+        if not isinstance(texts, list):
+            raise InputError("field 'captions': expected a list of texts")
+    name = _text(entry, {"scenes": "image", "coco": "file_name"}.get(form, "filename"))
+    if form in ("karpathy", "nwpu") and isinstance(entry.get("filepath"), str):
+        name = str(Path(entry["filepath"]) / name)
+    said = [_text({field: text}, field) for text in texts if not _says_nothing(text)]
+    empty = len(texts) - len(said)
+    if form == "scenes" and isinstance(entry.get("zh_answer"), str) and not _says_nothing(entry["zh_answer"]):
+        said.append(_text(entry, "zh_answer"))
+    if not said:
+        raise InputError(
+            f"field {field!r}: none of them holds a word" if texts else f"field {field!r}: there is no text"
+        )
+    return name, [(text, None) for text in said], split, empty
 
 
 def _says_nothing(text) -> bool:

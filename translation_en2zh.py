@@ -203,26 +203,6 @@ def read_glossary(path: str) -> dict[str, list[str]]:
     return {term.lower(): accepted for term, accepted in content.items()}
 
 
-def names_of(source: Path, image_root: str | None) -> dict[str, str]:
-    """{path `data.read_scenes` found: the name that the file uses}."""
-    from data import load_json
-
-    content = load_json(source)
-    roots = [Path(image_root)] if image_root else [source.parent, source.parent / "images"]
-    names: dict[str, str] = {}
-    for entry in content["images"] if isinstance(content, dict) else content:
-        if not isinstance(entry, dict):
-            continue
-        for key in ("image_name", "image", "filename"):
-            if isinstance(entry.get(key), str):
-                name = entry[key].strip()
-                if key == "filename" and isinstance(entry.get("filepath"), str):
-                    name = str(Path(entry["filepath"]) / name)
-                for root in roots:
-                    names.setdefault(str(root / name), name)
-    return names
-
-
 def name_for(image: str, name: str, output: Path) -> str:
     """What `data.read_conversations` finds `image` by from the output's folder: its own name, else the absolute path."""
     for root in (output.parent, output.parent / "images"):
@@ -1126,7 +1106,7 @@ def main(argv: list[str] | None = None) -> int:
     found = read_scenes(source, image_root=args.image_root, language=language, max_rejected=args.max_rejected)
     for bad in found.rejected[:5]:
         print(f"warning: {bad.file}: row {bad.row}: {bad.reason}", file=sys.stderr)
-    names = names_of(source, args.image_root)
+    names = {scene.image: scene.name for scene in found.scenes}
     if args.check:
         items, engine = items_given(found.scenes, names, output, own_questions), None
     else:

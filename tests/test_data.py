@@ -178,6 +178,49 @@ def test_karpathy_form_with_restval_and_filepath(folder):
     refused(lambda: read_scenes(save(path, {"images": entries})), "row 0", "'sentences'")
 
 
+def test_coco_form(folder):
+    images = [{"id": i, "file_name": f"a{i}.png", "width": 8} for i in range(3)]
+    notes = [
+        {"id": 9 - n, "image_id": str(n % 2), "caption": text} for n, text in enumerate(["x", "y", "x2", "...", "x"])
+    ]
+    notes.append({"id": 1, "image_id": 2, "caption": "z"})  # numbers here, texts there
+    path = save(folder / "coco.json", {"info": {}, "images": images, "annotations": notes})
+    read = read_scenes(path)
+    assert [(scene.name, scene.texts) for scene in read.scenes] == [
+        ("a0.png", ["x", "x2"]), ("a1.png", ["y"]), ("a2.png", ["z"]),
+    ]  # fmt: skip
+    assert read.scenes[0].listed == ["x", "x2", "x"] and [bad.row for bad in read.left_out] == [1]
+    notes.pop()
+    refused(lambda: read_scenes(save(path, {"images": images, "annotations": notes})), "row 2", "there is no text")
+    del images[1]["file_name"]
+    refused(
+        lambda: read_scenes(save(path, {"images": images, "annotations": notes})), "row 1", "'file_name' is missing"
+    )
+    images[1]["file_name"] = "a1.png"
+    boxes = [{"id": n, "image_id": n, "bbox": [0, 0, 1, 1]} for n in range(3)]
+    refused(lambda: read_scenes(save(path, {"images": images, "annotations": boxes})), "'captions': expected a text")
+
+
+@pytest.mark.parametrize("folders", [True, False])
+def test_nwpu_captions_form(folder, folders):
+    content: dict = {"airport": [], "sea ice": []}
+    for i, label in enumerate(["airport", "airport", "sea ice"]):
+        name = f"{label}_{i}.jpg"
+        (folder / label).mkdir(exist_ok=True)
+        picture((folder / label if folders else folder) / name, i)
+        texts = {"raw": f"one {i}", **{f"raw_{n}": f"text {n} of {i}" for n in range(1, 5)}}
+        content[label].append(
+            {"filename": name, "imgid": i, "sentids": [1, 2], "split": ["train", "val", "test"][i], **texts}
+        )
+    splits = load_splits(DataConfig(train_file=str(save(folder / "dataset_nwpu.json", content))))
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [1, 1, 1]
+    (scene,) = splits["test"]
+    assert scene.label == "sea ice" and scene.texts == ["one 2", *(f"text {n} of 2" for n in range(1, 5))]
+    assert scene.name == ("sea ice/sea ice_2.jpg" if folders else "sea ice_2.jpg")
+    content["airport"][1] = {"imgid": 1}
+    refused(lambda: read_scenes(save(folder / "dataset_nwpu.json", content)), "row 1", "'filename' is missing")
+
+
 def test_scene_form_with_chinese_answer(folder):
     rows = [{"image": "a0.png", "captions": ["x", "y", "x"], "zh_answer": "农田"}]
     read = read_scenes(save(folder / "s.jsonl", "\n".join(json.dumps(row) for row in rows)))
