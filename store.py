@@ -54,8 +54,9 @@ SCAN_FEW = 6000
 # The k best that pass are the first k that pass among the best of all. Where a filter leaves many, a walk without it for
 # MARGIN / (share it leaves) x k points, and a look which of them pass, take 3 ms where a walk that asks the filter of every
 # point it meets takes 12 (box of 20%) and 7 (time span of 30%). Up to four times as many if k did not pass, and that walk
-# after all where filter and query want different things. Of more than AMONG it misses more: 6% left, 500: recall 0.974.
-MARGIN, AMONG = 2.5, 300
+# after all where filter and query want different things. The 300 best of all are found less surely than the 100 best: where
+# a filter left 6% and AMONG was 300, recall was 0.971.
+MARGIN, AMONG = 2.5, 150
 GROWS_FROM = 100_000  # points; above, EF, EF_FILTERED and SCAN_FEW grow with the square root of the index's size
 RIM = 1e-3  # degrees; see `_inside`
 DAY = r"\d{4}-\d\d-\d\d"
