@@ -241,9 +241,12 @@ def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list]:
         entries = []
         for label, rows in content.items():
             folder = any((root / label / rows[0]["filename"]).is_file() for root in roots)
-            rows = [row if isinstance(row, dict) else {} for row in rows]
-            entries += [{**row, "class": label, "filepath": label if folder else ""} for row in rows]
-        return "nwpu", entries
+            for row in rows:
+                row = row if isinstance(row, dict) else {}
+                keys = [key for key in row if re.fullmatch(r"raw(_\d+)?", key)] or ["raw"]
+                texts = [{"raw": row.get(key)} for key in keys]
+                entries.append({**row, "class": label, "filepath": label if folder else "", "sentences": texts})
+        return "karpathy", entries
     if isinstance(content, list):
         keys = next((set(entry) for entry in content if isinstance(entry, dict)), set())
         for form, needed in (
@@ -280,22 +283,20 @@ def _rows_of(form: str, entry) -> tuple[str, list[tuple[str, str | None]], str |
         negative = _text(entry, "negative") if entry.get("negative") is not None else None
         return _text(entry, "image_name"), [(_text(entry, "positive"), negative)], split, 0
     if form == "captions":
-        text = _text(entry, "caption")
-        return _text(entry, "image"), [(text, None)] if has_word(text) else [], split, int(not has_word(text))
+        name, text = _text(entry, "image"), _text(entry, "caption")
+        return (name, [(text, None)], split, 0) if has_word(text) else (name, [], split, 1)
     if form == "karpathy":
         field, texts = "raw", entry.get("sentences")
         if not isinstance(texts, list) or not texts:
             raise InputError("field 'sentences': expected a list with at least one {\"raw\": text}")
         split = "train" if split == "restval" else split  # COCO's name for the extra training part
         texts = [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in texts]
-    elif form == "nwpu":
-        field, texts = "raw", [entry[key] for key in entry if re.fullmatch(r"raw(_\d+)?", key)]
     else:
         field, texts = "captions", entry.get("captions")
         if not isinstance(texts, list):
             raise InputError("field 'captions': expected a list of texts")
     name = _text(entry, {"scenes": "image", "coco": "file_name"}.get(form, "filename"))
-    if form in ("karpathy", "nwpu") and isinstance(entry.get("filepath"), str):
+    if form == "karpathy" and isinstance(entry.get("filepath"), str):
         name = str(Path(entry["filepath"]) / name)
     said = [_text({field: text}, field) for text in texts if not _says_nothing(text)]
     empty = len(texts) - len(said)

@@ -425,6 +425,17 @@ class Store:
                 found[n] = hits
         return found
 
+    def _ask(self, asked, k, exact, ef, with_payload) -> list[list[Hit]]:
+        """The k nearest of each (query, filter), of which there is at least one."""
+        requests = [
+            self._m.QueryRequest(
+                query=self._nearest(query), filter=limit, limit=k, with_payload=with_payload,
+                params=self._params(limit, exact, ef),
+            )
+            for query, limit in asked
+        ]  # fmt: skip
+        return [[Hit(str(hit.id), hit.score, hit.payload) for hit in hits] for hits in self._query(requests)]
+
     def _size(self) -> int:
         if self._points is None:
             self._points = self._count(None)
@@ -667,17 +678,11 @@ class _Edge(Store):
     def _ids(self, ids):
         return self._m.HasIdCondition(ids)
 
-    def _ask(self, asked, k, exact, ef, with_payload):
-        """The k nearest of each (query, filter)."""
-        requests = [
-            self._m.QueryRequest(
-                query=self._m.Query.Nearest(query), filter=limit, limit=k, with_payload=with_payload,
-                params=self._params(limit, exact, ef),
-            )
-            for query, limit in asked
-        ]  # fmt: skip
-        found = self._shard.query_batch(self._m.QueryBatchRequest(requests)) if asked else []
-        return [[Hit(str(hit.id), hit.score, hit.payload) for hit in hits] for hits in found]
+    def _nearest(self, query):
+        return self._m.Query.Nearest(query)
+
+    def _query(self, requests):
+        return self._shard.query_batch(self._m.QueryBatchRequest(requests))
 
 
 def _edge_config(m, dim: int):
@@ -811,13 +816,8 @@ class _Server(Store):
     def _ids(self, ids):
         return self._m.HasIdCondition(has_id=list(ids))
 
-    def _ask(self, asked, k, exact, ef, with_payload):
-        requests = [
-            self._m.QueryRequest(
-                query=query.tolist(), filter=limit, limit=k, with_payload=with_payload,
-                params=self._params(limit, exact, ef),
-            )
-            for query, limit in asked
-        ]  # fmt: skip
-        found = self._client.query_batch_points(self._name, requests) if asked else []
-        return [[Hit(str(hit.id), hit.score, hit.payload) for hit in answer.points] for answer in found]
+    def _nearest(self, query):
+        return query.tolist()
+
+    def _query(self, requests):
+        return [answer.points for answer in self._client.query_batch_points(self._name, requests)]

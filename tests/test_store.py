@@ -458,7 +458,7 @@ def test_more_is_looked_at_in_a_large_index(opened, monkeypatch):
             index.search(unit(DIM), 1)
             assert asked[-1] == ef
         index.search(unit(DIM), 1, ef=7)
-        index.search(unit(DIM), 1, filter=Filter(path="no such file"))
+        index.search(unit(DIM), 1, filter=Filter(bbox=(-180, -90, 180, 90)))
         index.remove([point.id for point in points[10:]])
         index.search(unit(DIM), 1)
         assert asked[-3:] == [7, 2 * store.EF_FILTERED, store.EF]
