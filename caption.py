@@ -63,6 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--objects", help='{"words": {object: [word]}, "images": {image: [object]}}: are they named rightly?'
     )
     score.add_argument(
+        "--cache_dir", default=".cache", help="where resized images are kept, as in training (none: nowhere)"
+    )
+    score.add_argument(
         "--max_rejected", type=float, default=0.01, help="share of references that may be unusable (0 to 1)"
     )
     return parser
@@ -101,12 +104,10 @@ def load(args):
     return model
 
 
-def write_captions(model, paths: list[str], args, streamer=None) -> tuple[dict[str, str], dict[str, str]]:
-    """({image: caption}, {image: why it has none})."""
+def write_captions(model, store, paths: list[str], args, streamer=None) -> tuple[dict[str, str], dict[str, str]]:
+    """({image: caption}, {image: why it has none}) of images whose pixels `store` (`data.PixelStore`) reads."""
     from imagery import ImageError
-    from model import pixel_store
 
-    store = pixel_store(model)
     captions, broken = {}, {}
     for start in range(0, len(paths), args.batch_size):
         whole, pixels = [], {}
@@ -144,6 +145,7 @@ def say_broken(broken: dict[str, str]) -> int:
 
 def generate(args) -> int:
     from data import image_files
+    from model import pixel_store
     from report import write_atomic
 
     paths = []
@@ -155,7 +157,7 @@ def generate(args) -> int:
         from transformers import TextStreamer
 
         streamer = TextStreamer(model.tokenizer, skip_special_tokens=True)
-    captions, broken = write_captions(model, paths, args, streamer)
+    captions, broken = write_captions(model, pixel_store(model), paths, args, streamer)
     if args.output_file:
         rows = [{"image": path, "caption": captions[path]} for path in paths if path in captions]
         rows += [{"image": path, "error": reason} for path, reason in broken.items()]
@@ -241,7 +243,8 @@ def evaluate(args) -> int:
         if unscored := len(images) - len(references):
             print(f"{unscored} images of {args.test_dir} have no reference in split or language and are left out")
         images = list(references)
-    captions, broken = write_captions(model, images, args)
+    store = pixel_store(model, None if args.cache_dir.lower() == "none" else args.cache_dir)
+    captions, broken = write_captions(model, store, images, args)
     if not captions:
         raise InputError(f"{args.test_dir}: no image could be read; {next(iter(broken.values()))}")
     images = list(captions)
@@ -256,7 +259,6 @@ def evaluate(args) -> int:
             found = read_scenes(args.training, more_roots=(args.test_dir,), language=language)
             known = [scene for scene in found.scenes if scene.split in (None, "train")]
             texts = [scene.listed for scene in known]
-            store = pixel_store(model)
             pooled = [model.embed_images(paths, store) for paths in (images, [scene.image for scene in known])]
             made = caption_scores.baselines(*pooled, texts) | made
         found = caption_scores.compare(made, truths, texts, language=language)

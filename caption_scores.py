@@ -29,6 +29,7 @@ import sys
 import unicodedata
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -387,18 +388,20 @@ def _all_scores(systems: list[list[str]], references, language, tokens, java, sa
                     "tokens": kind,
                     "images": len(group),
                     "empty": own.count(""),
-                    "scores": _python_scores(own, truths, samples, seed),
                     "absent": dict.fromkeys(("METEOR", "SPICE"), missing[spoken]) if missing[spoken] else {},
                     "index": index,
                 }
                 results[-1]["parts"].append(part)
-                if not missing[spoken]:
-                    runs.append((part, own, truths))
-    if runs:
-        found, absent = _java_scores([run[1:] for run in runs], samples, seed)
-        for k, (part, _, _) in enumerate(runs):
-            part["scores"] |= {name: made[k] for name, made in found.items()}
-            part["absent"] = dict(absent)
+                runs.append((part, own, truths))
+    with ThreadPoolExecutor(1) as thread:  # Java is a process of its own: our scores are counted beside it
+        counted = [thread.submit(_python_scores, own, truths, samples, seed) for _, own, truths in runs]
+        for_java = [run for run in runs if not missing[run[0]["language"]]]
+        found, absent = _java_scores([run[1:] for run in for_java], samples, seed) if for_java else ({}, {})
+    for (part, _, _), ours in zip(runs, counted):
+        part["scores"] = ours.result()
+    for k, (part, _, _) in enumerate(for_java):
+        part["scores"] |= {name: made[k] for name, made in found.items()}
+        part["absent"] = dict(absent)
     for part in (part for result in results for part in result["parts"]):
         scores = {name: part["scores"].get(name, {"value": None, "interval": None}) for name in SCORES}
         part["per_image"] = {name: score.pop("per_image") for name, score in scores.items() if "per_image" in score}

@@ -16,11 +16,10 @@ import math
 import os
 import shutil
 import tempfile
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timedelta
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 from rasterio.warp import transform as reproject
 
-from config import InputError, user_errors
+from config import InputError, die_with_parent, user_errors
 
 VERSION = 8  # raise it whenever the same seed gives other bytes: folders of an older version are then not 'done'
 MANY = 9  # from nine on, captions say 'many'; seven and eight are never drawn, so no word is ever borderline
@@ -1292,11 +1291,6 @@ def write_geotiff(path: Path, t: dict, pixels: np.ndarray):
             out.colorinterp = (ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.undefined)
 
 
-def _die_with_parent():
-    """In a worker: end when the main process is killed, which a worker that waits for jobs would not notice."""
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-
-
 def _make(job: tuple[str, int, int, bool]) -> dict:
     """One scene: its picture (and that of its second date) on disk, its texts in the answer."""
     folder, seed, index, pair = Path(job[0]), *job[1:]
@@ -1377,7 +1371,7 @@ def generate(
         jobs = [(str(new), seed, i, i in pairs) for i in range(scenes)]
         workers = workers or (min(os.cpu_count() or 1, 8) if scenes >= 100 else 1)
         if workers > 1:  # spawned, not forked: a caller may already hold threads
-            with ProcessPoolExecutor(workers, get_context("spawn"), _die_with_parent) as pool:
+            with ProcessPoolExecutor(workers, get_context("spawn"), die_with_parent) as pool:
                 made = list(pool.map(_make, jobs, chunksize=8))
         else:
             made = [_make(job) for job in jobs]

@@ -869,6 +869,14 @@ def packed_states(model, tree: SceneTree, input_ids, position_ids, image_rows=No
     ).last_hidden_state[0]  # fmt: skip
 
 
+def packed_words(body, tree: SceneTree, embedded: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Last layer (L, D) of a packed row of embeddings (1, L, D) at positions (1, L) through the body of a causal language model
+    that has attention "scene"."""
+    nothing = embedded.new_zeros(1, 1, 1, 1)  # a hand-made mask, which transformers leaves alone: the tree is it
+    made = body(inputs_embeds=embedded, position_ids=position_ids, attention_mask=nothing, use_cache=False, tree=tree)
+    return made.last_hidden_state[0]
+
+
 # ----------------------------------------------------------------------------------------------------
 # Visual question answering
 
@@ -1714,17 +1722,9 @@ class Captioner(nn.Module):
             ]
             return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
         tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
-        hidden = self._packed(tree, embedded, batch["position_ids"][0]).index_select(0, label_rows)
+        hidden = packed_words(self.language.base_model, tree, embedded, batch["position_ids"][0])
+        hidden = hidden.index_select(0, label_rows)
         return F.cross_entropy(self.language.get_output_embeddings()(hidden).float(), labels, reduction="sum")
-
-    def _packed(self, tree: SceneTree, embedded: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Last layer (L, D) of a packed row (1, L, D) at positions (1, L)."""
-        nothing = embedded.new_zeros(1, 1, 1, 1)  # a hand-made mask, which transformers leaves alone: the tree is it
-        body = self.language.base_model
-        made = body(
-            inputs_embeds=embedded, position_ids=position_ids, attention_mask=nothing, use_cache=False, tree=tree
-        )
-        return made.last_hidden_state[0]
 
     def mixed(self):
         """Autocast to bfloat16 where frozen weights are of 16 bits and trained ones of 32; else nothing."""
@@ -1747,7 +1747,8 @@ class Captioner(nn.Module):
         with self.mixed():
             try:
                 tree = SceneTree(**{name: batch[name] for name in TREE_KEYS})
-                hidden = self._packed(tree, words(batch["input_ids"]), batch["position_ids"][0])
+                embedded, body = words(batch["input_ids"]), self.language.base_model
+                hidden = packed_words(body, tree, embedded, batch["position_ids"][0])
                 packed = self.language.get_output_embeddings()(hidden[batch["label_rows"]]).float()
             except (TypeError, ValueError, RuntimeError, AttributeError):
                 return False

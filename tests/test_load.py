@@ -450,7 +450,7 @@ def test_towers_learn_from_scenes(tmp_path, monkeypatch):
 
     data, seen = tmp_path / "data", []
     demo_data.generate(data, 20, 0)
-    for stage in ("train", "vision_train", "clip_train", "grounding"):
+    for stage in ("train", "vision_train", "clip_train", "grounding", "reading"):
         monkeypatch.setitem(demo_bases.DEMO_SIZES[stage], "steps", 3)
         monkeypatch.setitem(demo_bases.DEMO_SIZES[stage], "batch", 4)
     forward = CLIPVisionModel.forward
@@ -459,6 +459,8 @@ def test_towers_learn_from_scenes(tmp_path, monkeypatch):
     assert {"nats_per_token", "cover_accuracy", "count_accuracy", "object_f1", "chat_accuracy"} == set(
         measured["qwen2_5_vl"]
     )
+    before, after = measured["qwen3"]["reading_nats_per_token"]
+    assert after < before
     rows = [{"image": f"images/scene_{n:05d}.tif", "caption": "一个全新的棒球场。", "split": "train"} for n in range(3)]
     rows.append({"image": "images/scene_00003.tif", "caption": "几架滑翔机。", "split": "test"})
     (data / "mine.json").write_text(json.dumps(rows))
@@ -475,6 +477,23 @@ def test_towers_learn_from_scenes(tmp_path, monkeypatch):
     processor = CLIPImageProcessorPil.from_pretrained(tmp_path / "demo" / "clip")
     ours = processor([Image.fromarray(scenes.pictures[i]) for i in scenes.held], return_tensors="pt")["pixel_values"]
     assert torch.allclose(seen[-1], ours, atol=1e-5)
+
+    # The table of words that the captioner's language model learns to read: each square's own.
+    word_of = {kind: number for number, kind in enumerate([*scenes.covers, *scenes.kinds])}
+    for number, row in enumerate(scenes.rows):
+        table = demo_bases._inventory(scenes, number, 8, word_of)
+        lying: dict = {}
+        for o in row["objects"]:
+            lying.setdefault((int(o["y"] / row["height"] * 8), int(o["x"] / row["width"] * 8)), set()).add(
+                word_of[o["kind"]]
+            )
+        assert all(table[square] in words for square, words in lying.items())
+        there = {row["cover"], *(o["kind"] for o in row["objects"]), *(x["kind"] for x in row["lines"])}
+        assert (
+            {word_of[kind] for kind in there | {"cloud"}}
+            >= set(table.ravel().tolist())
+            >= {word_of[line["kind"]] for line in row["lines"]}
+        )
 
 
 # --- the command line ---
