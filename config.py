@@ -488,7 +488,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             "per_device_eval_batch_size": 64,
             "max_eval_scenes": 100,
             "learning_rate": 2e-3,
-            "num_train_epochs": 1,  # its base reads tables of words already (demo_bases.py)
+            "num_train_epochs": 2,  # its base reads tables of words already (demo_bases.py)
             "logging_steps": 50,
             "metric_for_best_model": "loss",  # CIDEr of 100 images is too rough to choose by
             "dataloader_num_workers": 0,

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -70,7 +71,7 @@ QWEN3_CHAT = (  # prints what the official one prints where there are no tools: 
 )
 PIXELS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 DEMO_SIZES = {  # changing anything here rebuilds the demo bases: it is part of their fingerprint
-    "version": 8,
+    "version": 9,
     "vocab": {"qwen": 2000, "clip": 1500},
     "text": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "heads": 4, "kv_heads": 2},
     "vision": {"depth": 3, "hidden_size": 128, "num_heads": 4, "intermediate_size": 384, "fullatt": [0, 2]},
@@ -409,7 +410,7 @@ class _Muon:
 def _train(loss_of, named, heads, items, draw, *, steps, batch, lr, muon_lr, head_lr=None) -> None:
     """Minimise `loss_of(chosen)` over batches of `items`, shuffled anew by `draw` whenever they run out: Muon for the
     matrices among `named` (name, parameter), AdamW for embeddings, vectors and, at `head_lr`, `heads`; ten steps of
-    warm-up, then linearly down to a tenth of the rates."""
+    warm-up, then linearly down to nothing."""
     import torch
 
     named = list(named)
@@ -425,7 +426,7 @@ def _train(loss_of, named, heads, items, draw, *, steps, batch, lr, muon_lr, hea
         for weight in [*matrices, *others, *heads]:
             weight.grad = None
         loss_of(chosen).backward()
-        share = min(1, (step + 1) / 10) * (1 - 0.9 * step / steps)
+        share = min(1, (step + 1) / 10) * (1 - step / steps)
         for group in adam.param_groups:
             group["lr"] = group["rate"] * share
         adam.step()
@@ -1055,4 +1056,6 @@ def build(data_dir, output_dir, seed: int, verify, more=None) -> dict:
             (temp / record.name).rename(record)
     except OSError as error:
         raise InputError(f"{output_dir} cannot be written: {error.strerror or error}") from error
+    except BrokenProcessPool:
+        raise InputError("a process that built a demo base was killed: is there memory for two of 1 GB each?") from None
     return {**built, "rebuilt": True}
