@@ -198,8 +198,10 @@ def test_generate_one_image_a_list_and_a_folder(trained, drawn, tmp_path, capsys
 def test_eval_without_and_with_references(trained, drawn, tmp_path, capsys):
     run, results = trained
     out = tmp_path / "eval" / "results.json"
-    flags = ["eval", "--model_path", str(run / "final"), "--test_dir", str(drawn.images), "--output_file", str(out)]
+    kept, whole = tmp_path / "kept", ["--test_dir", str(drawn.images), "--output_file", str(out)]
+    flags = ["eval", "--model_path", str(run / "final"), *whole, "--cache_dir", str(kept)]
     assert caption.main(flags) == 0
+    assert len(list(kept.rglob("*.npy"))) == 25, "pixels are made once, for other prompts and settings too"
     plain = json.loads(out.read_text())
     assert plain["images"] == 25 and "scores" not in plain and "references" not in plain["captions"][0]
     assert out.with_suffix(".html").is_file()
