@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from config import InputError, add_device_flags, refuse_outside, refuse_unwritable_file, user_errors
+from config import InputError, add_device_flags, cache_folder, refuse_outside, refuse_unwritable_file, user_errors
 
 DEMO = {
     "model_path": "output/demo_caption/final",
@@ -89,6 +89,8 @@ def checked(args) -> None:
         raise InputError("--num_beams searches and --temperature draws: give one of them")
     if args.output_file:
         refuse_unwritable_file(args.output_file, "--output_file")
+    if args.command == "eval":
+        args.cache_dir = cache_folder(args.cache_dir)
 
 
 def load(args):
@@ -243,7 +245,7 @@ def evaluate(args) -> int:
         if unscored := len(images) - len(references):
             print(f"{unscored} images of {args.test_dir} have no reference in split or language and are left out")
         images = list(references)
-    store = pixel_store(model, None if args.cache_dir.lower() == "none" else args.cache_dir)
+    store = pixel_store(model, args.cache_dir)
     captions, broken = write_captions(model, store, images, args)
     if not captions:
         raise InputError(f"{args.test_dir}: no image could be read; {next(iter(broken.values()))}")

@@ -21,8 +21,9 @@ import sys
 import tempfile
 import textwrap
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import parent_process
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Literal
 
@@ -732,8 +733,26 @@ def keeps_scores(argv: list[str] | None) -> bool:
     return bool(flag_value("--output_dir", sys.argv[1:] if argv is None else argv))
 
 
-def die_with_parent() -> None:
-    """In a worker process: end when the main one is killed, which a worker that waits for jobs would not notice."""
+def cache_folder(given: str | None) -> str | None:
+    """The value of a --cache_dir, None where it is "none". Raises InputError for a file."""
+    if str(given).lower() == "none":
+        return None
+    if Path(given).exists() and not Path(given).is_dir():
+        raise InputError(f"--cache_dir {given}: is a file, expected a folder")
+    return given
+
+
+def in_workers(function, jobs: list, workers: int, chunksize: int = 1) -> list:
+    """`function` of each job, in order, in so many processes (1: in this one)."""
+    if workers == 1:
+        return [function(job) for job in jobs]
+    # Spawned, not forked: a caller may already hold threads.
+    with ProcessPoolExecutor(workers, get_context("spawn"), _die_with_parent) as pool:
+        return list(pool.map(function, jobs, chunksize=chunksize))
+
+
+def _die_with_parent() -> None:
+    """In a worker: end when the main process is killed, which a worker that waits for jobs would not notice."""
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -805,10 +824,7 @@ def check(config: DataConfig) -> None:
     refuse_outside(config, **bounds)
     if config.min_pixels > config.max_pixels:
         raise InputError(f"--min_pixels {config.min_pixels} is above --max_pixels {config.max_pixels}")
-    if str(config.cache_dir).lower() == "none":
-        config.cache_dir = None
-    if config.cache_dir and Path(config.cache_dir).exists() and not Path(config.cache_dir).is_dir():
-        raise InputError(f"--cache_dir {config.cache_dir}: is a file, expected a folder")
+    config.cache_dir = cache_folder(config.cache_dir)
 
 
 def whole_checkpoints(run: Path) -> dict[int, Path]:

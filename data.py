@@ -727,9 +727,9 @@ class PixelStore:
                 entry.unlink(missing_ok=True)  # cut short by a full disk: make it anew
         pixels = self.resized(path, read_image(path, self.settings).rgb)
         if entry is not None:
-            entry.parent.mkdir(parents=True, exist_ok=True)
             temporary = entry.with_suffix(f".{os.getpid()}.{id(pixels)}.tmp")
             try:
+                entry.parent.mkdir(parents=True, exist_ok=True)
                 with open(temporary, "wb") as file:
                     np.save(file, pixels)
                 os.replace(temporary, entry)
@@ -919,9 +919,9 @@ class TokenStore:
             chunk = missing[start : start + batch]
             for path, (tokens, grid) in zip(chunk, encode(chunk)):
                 entry = self._entry(path)
-                entry.parent.mkdir(parents=True, exist_ok=True)
                 temporary = entry.with_suffix(f".{os.getpid()}.tmp")
                 try:
+                    entry.parent.mkdir(parents=True, exist_ok=True)
                     save_file({"tokens": tokens.contiguous().cpu(), "grid": torch.tensor(grid)}, temporary)
                     os.replace(temporary, entry)
                 except (OSError, SafetensorError) as error:
@@ -1099,8 +1099,6 @@ class ChatPrompt:
 
     def branches(self, questions: list[str], answers: list[str] | None = None) -> list[tuple[np.ndarray, int]]:
         """For each question its ids and how many at their end are to be predicted (0 without an answer)."""
-        if not questions:
-            return []
         asked = token_ids(self.tokenizer, [question + self.after for question in questions])
         if answers is None:
             return [(np.array(ids), 0) for ids in asked]

@@ -14,13 +14,12 @@ import random
 import shutil
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
-from config import InputError, die_with_parent
+from config import InputError, in_workers
 from imagery import ImageSettings, read_image
 
 DEMO = ["qwen2_5_vl", "clip", "qwen3"]
@@ -709,6 +708,31 @@ def _facts(row: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     return short, chat
 
 
+def _captions_of(scenes: Scenes, texts: dict) -> list[list]:
+    """[[prompt, caption]] of each scene, of `demo_texts`; none of a validation scene."""
+    told: dict[str, list] = {row["image"]: [] for row in scenes.rows}
+    for prompt, caption, image in texts["asked"]:
+        told[image].append([prompt, caption])
+    return list(told.values())
+
+
+def _branches(prompt, turns) -> list:
+    """The branches of (question, answer) pairs: `data.ChatPrompt` or `data.CaptionPrompt`."""
+    return prompt.branches([asked for asked, _ in turns], [said for _, said in turns])
+
+
+def _packed_logits(model, scenes: list[dict], states_of):
+    """Scenes as `data.pack` takes them -> logits (M, V) of what is to be predicted, and labels (M,); `states_of` gives the
+    last layer (L, D) from (tree, the rest of the batch)."""
+    from data import pack
+    from model import TREE_KEYS, SceneTree
+
+    batch = pack(scenes, split=True)
+    labels, places = batch.pop("labels"), batch.pop("label_rows")
+    tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
+    return model.lm_head(states_of(tree, batch)[places]), labels
+
+
 def train_grounding(
     model,
     tokenizer,
@@ -736,8 +760,8 @@ def train_grounding(
     import torch
     from torch.nn import functional as F
 
-    from data import ChatPrompt, pack, pixel_batch
-    from model import TREE_KEYS, SceneTree, packed_states
+    from data import ChatPrompt, pixel_batch
+    from model import packed_states
 
     tokens = []
     with torch.no_grad():
@@ -750,15 +774,9 @@ def train_grounding(
     prefix = prompt.prefix((1, side, side))
     facts = [_facts(row) for row in scenes.rows]
 
-    def branches(turns):
-        return prompt.branches([question for question, _ in turns], [answer for _, answer in turns])
-
-    chats = [branches(turns) for _, turns in facts]
-    captions_of: dict[str, list] = {row["image"]: [] for row in scenes.rows}
-    for question, caption, image in texts["asked"]:
-        captions_of[image].append((question, caption))
-    told = [branches(captions_of[row["image"]]) for row in scenes.rows]
-    alone = branches(texts["more"])
+    chats = [_branches(prompt, turns) for _, turns in facts]
+    told = [_branches(prompt, turns) for turns in _captions_of(scenes, texts)]
+    alone = _branches(prompt, texts["more"])
     phrases = []
     for shorts, _ in facts:
         words, said = (tokenizer(list(part))["input_ids"] for part in zip(*shorts))
@@ -769,10 +787,7 @@ def train_grounding(
         return logits_of([scene | {"tokens": tokens[i], "branches": own} for i, own in zip(chosen, branches)])
 
     def logits_of(scenes):
-        batch = pack(scenes, split=True)
-        labels, places = batch.pop("labels"), batch.pop("label_rows")
-        tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
-        return model.lm_head(packed_states(model.model, tree, **batch)[places]), labels
+        return _packed_logits(model, scenes, lambda tree, batch: packed_states(model.model, tree, **batch))
 
     body, draw = model.model.language_model, np.random.default_rng(seed)
     body.set_attn_implementation("scene")
@@ -826,26 +841,22 @@ def train_reading(
     import torch
     from torch.nn import functional as F
 
-    from data import CaptionPrompt, pack
-    from model import TREE_KEYS, SceneTree, packed_words
+    from data import CaptionPrompt
+    from model import packed_words
 
-    cells = DEMO_SIZES["side"] // 14  # the squares that are patches to the demo's CLIP
+    cells = len(scenes.pictures[0]) // 14  # the squares that are patches to the demo's CLIP
     names = {kind: NOUNS.get(kind, kind).split()[-1] for kind in [*scenes.covers, *scenes.kinds]} | {"cloud": "clouds"}
     word_of = {kind: tokenizer(f" {word}")["input_ids"][-1] for kind, word in names.items()}  # one token each
-    told: dict[str, list] = {scenes.rows[i]["image"]: [] for i in scenes.train}
-    for row in texts["asked"]:
-        told[row[2]].append(row[:2])
-
-    def branches(prompt, rows):
-        return prompt.branches([asked for asked, _ in rows], [said for _, said in rows]) if rows else []
-
     prompt, blind = CaptionPrompt(tokenizer, cells * cells), CaptionPrompt(tokenizer, 0)
-    packed, alone = [], branches(blind, texts["more"])
+    packed, alone, told = [], _branches(blind, texts["more"]), _captions_of(scenes, texts)
     for i in scenes.train:
         ids, places = prompt.prefix()
         ids[ids == prompt.image_token] = _inventory(scenes, i, cells, word_of).ravel()
-        packed.append(((ids, places), branches(prompt, told[scenes.rows[i]["image"]])))
+        packed.append(((ids, places), _branches(prompt, told[i])))
     draw, body = np.random.default_rng(seed), model.model
+
+    def states_of(tree, row):
+        return packed_words(body, tree, body.embed_tokens(row["input_ids"]), row["position_ids"][0])
 
     def loss_of(chosen, most=captions, more=batch):
         rows = [
@@ -856,11 +867,7 @@ def train_reading(
             rows.append(
                 {"prefix": blind.prefix(), "branches": [alone[k] for k in draw.integers(len(alone), size=more)]}
             )
-        row = pack(rows, split=True)
-        labels, places = row.pop("labels"), row.pop("label_rows")
-        tree = SceneTree(**{name: row.pop(name) for name in TREE_KEYS})
-        states = packed_words(body, tree, body.embed_tokens(row["input_ids"]), row["position_ids"][0])
-        return F.cross_entropy(model.lm_head(states[places]), labels)
+        return F.cross_entropy(*_packed_logits(model, rows, states_of))
 
     held, learnt = range(count := max(1, len(packed) // 20)), range(count, len(packed))
 
@@ -1038,11 +1045,7 @@ def build(data_dir, output_dir, seed: int, verify, more=None) -> dict:
             vocab, merges = train_bpe(corpus, DEMO_SIZES["vocab"]["qwen"])
             jobs = [(temp / name, name, vocab, merges, texts, scenes, seed) for name in DEMO]
             workers = min(os.cpu_count() or 1, len(jobs)) if scenes and len(scenes.rows) >= 100 else 1
-            if workers > 1:
-                with ProcessPoolExecutor(workers, get_context("spawn"), die_with_parent) as pool:
-                    measured = dict(zip(DEMO, pool.map(_write_base, jobs)))
-            else:
-                measured = dict(zip(DEMO, map(_write_base, jobs)))
+            measured = dict(zip(DEMO, in_workers(_write_base, jobs, workers)))
             for name in DEMO:
                 verify(temp / name)
             record.unlink(missing_ok=True)  # from here to the last line nothing vouches for the folder

@@ -17,9 +17,7 @@ import os
 import shutil
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timedelta
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +27,7 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 from rasterio.warp import transform as reproject
 
-from config import InputError, die_with_parent, user_errors
+from config import InputError, in_workers, user_errors
 
 VERSION = 8  # raise it whenever the same seed gives other bytes: folders of an older version are then not 'done'
 MANY = 9  # from nine on, captions say 'many'; seven and eight are never drawn, so no word is ever borderline
@@ -1370,11 +1368,7 @@ def generate(
         pairs = set(kept[:: max(1, len(kept) // PAIRS)][:PAIRS])
         jobs = [(str(new), seed, i, i in pairs) for i in range(scenes)]
         workers = workers or (min(os.cpu_count() or 1, 8) if scenes >= 100 else 1)
-        if workers > 1:  # spawned, not forked: a caller may already hold threads
-            with ProcessPoolExecutor(workers, get_context("spawn"), die_with_parent) as pool:
-                made = list(pool.map(_make, jobs, chunksize=8))
-        else:
-            made = [_make(job) for job in jobs]
+        made = in_workers(_make, jobs, workers, chunksize=8)
         counts = _write_texts(new, made)
         digest = hashlib.sha256()
         for name, _ in (listing := _listing(new)):

@@ -479,14 +479,13 @@ def main(argv=None) -> None:
         print("building the demo bases (about ten minutes on two cores) ...", flush=True)
         built = build_demo_bases(args.data, root / "models" / "demo", args.seed, args.texts)
         for name, found in built["measured"].items():
-            if "nats_per_token" in found:
-                before, after = found["nats_per_token"]
-                print(f"{name:10s} language loss {before:.2f} -> {after:.2f} nats per token")
-            if "reading_nats_per_token" in found:
-                before, after = found["reading_nats_per_token"]
-                print(
-                    f"{name:10s} loss of captions, read from tables of words, {before:.2f} -> {after:.2f} nats per token"
-                )
+            for key, loss in (
+                ("nats_per_token", "language loss"),
+                ("reading_nats_per_token", "loss of captions, read from tables of words,"),
+            ):
+                if key in found:
+                    before, after = found[key]
+                    print(f"{name:10s} {loss} {before:.2f} -> {after:.2f} nats per token")
             if "cover_accuracy" in found:
                 print(f"{name:10s} land cover named in {found['cover_accuracy']:.0%} of validation scenes")
         print(f"built in {built['seconds']} s" if built["rebuilt"] else "already built from the same texts and seed")

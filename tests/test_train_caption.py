@@ -283,6 +283,7 @@ def test_the_demo_preset_of_generate_writes_no_file():
     (["generate", "--model_path", "x", "--image_path", "y", "--num_beams", "2", "--temperature", "1"], "give one of them"),
     (["generate", "--model_path", "nowhere", "--image_path", "y.png"], r"nowhere: not a captioner"),
     (["generate", "--model_path", "x", "--image_path", "y.png", "--output_file", "/proc/x/y.json"], "--output_file: its folder"),
+    (["eval", "--model_path", "x", "--test_dir", "y", "--output_file", "r.json", "--cache_dir", __file__], "is a file"),
 ])  # fmt: skip
 def test_user_errors(flags, message):
     with pytest.raises(InputError, match=message):
