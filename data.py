@@ -1381,15 +1381,36 @@ class QuestionCollator:
         return {"pieces": pieces, "targets": targets}
 
 
-def pixel_batch(images: list[np.ndarray], processor) -> dict[str, torch.Tensor]:
-    """Resized (H, W, 3) uint8 images -> what a vision tower takes. Qwen-VL: pixel_values (P, C) float32 and image_grid_thw
-    (B, 3) int64; CLIP, SigLIP: pixel_values (B, 3, S, S), and a grid that says one image each."""
-    made = processor(images=images, do_resize=False, do_center_crop=False, return_tensors="pt")
-    grid = made.get("image_grid_thw")
+def pixel_batch(images: list[np.ndarray], processor, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    """Resized (H, W, 3) uint8 images -> what a vision tower takes, on `device`. Qwen-VL: pixel_values (P, C) float32 and
+    image_grid_thw (B, 3) int64; CLIP, SigLIP: pixel_values (B, 3, S, S) float32, and a grid that says one image each."""
+    return normalised(stacked(images, processor), processor, device)
+
+
+def stacked(images: list[np.ndarray], processor) -> dict[str, torch.Tensor]:
+    """The first half of `pixel_batch`, for a reading process to send: squares are still (B, S, S, 3) uint8."""
+    if hasattr(processor, "merge_size"):
+        made = processor(images=images, do_resize=False, return_tensors="pt")
+        return {name: made[name] for name in ("pixel_values", "image_grid_thw")}
     return {
-        "pixel_values": made["pixel_values"],
-        "image_grid_thw": torch.ones(len(images), 3, dtype=torch.long) if grid is None else grid,
+        "pixel_values": torch.from_numpy(np.stack(images)),
+        "image_grid_thw": torch.ones(len(images), 3, dtype=torch.long),
     }
+
+
+def normalised(
+    batch: dict[str, torch.Tensor], processor, device: str | torch.device = "cpu"
+) -> dict[str, torch.Tensor]:
+    """The second half of `pixel_batch`: bring to the device, and scale squares there as their processor would."""
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    if batch["pixel_values"].dtype == torch.uint8:
+        # What the processor makes of black and of white says it all: a line for each channel.
+        ends = [np.full((2, 2, 3), value, np.uint8) for value in (0, 255)]
+        made = processor(images=ends, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+        low, high = made[..., :1, :1].to(device)  # (3, 1, 1) each
+        pixels = batch["pixel_values"].permute(0, 3, 1, 2).contiguous()
+        batch["pixel_values"] = torch.addcmul(low, pixels, (high - low) / 255)
+    return batch
 
 
 def token_batch(rows: list[np.ndarray], pad_id: int) -> dict[str, torch.Tensor]:

@@ -260,8 +260,7 @@ def _sniff(path) -> tuple[str, str | None]:
 def _guard(path):
     """Around calls into GDAL and Pillow: whatever they raise on a file's bytes becomes an ImageError naming it."""
     try:
-        with rasterio.Env(**GDAL_OPTIONS):
-            yield
+        yield
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -277,7 +276,7 @@ class _Raster:
 
     def __init__(self, path, driver: str):
         self.path = path
-        with _guard(path):
+        with _guard(path), rasterio.Env(**GDAL_OPTIONS):
             # Absolute, so that a name such as "zip:x.tif" is never taken for an address; one driver only.
             self.src = rasterio.open(os.path.abspath(path), driver=driver)
             self.height, self.width = self.src.shape
@@ -314,7 +313,8 @@ class _Raster:
         # out of a mean only what the file itself marks as missing.
         nearest = nearest or self.palette or nodata is not None or measured
         resampling = Resampling.nearest if nearest else Resampling.average
-        with _guard(self.path):  # one call for pixels and mask: nodata tags, alpha bands, internal masks
+        # One call for pixels and mask: nodata tags, alpha bands, internal masks.
+        with _guard(self.path), rasterio.Env(**GDAL_OPTIONS):
             read = self.src.read(
                 list(bands), window=Window(*window), out_shape=(len(bands), *out), resampling=resampling,
                 masked=not measured,
@@ -341,7 +341,8 @@ class _Raster:
 
     def footprint(self, window) -> "Footprint | None":
         """None without a usable CRS and position; ground control points give an affine least-squares fit."""
-        with contextlib.suppress(ImageError), _guard(self.path):  # a local CRS or nonsense is no reason to fail
+        # A local CRS or nonsense is no reason to fail.
+        with contextlib.suppress(ImageError), _guard(self.path), rasterio.Env(**GDAL_OPTIONS):
             crs, transform, (points, points_crs) = self.src.crs, self.src.transform, self.src.gcps
             if points and points_crs and (not crs or transform.is_identity):
                 if points_crs.is_geographic and np.ptp([p.x for p in points]) > 180:  # across the antimeridian
@@ -359,11 +360,11 @@ class _Photo:
     dtype, overviews, acquired, decoded = np.dtype("uint8"), [], None, None
 
     def __init__(self, path, name: str):
-        self.path, self.oriented = path, name in ("JPEG", "WEBP")
+        self.path = path
         with _guard(path):
             self.raw = Image.open(path, formats=[name])
-            sideways = self.oriented and self.raw.getexif().get(0x0112) in (5, 6, 7, 8)
-        self.width, self.height = self.raw.size[::-1] if sideways else self.raw.size
+            self.orientation = self.raw.getexif().get(0x0112, 1) if name in ("JPEG", "WEBP") else 1
+        self.width, self.height = self.raw.size[::-1] if self.orientation in (5, 6, 7, 8) else self.raw.size
         rgb = [ColorInterp.red, ColorInterp.green, ColorInterp.blue]
         self.colours = [ColorInterp.gray] if self.raw.mode in ("1", "L", "LA") else rgb
         self.names = [""] * len(self.colours)
@@ -383,7 +384,7 @@ class _Photo:
         with _guard(self.path):
             self.raw.load()  # the first frame
             image, exif = self.raw, self.raw.getexif()
-            if self.oriented:
+            if self.orientation != 1:
                 image = ImageOps.exif_transpose(image)
             times = {"DATETIMEORIGINAL": exif.get_ifd(0x8769).get(0x9003), "TIFFTAG_DATETIME": exif.get(0x0132)}
             self.acquired = _acquisition_time(times)
@@ -403,10 +404,13 @@ class _Photo:
 
         def cut(image):
             if (h, w) == out:
-                return np.asarray(image.crop((c, r, c + w, r + h)))
-            return np.asarray(image.resize(out[::-1], resampling, (c, r, c + w, r + h)))
+                return np.array(image.crop((c, r, c + w, r + h)))
+            return np.array(image.resize(out[::-1], resampling, (c, r, c + w, r + h)))
 
-        data = np.atleast_3d(cut(self.decoded))[..., [b - 1 for b in bands]].transpose(2, 0, 1)
+        data, chosen = np.atleast_3d(cut(self.decoded)), [b - 1 for b in bands]
+        if chosen != [*range(data.shape[2])]:  # a copy, and of a slow layout
+            data = data[..., chosen]
+        data = data.transpose(2, 0, 1)
         mask = np.ones(data.shape, bool) if self.alpha is None else np.repeat(cut(self.alpha)[None] > 0, len(data), 0)
         return data, mask if nodata is None else mask & (data != nodata)
 

@@ -6,11 +6,12 @@
         for hit in library.search(library.query(["a river winding through farmland"]), 10):
             print(hit.score, hit.payload["path"], hit.payload["window"])
 
-Reading runs in worker processes ahead of the model. Every FLUSH tiles are on disk before the next are encoded, so a kill
+Reading runs in worker processes ahead of the model. Every FLUSH tiles go to disk while the next are encoded, so a kill
 loses seconds of work, and the next run takes up where it stopped, in the middle of a file too.
 """
 
 import csv
+import dataclasses
 import datetime
 import hashlib
 import itertools
@@ -30,13 +31,14 @@ from tqdm import tqdm
 
 import store
 from config import InputError
-from data import Rejected, image_files, is_chinese, load_json, pixel_batch
+from data import Rejected, image_files, is_chinese, load_json, normalised, stacked
 from imagery import ImageError, ImageSettings, image_size, read_image, read_windows, tile_windows
 from model import DualEncoder, Encoder, pixel_store
 from places import change_scores, feature_collection, match_footprints
 from store import Filter, Hit, Point
 
 WHOLE = 1.5  # an image up to this many tiles long and wide is not cut: scenes "of 256 pixels" have 253 or 280 too
+CHECKED = 256  # files that a process looks at before it reports
 FLUSH, FLUSH_SECONDS = 1024, 20.0  # tiles, or time, after which what is encoded goes to disk
 HASHED = 64 * 2**20  # bytes of a file's content that are hashed: all of most, 64 pieces spread over a larger one
 DATE_IN_NAME = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?!\d)")
@@ -145,11 +147,52 @@ def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
     return found
 
 
+class FileChecks(torch.utils.data.Dataset):
+    """What is to be done with each file, CHECKED of them at a time: a PlannedFile, Rejected, or None for one that is in the
+    index as it is."""
+
+    def __init__(self, found: dict[str, Path], done: dict, attributes: dict, tile: int, stride: int):
+        self.found, self.done, self.attributes, self.cut = found, done, attributes, (tile, stride)
+        self.names = list(found)
+
+    def __len__(self) -> int:
+        return -(-len(self.names) // CHECKED)
+
+    def __getitem__(self, number: int) -> list[PlannedFile | Rejected | None]:
+        return [self.check(name) for name in self.names[number * CHECKED : (number + 1) * CHECKED]]
+
+    def check(self, name: str) -> PlannedFile | Rejected | None:
+        path = self.found[name]
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # neither JSON nor the index could hold it
+            shown = name.encode(errors="replace").decode()
+            return Rejected(shown, -1, f"{shown}: the name is not UTF-8; rename the file")
+        try:
+            stat = path.stat()
+            mine = {"folder": name.rpartition("/")[0]} if "/" in name else {}
+            mine |= self.attributes.get(name, {})
+            marks = hashlib.blake2b(repr(sorted(mine.items())).encode(), digest_size=4).hexdigest()
+            old = self.done.get(name)
+            if old and old[:2] == (stat.st_size, stat.st_mtime_ns) and old[2].endswith(marks):
+                return None
+            digest = f"{content_hash(path)}.{marks}"
+            if old and old[2] == digest and stat.st_size <= HASHED:
+                return None  # only touched; of a larger file the hash did not see every byte
+            windows = windows_of(*image_size(path), *self.cut)
+        except OSError as error:
+            return Rejected(name, -1, f"{path}: cannot be read: {error.strerror}")
+        except ImageError as error:
+            return Rejected(name, -1, str(error))
+        return PlannedFile(name, stat.st_size, stat.st_mtime_ns, digest, windows, mine)
+
+
 def plan_index(
-    root: Path, index, *, tile: int, stride: int, attributes: dict[str, dict[str, str]] | None = None
+    root: Path, index, *, tile: int, stride: int, attributes: dict[str, dict[str, str]] | None = None, workers: int = 0
 ) -> Plan:
-    """Compare the images below `root` with what `index` holds (None: nothing). `attributes` None: files keep those they
-    have. Raises InputError: no image below `root`, attributes of an image that is not there."""
+    """Compare the images below `root` with what `index` holds (None: nothing), in `workers` processes where there are many.
+    `attributes` None: files keep those they have. Raises InputError: no image below `root`, attributes of an image that is
+    not there."""
     found = {path.relative_to(root).as_posix(): path for path in image_files(root)}
     if attributes is None:
         kept = index.record.get("waiting", {}) | index.attributes() if index is not None else {}
@@ -165,42 +208,11 @@ def plan_index(
                 known = (payload["hash"], payload["mtime_ns"], set())
                 partial.setdefault(payload["path"], known)[2].add(window)
 
-    def examine(name):
-        path = found[name]
-        try:
-            name.encode()
-        except UnicodeEncodeError:  # neither JSON nor the index could hold it
-            shown = name.encode(errors="replace").decode()
-            return Rejected(shown, -1, f"{shown}: the name is not UTF-8; rename the file")
-        try:
-            stat = path.stat()
-            mine = {"folder": name.rpartition("/")[0]} if "/" in name else {}
-            mine |= attributes.get(name, {})
-            marks = hashlib.blake2b(repr(sorted(mine.items())).encode(), digest_size=4).hexdigest()
-            old = done.get(name)
-            if old and old[:2] == (stat.st_size, stat.st_mtime_ns) and old[2].endswith(marks):
-                return None
-            digest = f"{content_hash(path)}.{marks}"
-            if old and old[2] == digest and stat.st_size <= HASHED:
-                return None  # only touched; of a larger file the hash did not see every byte
-            windows = windows_of(*image_size(path), tile, stride)
-        except OSError as error:
-            return Rejected(name, -1, f"{path}: cannot be read: {error.strerror}")
-        except ImageError as error:
-            return Rejected(name, -1, str(error))
-        return PlannedFile(name, stat.st_size, stat.st_mtime_ns, digest, windows, mine)
-
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        results = list(
-            tqdm(
-                pool.map(examine, found),
-                total=len(found),
-                desc="files",
-                unit="file",
-                leave=False,
-                disable=len(found) < 500,
-            )
-        )
+    checks, results = FileChecks(found, done, attributes, tile, stride), []
+    with tqdm(total=len(found), desc="files", unit="file", leave=False, disable=len(checks) < 3) as bar:
+        for some in loader_of(checks, workers if len(checks) > 2 else 0):
+            results += some
+            bar.update(len(some))
     files = [result for result in results if isinstance(result, PlannedFile)]
     rejected = [result for result in results if isinstance(result, Rejected)]
     stale = [name for name in {*done, *partial} if name not in found]
@@ -223,6 +235,27 @@ def plan_index(
 # Read and encode
 
 
+@dataclass
+class TileBatch:
+    """What a reading process sends."""
+
+    pixels: dict | None
+    """What `normalised` takes; None where no tile could be read."""
+    tiles: list[tuple]
+    """(file number, window, facts for the payload) of each picture in `pixels`."""
+    broken: dict[int, str]
+    """{file number: reason}"""
+    empty: int
+    """Tiles without data."""
+    files: list[int]
+    """File number of every tile, of those that could not be read too."""
+
+    def pin_memory(self) -> "TileBatch":
+        """For the DataLoader, which would look through every dict and list for tensors."""
+        pixels = self.pixels and {name: value.pin_memory() for name, value in self.pixels.items()}
+        return dataclasses.replace(self, pixels=pixels)
+
+
 class TileBatches(torch.utils.data.Dataset):
     """Batches of tiles, read and prepared for a tower; made in DataLoader workers."""
 
@@ -239,9 +272,7 @@ class TileBatches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> dict:
-        """{"batch": what `pool_image` takes, or None; "tiles": [(file number, window, facts for the payload)], one for each
-        picture in it; "broken": {file number: reason}; "empty": tiles without data; "files": file number of every tile}."""
+    def __getitem__(self, index: int) -> TileBatch:
         pixels, tiles, broken, empty = [], [], {}, 0
         for number, group in itertools.groupby(self.batches[index], key=lambda tile: tile[0]):
             windows = [window for _, window in group]
@@ -256,9 +287,8 @@ class TileBatches(torch.utils.data.Dataset):
                     tiles.append((number, window, facts(picture)))
             except ImageError as error:
                 broken[number] = str(error)
-        batch = pixel_batch(pixels, self.processor) if pixels else None
-        files = [number for number, _ in self.batches[index]]
-        return {"batch": batch, "tiles": tiles, "broken": broken, "empty": empty, "files": files}
+        made = stacked(pixels, self.processor) if pixels else None
+        return TileBatch(made, tiles, broken, empty, [number for number, _ in self.batches[index]])
 
 
 def facts(picture) -> dict:
@@ -272,7 +302,7 @@ def facts(picture) -> dict:
     return {"footprint": place and place.lonlat_bounds, "time": picture.acquired, "extra": extra}
 
 
-def loader_of(batches: TileBatches, workers: int, device: str = "cpu"):
+def loader_of(batches: TileBatches | FileChecks, workers: int, device: str = "cpu"):
     """The batches in their order, made ahead in `workers` processes."""
     more = {"prefetch_factor": 4} if workers else {}
     return torch.utils.data.DataLoader(
@@ -281,13 +311,13 @@ def loader_of(batches: TileBatches, workers: int, device: str = "cpu"):
 
 
 @torch.inference_mode()
-def encode(model: Encoder, loader) -> Iterable[tuple[torch.Tensor | None, dict]]:
+def encode(model: Encoder, loader) -> Iterable[tuple[torch.Tensor | None, TileBatch]]:
     """(unit vectors (n, D) on the model's device or None, the batch) for each of a `loader_of`."""
     for made in loader:
         vectors = None
-        if made["batch"] is not None:
-            on_device = {key: value.to(model.device, non_blocking=True) for key, value in made.pop("batch").items()}
-            vectors = model.encode_image(**on_device)
+        if made.pixels is not None:
+            vectors = model.encode_image(**normalised(made.pixels, model.processor, model.device))
+            made.pixels = None
         yield vectors, made
 
 
@@ -341,7 +371,7 @@ def index_library(
     }
     index = plan = None
     if state.is_main_process:
-        plan, index = _open_for_writing(model, root, location, about, attributes, moved)
+        plan, index = _open_for_writing(model, root, location, about, attributes, moved, workers)
         settings = ImageSettings.from_dict(index.record["image"])
     if state.num_processes > 1:
         plan, settings = broadcast_object_list([plan, settings])
@@ -354,24 +384,27 @@ def index_library(
         disable=not progress or not state.is_main_process or not batches.batches,
     )  # fmt: skip
     encoded = encode(model, loader_of(batches, workers, str(model.device)))
+    background = ThreadPoolExecutor(1)  # writes what is encoded while more is encoded
     try:
-        more = True
+        more, written = True, None
         while more:
             turn, count, more, until = [], 0, False, time.monotonic() + FLUSH_SECONDS
             for vectors, made in encoded:
                 turn.append((vectors, made))
-                count += len(made["files"])
-                bar.update(len(made["files"]))
+                count += len(made.files)
+                bar.update(len(made.files))
                 if count >= FLUSH or time.monotonic() > until:
                     more = True
                     break
             turn = [(None if vectors is None else vectors.float().cpu().numpy(), made) for vectors, made in turn]
-            for part, _ in (gathered := gather_object([(turn, more)])):
-                if writer:
-                    writer.add(part)
+            gathered = gather_object([(turn, more)])
+            if written:
+                written.result()
             if writer:
-                writer.flush()
+                written = background.submit(writer.write, [part for part, _ in gathered])
             more = any(unfinished for _, unfinished in gathered)
+        if written:
+            written.result()
         bar.close()
         if writer is None:
             return None
@@ -387,19 +420,20 @@ def index_library(
         report.total, report.seconds = index.count(), time.monotonic() - began
         return report
     finally:
+        background.shutdown()
         if index is not None:
             index.close()
 
 
-def _open_for_writing(model, root, location, about, attributes, moved):
+def _open_for_writing(model, root, location, about, attributes, moved, workers):
     """(the plan, the open index), made where there is none."""
     record = {"model": model.source, **about, "library": str(root.resolve())}
     record["created"] = datetime.datetime.now().isoformat(timespec="seconds")
-    tiling = {"tile": about["tile"], "stride": about["stride"], "attributes": attributes}
+    how = {"tile": about["tile"], "stride": about["stride"], "attributes": attributes, "workers": workers}
     try:
         index = store.open(location)
     except store.Missing:
-        plan = plan_index(root, None, **tiling)  # before anything is made: a wrong folder leaves nothing behind
+        plan = plan_index(root, None, **how)  # before anything is made: a wrong folder leaves nothing behind
         if not plan.files:
             reasons = "; ".join(bad.reason for bad in plan.rejected[:3])
             raise InputError(f"{root}: none of its {len(plan.rejected)} images can be read: {reasons}") from None
@@ -420,7 +454,7 @@ def _open_for_writing(model, root, location, about, attributes, moved):
                     " --store, or --moved if it is the same library in another place"
                 )
             index.annotate(library=record["library"])
-        return plan_index(root, index, **tiling), index
+        return plan_index(root, index, **how), index
     except BaseException:
         index.close()
         raise
@@ -438,34 +472,38 @@ class _Writer:
         self.broken: dict[int, str] = {}
         self.stale = set(plan.stale)
 
-    def add(self, turn: list) -> None:
-        """Take [(vectors (n, D) or None, the batch)], in any order of tiles."""
-        for vectors, made in turn:
-            self.report.empty += made["empty"]
-            self.broken |= made["broken"]
-            for (number, window, known), vector in zip(made["tiles"], () if vectors is None else vectors):
-                file = self.plan.files[number]
-                if number in self.held:
-                    self.ready.append(self.held[number])
-                self.held[number] = Point(
-                    file.path, vector, window=window, footprint=known["footprint"], last=False, extra=known["extra"],
-                    time=known["time"] or time_in_name(file.path), attributes=file.attributes,
-                    hash=file.hash, size=file.size, mtime_ns=file.mtime_ns,
-                )  # fmt: skip
-            for number in made["files"]:
-                self.left[number] -= 1
-            for number in set(made["files"]) - set(self.broken):
-                if self.left[number]:
-                    continue
-                if number in self.held:
-                    point = self.held.pop(number)
-                    point.last = True
-                    self.ready.append(point)
-                    self.report.files += 1
-                else:
-                    self.broken[number] = f"{self.plan.files[number].path}: no pixel of it holds data"
+    def write(self, turns: list[list]) -> None:
+        """Bring to disk [(vectors (n, D) or None, the batch)] of each process, in any order of tiles."""
+        for vectors, made in itertools.chain(*turns):
+            self._add(vectors, made)
+        self._flush()
 
-    def flush(self) -> None:
+    def _add(self, vectors: np.ndarray | None, made: TileBatch) -> None:
+        self.report.empty += made.empty
+        self.broken |= made.broken
+        for (number, window, known), vector in zip(made.tiles, () if vectors is None else vectors):
+            file = self.plan.files[number]
+            if number in self.held:
+                self.ready.append(self.held[number])
+            self.held[number] = Point(
+                file.path, vector, window=window, footprint=known["footprint"], last=False, extra=known["extra"],
+                time=known["time"] or time_in_name(file.path), attributes=file.attributes,
+                hash=file.hash, size=file.size, mtime_ns=file.mtime_ns,
+            )  # fmt: skip
+        for number in made.files:
+            self.left[number] -= 1
+        for number in set(made.files) - set(self.broken):
+            if self.left[number]:
+                continue
+            if number in self.held:
+                point = self.held.pop(number)
+                point.last = True
+                self.ready.append(point)
+                self.report.files += 1
+            else:
+                self.broken[number] = f"{self.plan.files[number].path}: no pixel of it holds data"
+
+    def _flush(self) -> None:
         """Write what is ready; of a file that has changed the old version goes when the new one comes."""
         if changed := {point.path for point in self.ready} & self.stale:
             self.index.remove(path=sorted(changed))

@@ -310,8 +310,7 @@ class Encoder(nn.Module):
         for start in _batches(len(images), batch_size, "images", progress):
             chunk = [images[i] for i in range(start, min(start + batch_size, len(images)))]
             pixels = [store[str(image)] if isinstance(image, (str, Path)) else image for image in chunk]
-            batch = {key: value.to(self.device) for key, value in pixel_batch(pixels, self.processor).items()}
-            features = self.pool_image(**batch)
+            features = self.pool_image(**pixel_batch(pixels, self.processor, self.device))
             made.append((features if pool_only else self.project_image(features)).cpu())
         return torch.cat(made) if made else torch.zeros(0, self.settings.projection_dim)
 
@@ -1189,8 +1188,7 @@ class VQA(nn.Module):
         """Encode with the base's vision tower every image that `tokens` does not hold yet."""
 
         def encode(chunk):
-            batch = pixel_batch([store[path] for path in chunk], self.processor)
-            batch = {key: value.to(self.device) for key, value in batch.items()}
+            batch = pixel_batch([store[path] for path in chunk], self.processor, self.device)
             return list(zip(self.encode_images(**batch), batch["image_grid_thw"].tolist()))
 
         with self.before():
@@ -1679,9 +1677,10 @@ class Captioner(nn.Module):
         """(N, V) float32: the vision encoder's pooled output of each image (CLIP: its class token), of unit length."""
         made = []
         for start in range(0, len(paths), batch_size):
-            batch = pixel_batch([store[path] for path in paths[start : start + batch_size]], self.processor)
+            pixels = [store[path] for path in paths[start : start + batch_size]]
+            batch = pixel_batch(pixels, self.processor, self.device)
             weight = next(self.vision.parameters())
-            pooled = self.vision(batch["pixel_values"].to(self.device, weight.dtype)).pooler_output
+            pooled = self.vision(batch["pixel_values"].to(weight.dtype)).pooler_output
             made.append(F.normalize(pooled.float(), dim=-1).cpu().numpy())
         return np.concatenate(made)
 
@@ -1696,8 +1695,8 @@ class Captioner(nn.Module):
         """Encode every image that `tokens` does not hold yet."""
 
         def encode(chunk):
-            batch = pixel_batch([store[path] for path in chunk], self.processor)
-            return [(row, (1, 1, 1)) for row in self.encode_images(batch["pixel_values"].to(self.device))]
+            batch = pixel_batch([store[path] for path in chunk], self.processor, self.device)
+            return [(row, (1, 1, 1)) for row in self.encode_images(batch["pixel_values"])]
 
         tokens.prepare(paths, encode, batch_size)
 
@@ -1795,8 +1794,8 @@ class Captioner(nn.Module):
                 if tokens is not None:
                     features = torch.stack([tokens[path][0] for path in chunk]).to(self.device)
                 else:
-                    batch = pixel_batch([store[path] for path in chunk], self.processor)
-                    features = self.encode_images(batch["pixel_values"].to(self.device))
+                    batch = pixel_batch([store[path] for path in chunk], self.processor, self.device)
+                    features = self.encode_images(batch["pixel_values"])
                 rows = torch.from_numpy(np.tile(ids, (len(chunk), 1))).to(self.device)
                 with self.mixed():
                     said = self.language.generate(

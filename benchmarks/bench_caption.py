@@ -25,8 +25,8 @@ and ours with the tower in every step. With --no_freeze_vision_model nothing can
 ours, once a row in the others.
 
 That all sides do the same work is shown first: loss and gradient of the first step are equal. All of a step is timed:
-reading, collating, forward, backward, optimizer. After one round to warm up, rounds are interleaved; the median of their
-ratios is reported with the smallest and the largest.
+reading, collating, forward, backward, optimizer; on CUDA one step of a round runs before the clock, while workers start.
+After one round to warm up, rounds are interleaved; the median of their ratios is reported with the smallest and the largest.
 
 Five captions of one image teach less than captions of five images: the time to a loss (--target_loss) gives the rows the
 advantage of a shuffled order, counts what it takes to fill our caches, and tries other shapes of our step with --sweep.
@@ -52,7 +52,7 @@ import bench_vqa
 import torch
 import torch.nn.functional as F
 import transformers
-from bench_vqa import ROOT, RSVQA, SEED, TOKENIZER, StepWatch, quiet, say, span, synchronize
+from bench_vqa import ROOT, RSVQA, SEED, TOKENIZER, StepWatch, quiet, say, span, synchronize, warm_steps
 from common import peak_memory
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -245,28 +245,30 @@ class Bench(bench_vqa.Bench):
 
     # -- the two ways to train
 
-    def run(self, side: str, steps: int, size: int, *, clip: float = 1.0, after_step=None, shape=None) -> dict:
-        """Train from the starting weights: seconds, losses, and without `clip` the gradient of the last step. With
-        `after_step(step) -> whether to stop` rows are shuffled, as scenes always are; shape: (images, captions) of ours."""
+    def run(self, side: str, steps: int, size: int, *, clip: float = 1.0, after_step=None, shape=None, warm=0) -> dict:
+        """Train from the starting weights, `warm` steps off the clock and `steps` on it: seconds, losses, and without `clip`
+        the gradient of the last step. With `after_step(step) -> whether to stop` rows are shuffled, as scenes always are;
+        shape: (images, captions) of ours."""
         self.reset()
+        steps += warm
         packed, cached, head = SIDES[side]
         cached = cached and self.options.freeze_vision_model
         scenes, rows = self.work(steps) if after_step is None else (self.train, None)
         if packed:
             images, captions = shape or (self.options.images, self.options.captions)
             data = self.dataset(scenes, cached, captions, share=True)
-            return self.run_packed(data, self.settings(steps, images, max_grad_norm=clip), after_step)
+            return self.run_packed(data, self.settings(steps, images, max_grad_norm=clip), after_step, warm)
         if rows is None:
             rows = [(scene.image, q.text, q.answer) for scene in scenes for q in scene.questions]
         attention = self.model.language.set_attn_implementation
         attention("sdpa")  # as transformers makes it; ours comes back after
         try:
             collate = functools.partial(self.collate, size=size, cached=cached)
-            return self.run_rows(rows, collate, head, steps, clip, after_step)
+            return self.run_rows(rows, collate, head, steps, clip, after_step, warm)
         finally:
             attention("scene")
 
-    def run_packed(self, dataset, arguments, after_step) -> dict:
+    def run_packed(self, dataset, arguments, after_step, warm: int) -> dict:
         watch = StepWatch(self.options.device)
         trainer = self.ours(dataset, arguments)
         trainer.add_callback(watch)
@@ -275,9 +277,10 @@ class Bench(bench_vqa.Bench):
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         losses = [float(loss) for loss in trainer.losses]
-        return {"seconds": watch.ends[-1] - watch.start, "losses": losses, "gradient": watch.gradient}
+        start = watch.ends[warm - 1] if warm else watch.start
+        return {"seconds": watch.ends[-1] - start, "losses": losses, "gradient": watch.gradient}
 
-    def run_rows(self, rows: list, collate, head: bool, steps: int, clip: float, after_step) -> dict:
+    def run_rows(self, rows: list, collate, head: bool, steps: int, clip: float, after_step, warm: int) -> dict:
         options = self.options
         per_step = options.images * options.captions
         loader = DataLoader(
@@ -303,6 +306,9 @@ class Bench(bench_vqa.Bench):
                 gradient = {n: p.grad.float().cpu() for n, p in self.model.named_parameters() if p.grad is not None}
             optimizer.step()
             optimizer.zero_grad()
+            if step == warm:
+                synchronize(options.device)
+                start = time.perf_counter()
             if after_step and after_step(step):
                 break
         synchronize(options.device)
@@ -396,7 +402,8 @@ def tune(bench: Bench, sides: list[str]) -> dict[str, dict[int, float]]:
     """{side: {rows a micro-batch: captions a second}} of the sides that run rows."""
     per_step = bench.options.images * bench.options.captions
     usable = sorted({min(rows, per_step) for rows in bench.options.rows})
-    return {side: {size: per_step / bench.run(side, 1, size)["seconds"] for size in usable}
+    warm = warm_steps(bench.options.device)
+    return {side: {size: per_step / bench.run(side, 1, size, warm=warm)["seconds"] for size in usable}
             for side in sides if not SIDES[side][0]}  # fmt: skip
 
 
@@ -406,7 +413,7 @@ def compare(bench: Bench, sides: dict[str, int]) -> dict:
     for number in range(options.rounds + 1):
         for side, kept in rates.items():
             steps = (options.steps * (options.our_steps if SIDES[side][0] else 1)) if number else 1
-            seconds = bench.run(side, steps, sides[side])["seconds"]
+            seconds = bench.run(side, steps, sides[side], warm=warm_steps(options.device))["seconds"]
             if number:  # the first is to warm up
                 kept.append(steps * options.images * options.captions / seconds)
         if number:

@@ -6,7 +6,8 @@
 
 All sides encode the same files with the same weights, dtype, batch size and threads:
 
-    forward                 pixels read, resized and normalised before the clock starts; the image tower and its projection
+    forward                 pixels read, resized, normalised and on the device before the clock starts; the image tower and
+                            its projection
     ours                    library.index_library: plan, hash, read in worker processes, encode, write to the index, build
     sentence-transformers   SentenceTransformer.encode on Pillow images, opened as its documentation does (`Image.open`)
     clip-retrieval          its FilesReader (a DataLoader with the same number of workers), encode and normalise as its mapper
@@ -117,7 +118,7 @@ def compare(args, sides: list[str], scratch: Path) -> int:
 
     @torch.inference_mode()
     def forward():
-        made = [model.encode_image(**{k: v.to(args.device) for k, v in batch.items()}) for batch in preloaded]
+        made = [model.encode_image(**batch) for batch in preloaded]
         wait()
         vectors["forward"] = torch.cat(made).float().cpu()
 
@@ -156,7 +157,9 @@ def compare(args, sides: list[str], scratch: Path) -> int:
     if "forward" in sides:
         pixels = [store.resize(read_image(path).rgb) for path in paths]
         starts = range(0, len(pixels), args.batch_size)
-        preloaded = [pixel_batch(pixels[start : start + args.batch_size], model.processor) for start in starts]
+        preloaded = [
+            pixel_batch(pixels[start : start + args.batch_size], model.processor, args.device) for start in starts
+        ]
     if "sentence-transformers" in sides:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer import modules

@@ -18,16 +18,15 @@ threads and dtype, and a frozen vision tower:
 That ours and rows do the same work is shown first: loss and LoRA gradient of one step are equal. Of ms-swift it is shown
 what it trains, what its first rows look like and that their loss is that of our base. Rows a micro-batch are tuned for the
 peers (--rows, where several are given); ours takes --pack_tokens. All of a step is timed: reading, collating, forward,
-backward, optimizer; on CUDA one step runs before the clock, so that workers are up and kernels chosen. Rounds are
-interleaved; the median of their ratios is reported with the smallest and the largest.
+backward, optimizer; on CUDA one step of a round runs before the clock, so that workers are up, memory is there
+and kernels are chosen. Rounds are interleaved; the median of their ratios is reported with the smallest and the largest.
 
 Counted work (GFLOP) is that of each side's own algorithm, without padding; all weights but LoRA are frozen and need no
 gradient of their own: 4 P a token for the linear layers (forward 2, backward 2), 6 P for LoRA, 4 V D for a position that
 meets the vocabulary, 12 H d for a pair of query and key of a layer, 2 P a patch for the vision tower, forward only. Model
 FLOP utilisation = that work / seconds / --peak_tflops.
 
-On CUDA ms-swift's process shares the card with the others: 50 rows of `--shape 2b` on both sides are too
-much for 80 GB.
+On CUDA ms-swift's process shares the card with the others, and gives back between rounds what it does not need.
 """
 
 import argparse
@@ -295,7 +294,7 @@ class Bench:
         memory before and at its peak."""
         self.reset(strength)
         cuda = self.options.device == "cuda"
-        steps, watch = steps + cuda, StepWatch(self.options.device)
+        steps, watch = steps + warm_steps(self.options.device), StepWatch(self.options.device)
         memory = {"loaded": torch.cuda.memory_allocated()} if cuda else {}
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -415,6 +414,16 @@ class StepWatch(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
+def warm_steps(device: str) -> int:
+    """Steps of a round before the clock."""
+    return int(device == "cuda")
+
+
+def swift_steps(options) -> int:
+    """Steps that ms-swift is to be ready for: the one of its start, all rounds, and one more, for it not to end."""
+    return 2 + options.rounds * (options.steps + warm_steps(options.device))
+
+
 def optimizer_of(device: str) -> str:
     return "adamw_torch_fused" if device == "cuda" else "adamw_torch"
 
@@ -438,7 +447,7 @@ class Swift:
 
     def __init__(self, bench: Bench, listed: list[dict], per_step: int, rows: int, steps: int):
         options, folder = bench.options, Path(bench.folder.name)
-        self.bench = bench
+        self.bench, self.warm = bench, warm_steps(options.device)
         bench.reset()  # on a GPU the two processes share its memory
         file = folder / "swift.jsonl"
         with file.open("w") as out:
@@ -484,7 +493,8 @@ class Swift:
     def run(self, steps: int, weights: Path | None = None) -> float:
         """Seconds of the next steps; then, outside the clock, the LoRA weights go to the file `weights`."""
         self.bench.reset()
-        self.process.stdin.write(json.dumps({"steps": steps, "weights": weights and str(weights)}) + "\n")
+        asked = {"steps": steps, "warm": 0 if weights else self.warm, "weights": weights and str(weights)}
+        self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         found = self._read()
         self.peak = found["peak"]
@@ -589,7 +599,7 @@ def compare(bench: Bench, work: Work, best: dict) -> dict:
     options = bench.options
     swift = None
     if options.swift:
-        swift = Swift(bench, work.rows, work.per_step, best["swift"], 2 + options.rounds * options.steps)
+        swift = Swift(bench, work.rows, work.per_step, best["swift"], swift_steps(options))
     rates, memory = {side: [] for side in (*bench.packed, "rows", *(["swift"] if swift else []))}, {}
     for number in range(options.rounds):
         for side, kept in rates.items():
@@ -887,7 +897,7 @@ def main(argv: list[str] | None = None) -> dict:
         say("ms-swift is left out: give --swift, the python of a venv that has it")
     bench = Bench(options)
     say(opening(bench))
-    steps = 1 + max(options.steps * options.our_steps, options.rounds * options.steps + 2)
+    steps = 1 + max(options.steps * options.our_steps, swift_steps(options))
     work = Work(bench, options.scenes, options.texts, steps)
     results = {"settings": vars(options), "encoding_seconds": bench.encoding}
     lengths = [len(e["prefix"][0]) + len(ids) for e in work.examples for ids, _ in e["branches"]]

@@ -1,8 +1,8 @@
 """One long `swift sft` that stands still between rounds; run by bench_vqa.py with the python of ms-swift's own venv.
 
 Its arguments are those of `swift sft`. After the first optimizer step, which is not timed, it prints what it trained and
-read; then for each {"steps": N, "weights": FILE} on stdin it runs N steps, prints their seconds and the peak memory, and
-writes what it trains to FILE where one is named. Such lines begin with @@.
+read; then for each {"steps": N, "warm": W, "weights": FILE} on stdin it runs W steps off the clock and N on it, prints their
+seconds and the peak memory, and writes what it trains to FILE where one is named. Such lines begin with @@.
 """
 
 import functools
@@ -56,12 +56,14 @@ class Rounds(TrainerCallback):
         ).item()
 
     def _wait(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the other sides run on the same card
         line = sys.stdin.readline()
         if not line:
             sys.exit(0)
         asked = json.loads(line)
-        self.total = self.left = asked["steps"]
-        self.weights = asked["weights"]
+        self.total, self.warm, self.weights = asked["steps"], asked["warm"], asked["weights"]
+        self.left = self.total + self.warm
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
@@ -75,6 +77,8 @@ class Rounds(TrainerCallback):
             self._wait()
             return
         self.left -= 1
+        if self.left == self.total:  # the last one off the clock
+            self.start = time.perf_counter()
         if self.left == 0:
             seconds, device = time.perf_counter() - self.start, "cuda" if torch.cuda.is_available() else "cpu"
             if self.weights:

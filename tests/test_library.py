@@ -197,10 +197,32 @@ def test_a_large_file_with_a_new_time_is_read_again(model, folder, tmp_path, mon
     assert (report.updated, report.unchanged) == (1, 6)
 
 
-def test_workers_make_the_same_index(model, folder, tmp_path):
-    index_library(model, folder, tmp_path / "one", **SMALL)
-    index_library(model, folder, tmp_path / "two", **(SMALL | {"workers": 2, "batch_size": 5}))
+def test_workers_make_the_same_index(model, folder, tmp_path, monkeypatch):
+    one = index_library(model, folder, tmp_path / "one", **SMALL)
+    monkeypatch.setattr(module, "CHECKED", 2)  # so that the files are looked at in processes too
+    two = index_library(model, folder, tmp_path / "two", **(SMALL | {"workers": 2, "batch_size": 5}))
     same_contents(contents(tmp_path / "one"), contents(tmp_path / "two"))
+    assert one.rejected == two.rejected
+
+
+def test_what_cannot_be_written_ends_the_run(model, folder, tmp_path, monkeypatch):
+    """The disk is full at the second write, in the thread that writes; what the first wrote stays."""
+    monkeypatch.setattr(module, "FLUSH", 6)
+    real, calls = store.Store.upsert, []
+
+    def upsert(self, points):
+        calls.append(len(points))
+        if len(calls) == 2:
+            raise InputError("no space left on the disk")
+        real(self, points)
+
+    monkeypatch.setattr(store.Store, "upsert", upsert)
+    with pytest.raises(InputError, match="no space left"):
+        index_library(model, folder, tmp_path / "x", **SMALL)
+    assert len(calls) < 4
+    monkeypatch.undo()
+    assert len(contents(tmp_path / "x")) == calls[0]
+    assert index_library(model, folder, tmp_path / "x", **SMALL).total == 4 + 12
 
 
 def test_two_processes_share_the_work(matcher, model, folder, tmp_path):
@@ -236,10 +258,10 @@ sys.path.insert(0, {str(ROOT)!r})
 import library
 from model import DualEncoder, pixel_store
 library.FLUSH = 6
-real = library._Writer.flush
-def flush(self):
-    real(self); print(self.report.added, flush=True); time.sleep(0.05)
-library._Writer.flush = flush
+real = library._Writer.write
+def write(self, turns):
+    real(self, turns); print(self.report.added, flush=True); time.sleep(0.05)
+library._Writer.write = write
 library.index_library(DualEncoder.from_pretrained({str(matcher)!r}), {str(folder)!r}, {str(tmp_path / "x")!r}, **{SMALL!r})
 """
     held = 0
