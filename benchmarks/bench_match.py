@@ -3,7 +3,7 @@
     python benchmarks/bench_match.py                                    # demo base, demo triplets, CPU
     python benchmarks/bench_match.py --loss infonce
     python benchmarks/bench_match.py --data captions.jsonl --texts 5    # captions get a seeded negative each
-    python benchmarks/bench_match.py --device cuda --dtype bfloat16 --shape 3b --data captions.jsonl --workers 8
+    python benchmarks/bench_match.py --device cuda --dtype bfloat16 --shape 3b --data captions.jsonl --workers 8 --scenes 8
 
 A sample is one (image, positive, negative) row. Ours is the real SceneTrainer with MatchTask, the peer the real
 SentenceTransformerTrainer with its collator and loss. Both train the same module object, put back to the same weights

@@ -21,12 +21,18 @@ import torch
 from PIL import Image
 
 from config import CaptionConfig, MatchConfig, VQAConfig, user_errors
+from data import PixelStore, Question, QuestionDataset, QuestionScene, QwenResize, image_settings
 from tests.official_layout import write_clip, write_qwen3, write_qwen_vl
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 COLOURS = {"farmland": (90, 160, 60), "water": (40, 80, 170), "desert": (210, 190, 120), "roofs": (170, 90, 80)}
 CHINESE = {"farmland": "农田", "water": "水面", "desert": "沙漠", "roofs": "屋顶"}
+QUESTIONS = [
+    [("Is there a river in the image?", "yes"), ("How many buildings are there?", "12"), ("farm?", "no")],
+    [("Describe the image.", "a farm field next to a road")],
+    [("图像中有河流吗？", "有"), ("How many?", "3")],
+]
 
 
 def draw(path: Path, seed: int, size=(70, 60), colour=(90, 160, 60)) -> Path:
@@ -35,6 +41,24 @@ def draw(path: Path, seed: int, size=(70, 60), colour=(90, 160, 60)) -> Path:
     noise = rng.integers(-40, 40, (size[1], size[0], 3))
     Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> list[QuestionScene]:
+    """Three images of three sizes with 3, 1 and 2 questions."""
+    folder = tmp_path_factory.mktemp("scenes")
+    kinds = ["presence", "count", "presence"]
+    return [
+        QuestionScene(
+            str(draw(folder / f"{i}.png", i, (60 + 30 * i, 80))), [Question(*row, k) for row, k in zip(rows, kinds)]
+        )
+        for i, rows in enumerate(QUESTIONS)
+    ]
+
+
+def question_dataset(model, scenes, **options) -> QuestionDataset:
+    store = PixelStore(QwenResize(model.processor), image_settings(VQAConfig()))
+    return QuestionDataset(scenes, model.prompt, processor=model.processor, store=store, **options)
 
 
 @dataclass

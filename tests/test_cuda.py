@@ -11,43 +11,19 @@ import inference_script
 import train_caption
 import train_match
 import train_vqa
-from config import VQAConfig
-from data import PixelStore, Question, QuestionDataset, QuestionScene, QwenResize, image_settings
 from model import VQA, Captioner, DualEncoder
-from tests.conftest import draw, loss_and_gradient, relative
+from tests.conftest import loss_and_gradient, question_dataset, relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 ON_CUDA = ["--preset=demo", "--use_cpu=false", "--bf16=true", "--disable_tqdm=true", "--max_rejected=0.2"]
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> list[QuestionScene]:
-    """Three images of three sizes with 3, 1 and 2 questions."""
-    folder = tmp_path_factory.mktemp("scenes")
-    texts = [
-        ["Is there a river?", "How many buildings are there?", "farm?"],
-        ["What is it?"],
-        ["图像中有河流吗？", "How many?"],
-    ]
-    return [
-        QuestionScene(
-            str(draw(folder / f"{i}.png", i, (60 + 30 * i, 80))), [Question(t, "a farm", "presence") for t in row]
-        )
-        for i, row in enumerate(texts)
-    ]
-
-
-def examples_of(model, scenes) -> list[dict]:
-    store = PixelStore(QwenResize(model.processor), image_settings(VQAConfig()))
-    data = QuestionDataset(scenes, model.prompt, processor=model.processor, store=store)
-    return [data[0, i] for i in range(len(scenes))]
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
 def test_packed_loss_and_gradient_on_cuda(family, base, qwen2_base, answerer, scenes):
     """fp32: packed = rows on CUDA, and both = the CPU; bf16: packed = rows as far as bf16 goes."""
     model = answerer(base_model=str(base if family == "qwen2_5_vl" else qwen2_base), strength=0.02).train()
-    examples = examples_of(model, scenes)
+    data = question_dataset(model, scenes)
+    examples = [data[0, i] for i in range(len(scenes))]
     on_cpu = loss_and_gradient(model, examples, packing=False)
     model.cuda()
     for packing in (True, False):

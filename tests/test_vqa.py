@@ -14,7 +14,6 @@ from data import (
     PixelStore,
     Question,
     QuestionCollator,
-    QuestionDataset,
     QuestionScene,
     QwenResize,
     TokenStore,
@@ -23,33 +22,8 @@ from data import (
     split_work,
 )
 from model import VQA, load_qwen
-from tests.conftest import draw, loss_and_gradient, relative
+from tests.conftest import loss_and_gradient, question_dataset, relative
 from tests.official_layout import write_qwen_vl
-
-QUESTIONS = [
-    [("Is there a river in the image?", "yes"), ("How many buildings are there?", "12"), ("farm?", "no")],
-    [("Describe the image.", "a farm field next to a road")],
-    [("图像中有河流吗？", "有"), ("How many?", "3")],
-]
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> list[QuestionScene]:
-    """Three images of three sizes with 3, 1 and 2 questions."""
-    folder = tmp_path_factory.mktemp("scenes")
-    kinds = ["presence", "count", "presence"]
-    return [
-        QuestionScene(
-            str(draw(folder / f"{i}.png", i, (60 + 30 * i, 80))), [Question(*row, k) for row, k in zip(rows, kinds)]
-        )
-        for i, rows in enumerate(QUESTIONS)
-    ]
-
-
-def dataset(model, scenes, **options) -> QuestionDataset:
-    store = PixelStore(QwenResize(model.processor), image_settings(VQAConfig()))
-    return QuestionDataset(scenes, model.prompt, processor=model.processor, store=store, **options)
-
 
 # ----------------------------------------------------------------------------------------------------
 # Packing
@@ -59,7 +33,7 @@ def dataset(model, scenes, **options) -> QuestionDataset:
 @pytest.mark.parametrize("budget", [10**6, 200, 90], ids=["one piece", "scenes apart", "a scene in pieces"])
 def test_packed_loss_and_gradient_are_those_of_separate_rows(family, budget, base, qwen2_base, answerer, scenes):
     model = answerer(base_model=str(base if family == "qwen2_5_vl" else qwen2_base), strength=0.02).train()
-    examples = [dataset(model, scenes)[0, i] for i in range(3)]
+    examples = [question_dataset(model, scenes)[0, i] for i in range(3)]
     assert len({example["grid"] for example in examples}) == 3, "images of different sizes"
     plain = loss_and_gradient(model, examples, packing=False)
     packed = loss_and_gradient(model, examples, packing=True, budget=budget)
@@ -71,7 +45,7 @@ def test_packed_loss_and_gradient_are_those_of_separate_rows(family, budget, bas
                                      {"use_rslora": True, "lora_targets": ["q_proj", "v_proj"]}], ids=str)  # fmt: skip
 def test_parity_of_every_kind_of_adapter(options, answerer, scenes):
     model = answerer(strength=0.02, **options).train()
-    examples = [dataset(model, scenes)[0, i] for i in range(3)]
+    examples = [question_dataset(model, scenes)[0, i] for i in range(3)]
     plain = loss_and_gradient(model, examples, packing=False)
     packed = loss_and_gradient(model, examples, packing=True)
     assert packed[0] == pytest.approx(plain[0], rel=1e-5) and relative(packed[1], plain[1]) < 1e-5
@@ -83,7 +57,7 @@ def test_parity_of_every_kind_of_adapter(options, answerer, scenes):
 def test_a_branch_does_not_see_another(answerer, scenes):
     """Loss of a question is the same whatever stands beside it, and a wrong tree would show here."""
     model = answerer().eval()
-    example = dataset(model, scenes)[0, 0]
+    example = question_dataset(model, scenes)[0, 0]
     together = pack([example])
     alone = [model(**pack([example | {"branches": [branch]}])).item() for branch in example["branches"]]
     assert model(**together).item() == pytest.approx(sum(alone), rel=1e-5)
@@ -93,12 +67,12 @@ def test_a_branch_does_not_see_another(answerer, scenes):
 
 def test_gradient_checkpointing_and_cached_tokens_change_nothing(answerer, scenes, tmp_path):
     model = answerer(strength=0.02).train()
-    examples = [dataset(model, scenes)[0, i] for i in range(3)]
+    examples = [question_dataset(model, scenes)[0, i] for i in range(3)]
     plain = loss_and_gradient(model, examples, packing=True)
     store = PixelStore(QwenResize(model.processor), image_settings(VQAConfig()))
     tokens = model.token_store(str(tmp_path), store)
     model.prepare_tokens(tokens, store, [scene.image for scene in scenes])
-    cached = [dataset(model, scenes, tokens=tokens)[0, i] for i in range(3)]
+    cached = [question_dataset(model, scenes, tokens=tokens)[0, i] for i in range(3)]
     assert "pixel_values" not in cached[0] and cached[0]["tokens"].shape[0] < cached[2]["tokens"].shape[0]
     again = loss_and_gradient(model, cached, packing=True)
     assert again[0] == pytest.approx(plain[0], rel=1e-6) and relative(again[1], plain[1]) < 1e-5
@@ -110,7 +84,7 @@ def test_gradient_checkpointing_and_cached_tokens_change_nothing(answerer, scene
 def test_lora_reads_16_bits_as_they_are(answerer, scenes):
     """Autocast takes what LoRA reads to bfloat16: that peft made it float32 before would change no bit."""
     model = answerer(strength=0.02, dtype=torch.bfloat16).train()
-    examples = [dataset(model, scenes)[0, i] for i in range(3)]
+    examples = [question_dataset(model, scenes)[0, i] for i in range(3)]
     found = []
     for active in (False, True):
         with disable_input_dtype_casting(model, active=active), torch.autocast("cpu", torch.bfloat16):
@@ -120,9 +94,9 @@ def test_lora_reads_16_bits_as_they_are(answerer, scenes):
 
 def test_aligned_and_split_tables_change_nothing(answerer, scenes):
     model = answerer(strength=0.02).train()
-    examples = [dataset(model, scenes)[0, i] for i in range(3)]
+    examples = [question_dataset(model, scenes)[0, i] for i in range(3)]
     long = Question("Is there " + "a road and " * 12 + "a river?", "no", "presence")
-    examples += [dataset(model, [QuestionScene(scenes[0].image, [*scenes[0].questions, long])])[0, 0]]
+    examples += [question_dataset(model, [QuestionScene(scenes[0].image, [*scenes[0].questions, long])])[0, 0]]
     found = []
     for options in ({}, {"align": 8}, {"split": True}):
         packed = pack(examples, **options)
@@ -201,7 +175,7 @@ def test_split_work_keeps_order_budget_and_every_branch():
 @pytest.mark.parametrize("split", [False, True])
 def test_packed_row_holds_every_token_once(split, answerer, scenes):
     model = answerer()
-    examples = [dataset(model, scenes)[0, i] for i in range(3)]
+    examples = [question_dataset(model, scenes)[0, i] for i in range(3)]
     packed = pack(examples, split=split)
     whole = np.concatenate([np.concatenate([e["prefix"][0], *[b for b, _ in e["branches"]]]) for e in examples])
     assert packed["input_ids"][0].tolist() == whole.tolist()
@@ -215,7 +189,7 @@ def test_packed_row_holds_every_token_once(split, answerer, scenes):
 
 
 def test_texts_per_scene_draws_anew_each_epoch(answerer, scenes):
-    data = dataset(answerer(), scenes, texts_per_scene=2, seed=3)
+    data = question_dataset(answerer(), scenes, texts_per_scene=2, seed=3)
     drawn = {e: [len(b) for b, _ in data[e, 0]["branches"]] for e in range(12)}
     assert all(len(row) == 2 for row in drawn.values()) and len({tuple(row) for row in drawn.values()}) > 1
     assert [len(b) for b, _ in data[5, 0]["branches"]] == drawn[5] and len(data[0, 1]["branches"]) == 1
@@ -239,7 +213,7 @@ def sharpen(folder):
 def overfit(model, scenes, steps: int = 80) -> None:
     """Train until most answers are learnt; the loss must have fallen."""
     model.train()
-    examples = [dataset(model, scenes)[0, i] for i in range(len(scenes))]
+    examples = [question_dataset(model, scenes)[0, i] for i in range(len(scenes))]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.006)
     losses = []
     for _ in range(steps):
@@ -312,7 +286,7 @@ def test_candidates_are_scored_as_whole_rows(answerer, scenes):
             scores = {}
             for answer in model.settings.answers[question.kind]:
                 one = QuestionScene(scene.image, [Question(question.text, answer)])
-                batch = QuestionCollator(10**6, packing=False, pad_id=0)([dataset(model, [one])[0, 0]])
+                batch = QuestionCollator(10**6, packing=False, pad_id=0)([question_dataset(model, [one])[0, 0]])
                 scores[answer] = -model(**batch["pieces"][0]).item()
             assert said == max(scores, key=scores.get), scores
     free = model.answer([(scenes[0].image, ["A question of no type?"])], decode="candidates")
