@@ -12,7 +12,6 @@ in `ImageSettings`, which every checkpoint and index carries, so use sees what t
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -476,8 +475,13 @@ def _named(names, codes, two_digits=False) -> tuple[int, int, int] | None:
     return found if None not in found else None
 
 
-def _limits(scene, bands, settings: ImageSettings):
-    """Per band the (low, high) that become 0 and 255, or None for 8 bits as they are. Always of the whole scene."""
+_measured: dict[tuple, tuple] = {}  # tiles, crops and epochs of one scene measure it once
+_MEASURED_MOST = 256
+
+
+def _limits(scene, bands, settings: ImageSettings, whole=None):
+    """Per band the (low, high) that become 0 and 255, or None for 8 bits as they are. Always of the whole scene; whole: its
+    (data, mask) where they have been read."""
     stretch = settings.stretch
     if stretch == "auto":
         stretch = "none" if scene.dtype == np.uint8 else "percentile"
@@ -485,18 +489,25 @@ def _limits(scene, bands, settings: ImageSettings):
     if stretch == "reflectance":
         return (settings.reflectance,) * channels
     if stretch == "none":
-        whole = (0.0, float(np.iinfo(scene.dtype).max)) if scene.dtype.kind in "iu" else (0.0, 1.0)
-        return None if scene.dtype == np.uint8 else (whole,) * channels
-    info = os.stat(scene.path)
-    return _percentile_limits(os.path.abspath(scene.path), info.st_mtime_ns, info.st_size, bands, settings)
+        full = (0.0, float(np.iinfo(scene.dtype).max)) if scene.dtype.kind in "iu" else (0.0, 1.0)
+        return None if scene.dtype == np.uint8 else (full,) * channels
+    info = os.stat(scene.path)  # a file that was rewritten is another
+    key = (os.path.abspath(scene.path), info.st_mtime_ns, info.st_size, bands, settings)
+    limits = _measured.get(key)
+    if limits is None:
+        limits = _percentile_limits(scene, bands, settings, whole)
+        if len(_measured) >= _MEASURED_MOST:
+            _measured.clear()
+        _measured[key] = limits
+    return limits
 
 
-@functools.lru_cache(maxsize=256)  # tiles, crops and epochs of one scene measure it once
-def _percentile_limits(path, mtime, size, bands, settings):
-    """`mtime` and `size` are there to tell a rewritten file from the one measured before."""
-    with _open(path) as scene:
-        h, w = scene.height, scene.width
-        scale = min(1.0, SAMPLE_SIDE / max(h, w))
+def _percentile_limits(scene, bands, settings, whole):
+    h, w = scene.height, scene.width
+    scale = min(1.0, SAMPLE_SIDE / max(h, w))
+    if whole is not None and scale == 1:
+        samples = [whole]
+    else:
         out = (max(1, round(h * scale)), max(1, round(w * scale)))
         levels = [1, *(o for o in scene.overviews if o <= 1 / scale)]  # what GDAL may read instead of full size
         if h * w / max(levels) ** 2 <= settings.max_pixels:
@@ -505,11 +516,12 @@ def _percentile_limits(path, mtime, size, bands, settings):
             ph, pw = min(h, SAMPLE_SIDE // 8), min(w, SAMPLE_SIDE // 8)
             rows, cols = (np.linspace(0, n - p, 8).astype(int).tolist() for n, p in ((h, ph), (w, pw)))
             reads = [((c, r, pw, ph), (ph, pw)) for r in rows for c in cols]
-        samples = []  # (values, mask), each (C, n); nearest, so that the values are the file's own
+        samples = []
         for window, shape in reads:
             scene.check(window, shape, settings.max_pixels)
-            pair = scene.read(bands, window, shape, settings, nearest=True)
-            samples.append([part.reshape(len(part), -1) for part in pair])
+            # Nearest, so that the values are the file's own.
+            samples.append(scene.read(bands, window, shape, settings, nearest=True))
+    samples = [[part.reshape(len(part), -1) for part in pair] for pair in samples]  # (values, mask), each (C, n)
     limits = []
     for values, mask in zip(*(np.concatenate(parts, axis=1) for parts in zip(*samples))):
         values = values[mask]
@@ -660,8 +672,9 @@ def _read(scene, settings, window, max_side) -> Picture:
     out = (max(1, round(box[3] * scale)), max(1, round(box[2] * scale)))  # (H, W)
     scene.check(box, out, settings.max_pixels)
     bands = _choose_bands(scene, settings)
-    limits = _limits(scene, bands, settings)
     data, mask = scene.read(bands, box, out, settings)
+    whole = (data, mask) if data.shape[1:] == (scene.height, scene.width) else None
+    limits = _limits(scene, bands, settings, whole)
     return Picture(
         rgb=_render(data, mask, limits),
         footprint=scene.footprint(box),

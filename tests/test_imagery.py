@@ -549,12 +549,35 @@ except imagery.ImageError as error:
     assert "large.tif: 20000 x 20000 pixels would decode more than max_pixels" in done.stdout
 
 
+@pytest.mark.parametrize("kind, missing", [("uint8", None), ("uint16", 0), ("float32", np.nan), ("photo", None)])
+def test_limits_are_those_of_the_pixels_read(tmp_path, monkeypatch, kind, missing):
+    """An image that is read whole is measured on what was read; a window of it has the same limits, from a reading apart."""
+    data = rng.integers(1, 200, (3, 60, 80)).astype("uint8" if kind == "photo" else kind)
+    if missing is not None:
+        data[:, :9, :30] = missing
+    path = tmp_path / ("a.png" if kind == "photo" else "a.tif")
+    if kind == "photo":
+        Image.fromarray(data.transpose(1, 2, 0)).save(path)
+    else:
+        write_tif(path, data, nodata=missing, **UTM)
+    settings, calls = ImageSettings(stretch="percentile"), []
+    imagery._measured.clear()
+    part = read_image(path, settings, window=(20, 10, 30, 30))
+    imagery._measured.clear()
+    reader = imagery._Photo if kind == "photo" else imagery._Raster
+    real = reader.read
+    monkeypatch.setattr(reader, "read", lambda self, *a, **k: calls.append(a) or real(self, *a, **k))
+    whole = read_image(path, settings)
+    assert whole.limits == part.limits and np.array_equal(whole.rgb[10:40, 20:50], part.rgb)
+    assert len(calls) == 1
+
+
 def test_threads_agree(tmp_path):
     paths = [
         write_tif(tmp_path / f"{i}.tif", rng.integers(1, 9000, (3, 64, 64)).astype(np.uint16), **UTM) for i in range(4)
     ]
     expected = [read_image(path).rgb for path in paths]
-    imagery._percentile_limits.cache_clear()
+    imagery._measured.clear()
     with ThreadPoolExecutor(8) as pool:
         got = list(pool.map(lambda i: read_image(paths[i % 4]).rgb, range(64)))
     assert all(np.array_equal(got[i], expected[i % 4]) for i in range(64))
