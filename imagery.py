@@ -270,12 +270,19 @@ def _guard(path):
         raise _error(path, f"cannot be decoded: cut short or damaged ({reason})", "fetch or write it again") from error
 
 
+@contextlib.contextmanager
+def _gdal(path):
+    """`_guard` around calls into GDAL, with our options."""
+    with _guard(path), rasterio.Env(**GDAL_OPTIONS):
+        yield
+
+
 class _Raster:
     """A file read by GDAL: any number of bands of any type, by windows and through overviews."""
 
     def __init__(self, path, driver: str):
         self.path = path
-        with _guard(path), rasterio.Env(**GDAL_OPTIONS):
+        with _gdal(path):
             # Absolute, so that a name such as "zip:x.tif" is never taken for an address; one driver only.
             self.src = rasterio.open(os.path.abspath(path), driver=driver)
             self.height, self.width = self.src.shape
@@ -312,8 +319,7 @@ class _Raster:
         # out of a mean only what the file itself marks as missing.
         nearest = nearest or self.palette or nodata is not None or measured
         resampling = Resampling.nearest if nearest else Resampling.average
-        # One call for pixels and mask: nodata tags, alpha bands, internal masks.
-        with _guard(self.path), rasterio.Env(**GDAL_OPTIONS):
+        with _gdal(self.path):  # one call for pixels and mask: nodata tags, alpha bands, internal masks
             read = self.src.read(
                 list(bands), window=Window(*window), out_shape=(len(bands), *out), resampling=resampling,
                 masked=not measured,
@@ -340,8 +346,7 @@ class _Raster:
 
     def footprint(self, window) -> "Footprint | None":
         """None without a usable CRS and position; ground control points give an affine least-squares fit."""
-        # A local CRS or nonsense is no reason to fail.
-        with contextlib.suppress(ImageError), _guard(self.path), rasterio.Env(**GDAL_OPTIONS):
+        with contextlib.suppress(ImageError), _gdal(self.path):  # a local CRS or nonsense is no reason to fail
             crs, transform, (points, points_crs) = self.src.crs, self.src.transform, self.src.gcps
             if points and points_crs and (not crs or transform.is_identity):
                 if points_crs.is_geographic and np.ptp([p.x for p in points]) > 180:  # across the antimeridian

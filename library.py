@@ -209,8 +209,9 @@ def plan_index(
                 partial.setdefault(payload["path"], known)[2].add(window)
 
     checks, results = FileChecks(found, done, attributes, tile, stride), []
-    with tqdm(total=len(found), desc="files", unit="file", leave=False, disable=len(checks) < 3) as bar:
-        for some in loader_of(checks, workers if len(checks) > 2 else 0):
+    many = len(checks) > 2  # else a process would take longer to start
+    with tqdm(total=len(found), desc="files", unit="file", leave=False, disable=not many) as bar:
+        for some in loader_of(checks, workers if many else 0):
             results += some
             bar.update(len(some))
     files = [result for result in results if isinstance(result, PlannedFile)]

@@ -277,8 +277,7 @@ class Bench(bench_vqa.Bench):
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         losses = [float(loss) for loss in trainer.losses]
-        start = watch.ends[warm - 1] if warm else watch.start
-        return {"seconds": watch.ends[-1] - start, "losses": losses, "gradient": watch.gradient}
+        return {"seconds": watch.seconds(warm), "losses": losses, "gradient": watch.gradient}
 
     def run_rows(self, rows: list, collate, head: bool, steps: int, clip: float, after_step, warm: int) -> dict:
         options = self.options

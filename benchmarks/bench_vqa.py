@@ -293,8 +293,8 @@ class Bench:
         """Train `steps` steps from the starting weights: seconds, losses, the gradient of the first step, and on CUDA the
         memory before and at its peak."""
         self.reset(strength)
-        cuda = self.options.device == "cuda"
-        steps, watch = steps + warm_steps(self.options.device), StepWatch(self.options.device)
+        cuda, warm = self.options.device == "cuda", warm_steps(self.options.device)
+        steps, watch = steps + warm, StepWatch(self.options.device)
         memory = {"loaded": torch.cuda.memory_allocated()} if cuda else {}
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -312,8 +312,7 @@ class Bench:
             trainer.train()
         losses = torch.stack(trainer.losses).view(steps, -1).sum(1).tolist()
         memory |= {"peak": peak_memory("cuda")} if cuda else {}
-        start = watch.ends[0] if cuda else watch.start
-        return {"seconds": watch.ends[-1] - start, "losses": losses, "gradient": watch.gradient, "memory": memory}
+        return {"seconds": watch.seconds(warm), "losses": losses, "gradient": watch.gradient, "memory": memory}
 
 
 class Work:
@@ -412,6 +411,10 @@ class StepWatch(TrainerCallback):
     def on_step_end(self, *_, **__):
         synchronize(self.device)
         self.ends.append(time.perf_counter())
+
+    def seconds(self, warm: int) -> float:
+        """From the end of the `warm` first steps, or where there are none from the start, to the end of the last."""
+        return self.ends[-1] - (self.ends[warm - 1] if warm else self.start)
 
 
 def warm_steps(device: str) -> int:
