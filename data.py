@@ -688,21 +688,43 @@ class QwenResize:
         return np.asarray(Image.fromarray(rgb).resize((w, h), self.resample))
 
 
+TORCH_MODES = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers; what else there is goes through the processor
+
+
 class SquareResize:
-    """Bring an RGB image to the square that a CLIP or SigLIP processor makes of it, by that processor itself."""
+    """Bring an RGB image to the square that a CLIP or SigLIP processor makes of it.
+
+    By torch's resize of bytes, as transformers' own processors do where torchvision is installed. It takes a fifth of
+    Pillow's time. Of photographs one byte in 250 differs, by 2 of 255 at most; a test compares them.
+    """
 
     def __init__(self, processor):
-        self.processor = processor
-        crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
-        self.key = f"square-{json.dumps([dict(processor.size), crop, int(processor.resample)], sort_keys=True)}"
+        self.processor, self.size = processor, dict(processor.size)
+        self.crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
+        how = [self.size, self.crop and dict(self.crop), int(processor.resample)]
+        self.key = f"square-torch-{json.dumps(how, sort_keys=True)}"
 
     def __call__(self, rgb: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> (S, S, 3) uint8."""
+        from transformers.image_transforms import get_resize_output_image_size
+
         _refuse_thin(rgb)
-        made = self.processor(
-            images=[rgb], do_rescale=False, do_normalize=False, input_data_format="channels_last"
-        )["pixel_values"][0]  # fmt: skip
-        return np.ascontiguousarray(np.asarray(made).transpose(1, 2, 0))
+        mode, shortest = TORCH_MODES.get(int(self.processor.resample)), self.size.get("shortest_edge")
+        if mode is None or not self.processor.do_resize or self.size.get("longest_edge"):
+            made = self.processor(
+                images=[rgb], do_rescale=False, do_normalize=False, input_data_format="channels_last"
+            )["pixel_values"][0]  # fmt: skip
+            return np.ascontiguousarray(np.asarray(made).transpose(1, 2, 0))
+        if shortest:
+            sides = get_resize_output_image_size(rgb, shortest, False, input_data_format="channels_last")
+        else:
+            sides = (self.size["height"], self.size["width"])
+        made = torch.from_numpy(np.require(rgb, requirements="CW"))  # torch warns of what may not be written
+        made = made[None].permute(0, 3, 1, 2)  # in the order of channels_last, which is fastest
+        made = torch.nn.functional.interpolate(made, sides, mode=mode, antialias=True)[0].numpy()
+        if self.crop:
+            made = self.processor.center_crop(made, self.crop)
+        return np.ascontiguousarray(made.transpose(1, 2, 0))
 
 
 class PixelStore:
@@ -1407,9 +1429,9 @@ def normalised(
         # What the processor makes of black and of white says it all: a line for each channel.
         ends = [np.full((2, 2, 3), value, np.uint8) for value in (0, 255)]
         made = processor(images=ends, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
-        low, high = made[..., :1, :1].to(device)  # (3, 1, 1) each
-        pixels = batch["pixel_values"].permute(0, 3, 1, 2).contiguous()
-        batch["pixel_values"] = torch.addcmul(low, pixels, (high - low) / 255)
+        low, high = made[..., :1, :1].to(device, non_blocking=True)  # (3, 1, 1) each; waiting would empty a GPU's queue
+        pixels = batch["pixel_values"].permute(0, 3, 1, 2).contiguous().float()
+        batch["pixel_values"] = pixels.mul_((high - low) / 255).add_(low)
     return batch
 
 

@@ -408,7 +408,7 @@ class _Photo:
 
         def cut(image):
             if (h, w) == out:
-                return np.array(image.crop((c, r, c + w, r + h)))
+                return np.array(image if image.size == (w, h) else image.crop((c, r, c + w, r + h)))
             return np.array(image.resize(out[::-1], resampling, (c, r, c + w, r + h)))
 
         data, chosen = np.atleast_3d(cut(self.decoded)), [b - 1 for b in bands]

@@ -209,9 +209,10 @@ def plan_index(
                 partial.setdefault(payload["path"], known)[2].add(window)
 
     checks, results = FileChecks(found, done, attributes, tile, stride), []
-    many = len(checks) > 2  # else a process would take longer to start
-    with tqdm(total=len(found), desc="files", unit="file", leave=False, disable=not many) as bar:
-        for some in loader_of(checks, workers if many else 0):
+    with tqdm(total=len(found), desc="files", unit="file", leave=False, disable=len(checks) < 3) as bar:
+        for some in loader_of(
+            checks, min(workers, len(checks) // 8)
+        ):  # a process starts while another checks 200 files
             results += some
             bar.update(len(some))
     files = [result for result in results if isinstance(result, PlannedFile)]
@@ -311,13 +312,36 @@ def loader_of(batches: TileBatches | FileChecks, workers: int, device: str = "cp
     )
 
 
+@dataclass
+class Vectors:
+    """Vectors on their way from the model's device: who asked for them at once would let a GPU run out of work."""
+
+    copied: torch.Tensor
+    done: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, vectors: torch.Tensor) -> "Vectors":
+        made = cls(vectors.float().to("cpu", non_blocking=vectors.is_cuda), None)
+        if vectors.is_cuda:
+            made.done = torch.cuda.Event()
+            made.done.record()
+        return made
+
+    def numpy(self) -> np.ndarray:
+        """(n, D) float32, when they are here."""
+        if self.done:
+            self.done.synchronize()
+            self.done = None
+        return self.copied.numpy()
+
+
 @torch.inference_mode()
-def encode(model: Encoder, loader) -> Iterable[tuple[torch.Tensor | None, TileBatch]]:
-    """(unit vectors (n, D) on the model's device or None, the batch) for each of a `loader_of`."""
+def encode(model: Encoder, loader) -> Iterable[tuple[Vectors | None, TileBatch]]:
+    """(unit vectors (n, D) or None, the batch) for each of a `loader_of`."""
     for made in loader:
         vectors = None
         if made.pixels is not None:
-            vectors = model.encode_image(**normalised(made.pixels, model.processor, model.device))
+            vectors = Vectors.of(model.encode_image(**normalised(made.pixels, model.processor, model.device)))
             made.pixels = None
         yield vectors, made
 
@@ -397,13 +421,17 @@ def index_library(
                 if count >= FLUSH or time.monotonic() > until:
                     more = True
                     break
-            turn = [(None if vectors is None else vectors.float().cpu().numpy(), made) for vectors, made in turn]
-            gathered = gather_object([(turn, more)])
+            if state.num_processes > 1:
+                for vectors, _ in turn:
+                    if vectors:
+                        vectors.numpy()  # what is on its way cannot be sent on
+                gathered = gather_object([(turn, more)])
+                turn = [pair for part, _ in gathered for pair in part]
+                more = any(unfinished for _, unfinished in gathered)
             if written:
                 written.result()
             if writer:
-                written = background.submit(writer.write, [part for part, _ in gathered])
-            more = any(unfinished for _, unfinished in gathered)
+                written = background.submit(writer.write, turn)
         if written:
             written.result()
         bar.close()
@@ -473,16 +501,16 @@ class _Writer:
         self.broken: dict[int, str] = {}
         self.stale = set(plan.stale)
 
-    def write(self, turns: list[list]) -> None:
-        """Bring to disk [(vectors (n, D) or None, the batch)] of each process, in any order of tiles."""
-        for vectors, made in itertools.chain(*turns):
-            self._add(vectors, made)
+    def write(self, turn: list[tuple[Vectors | None, TileBatch]]) -> None:
+        """Bring to disk what `encode` gave, in any order of tiles."""
+        for vectors, made in turn:
+            self._add(() if vectors is None else vectors.numpy(), made)
         self._flush()
 
-    def _add(self, vectors: np.ndarray | None, made: TileBatch) -> None:
+    def _add(self, vectors: Iterable[np.ndarray], made: TileBatch) -> None:
         self.report.empty += made.empty
         self.broken |= made.broken
-        for (number, window, known), vector in zip(made.tiles, () if vectors is None else vectors):
+        for (number, window, known), vector in zip(made.tiles, vectors):
             file = self.plan.files[number]
             if number in self.held:
                 self.ready.append(self.held[number])

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -876,6 +877,15 @@ def packed_words(body, tree: SceneTree, embedded: torch.Tensor, position_ids: to
     return made.last_hidden_state[0]
 
 
+def compile_layers(body: nn.Module, **options) -> None:
+    """From now on the decoder layers of a language model's body run compiled (`options` of torch.compile): elementwise work is
+    fused, which is most of a step of a small model on a fast GPU. Layers, not the whole, since they are alike and compile
+    once."""
+    for layer in body.modules():
+        if isinstance(layer, GradientCheckpointingLayer):  # what transformers makes every decoder layer of
+            layer.compile(dynamic=True, **options)  # every step has other lengths
+
+
 # ----------------------------------------------------------------------------------------------------
 # Visual question answering
 
@@ -1155,10 +1165,8 @@ class VQA(nn.Module):
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def compile_layers(self, **options) -> None:
-        """From now on the language model's layers run compiled (`options` of torch.compile): elementwise work is fused, which
-        is most of a step of a small model on a fast GPU. Layers, not the whole, since they are alike and compile once."""
-        for layer in self.qwen.model.language_model.layers:
-            layer.compile(dynamic=True, **options)  # every step has other lengths
+        """See `compile_layers`."""
+        compile_layers(self.qwen.model.language_model, **options)
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """{"language", "vision", "merger": names of trained parameters}: each may have its own learning rate."""
@@ -1652,6 +1660,10 @@ class Captioner(nn.Module):
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **_) -> None:
         """The name newer transformers call."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def compile_layers(self, **options) -> None:
+        """See `compile_layers`."""
+        compile_layers(self.language.base_model, **options)
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """{"projector", "language", "vision": names of trained parameters}: each may have its own learning rate."""

@@ -646,7 +646,7 @@ class _Edge(Store):
         return self._shard.info().payload_schema
 
     def _write(self, ids, matrix, payloads):
-        points = [self._m.Point(*point) for point in zip(ids, matrix, payloads)]
+        points = [self._m.Point(*point) for point in zip(ids, matrix.tolist(), payloads)]  # rows cost twice as much
         self._shard.update(self._m.UpdateOperation.upsert_points(points))  # one entry of the log: all or nothing
         self._shard.flush()
         self._reach_now = None

@@ -153,12 +153,16 @@ def main(argv: list[str] | None = None) -> dict:
         if args.world_size > 1:
             torch.distributed.barrier()
 
+    # Layers are compiled for training alone: writing has other shapes at every word.
+    @torch.compiler.set_stance("force_eager")
     def write(images, prompt, progress=False):
         return model.caption(
             images, prompt=prompt, store=store, tokens=tokens, batch_size=args.eval_batch_size, progress=progress
         )
 
     # ---- training
+    if config.compile_layers:
+        model.compile_layers()
     collator = QuestionCollator(
         config.pack_tokens, packing=packing, pad_id=model.tokenizer.pad_token_id, align=row_align(args.device)
     )
@@ -172,6 +176,7 @@ def main(argv: list[str] | None = None) -> dict:
     watched = random.Random(0).sample(splits["val"], min(len(splits["val"]), config.max_eval_scenes))
     held_out = dataset_of(watched)
 
+    @torch.compiler.set_stance("force_eager")
     def evaluate(_):
         found = {"loss": held_out_loss(model, held_out, collator, args.eval_batch_size)}
         for language, prompt in prompts.items():

@@ -15,7 +15,8 @@ All sides encode the same files with the same weights, dtype, batch size and thr
                             torchvision).
 
 Ours also reads GeoTIFF and places, stores payloads and can go on after a kill; the peers keep vectors in memory. The model is a
-CLIP ViT-B/16 with random weights unless --model names a folder. Rounds are interleaved after one to warm up; the median of
+CLIP ViT-B/16 with random weights unless --shape says ViT-L/14 (RemoteCLIP's and GeoRSCLIP's larger tower, and the work of
+Git-RSCLIP's ViT-L/16 at 256 pixels) or --model names a folder. Rounds are interleaved after one to warm up; the median of
 their ratios is reported with the smallest and the largest. The aim for ours is 0.9 of the forward rate.
 """
 
@@ -44,22 +45,24 @@ PEERS = {"sentence-transformers": ("sentence_transformers", "pip install sentenc
          "clip-retrieval": ("clip_retrieval", "pip install --no-deps clip-retrieval==2.45.0")}  # fmt: skip
 
 
-def write_clip(folder: Path) -> None:
-    """A CLIP ViT-B/16 with random weights and a tokenizer of letters."""
+SHAPES = {  # width, width within a layer, layers, heads, patch, projection
+    "b16": (768, 3072, 12, 12, 16, 512),
+    "l14": (1024, 4096, 24, 16, 14, 768),
+}
+
+
+def write_clip(folder: Path, shape: str) -> None:
+    """A CLIP of this shape with random weights and a tokenizer of letters."""
     import json
 
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
-    vision = {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "patch_size": 16,
-    }
+    width, inner, layers, heads, patch, projection = SHAPES[shape]
+    vision = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+              "patch_size": patch}  # fmt: skip
     text = {"num_hidden_layers": 2, "vocab_size": 60}
-    CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=512)).save_pretrained(folder)
+    CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection)).save_pretrained(folder)
     sizes = {"do_resize": True, "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, "do_normalize": True,
              "resample": 3, "image_mean": [0.48145466, 0.4578275, 0.40821073], "do_rescale": True, "do_convert_rgb": True,
              "image_std": [0.26862954, 0.26130258, 0.27577711], "image_processor_type": "CLIPImageProcessor"}  # fmt: skip
@@ -76,7 +79,8 @@ def write_clip(folder: Path) -> None:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", required=True, help="folder of images")
-    parser.add_argument("--model", help="folder of a CLIP (default: a ViT-B/16 with random weights)")
+    parser.add_argument("--model", help="folder of a CLIP (default: random weights)")
+    parser.add_argument("--shape", choices=list(SHAPES), default="b16", help="of the random weights")
     parser.add_argument("--images", type=int, default=256, help="how many of them")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1, help="reading processes, of ours and of clip-retrieval")
@@ -103,7 +107,7 @@ def main(argv=None) -> int:
 def compare(args, sides: list[str], scratch: Path) -> int:
     if args.model is None:
         args.model = scratch / "clip"
-        write_clip(args.model)
+        write_clip(args.model, args.shape)
     files = image_files(args.library)[: args.images]
     root = scratch / "images"
     root.mkdir()

@@ -264,14 +264,15 @@ def test_features_are_those_of_the_whole_model(family, clip_base, siglip_base, c
     model = captioner(vision_model_name=str(folder))
     rgb = read_image(scenes[1].image, pixel_store(model).settings).rgb
     processor = type(model.processor).from_pretrained(folder)
-    inputs = processor(images=[rgb], return_tensors="pt")
-    ours = pixel_batch([SquareResize(processor)(rgb)], processor)
+    resized = SquareResize(processor)(rgb)  # tests/test_data.py compares it
+    inputs = processor(images=[resized], do_resize=False, return_tensors="pt")
+    ours = pixel_batch([resized], processor)
     assert torch.allclose(ours["pixel_values"], inputs["pixel_values"], atol=1e-6)
     with torch.no_grad():
         states = whole.vision_model(inputs["pixel_values"], output_hidden_states=True)
         features = model.encode_images(ours["pixel_values"])
     skip = 1 if family == "clip" else 0
-    assert torch.allclose(features, states.hidden_states[-2][:, skip:], atol=1e-6) and features.shape == (1, 16, 32)
+    assert torch.allclose(features, states.hidden_states[-2][:, skip:], atol=5e-6) and features.shape == (1, 16, 32)
     pooled = model.embed_images([scenes[1].image], pixel_store(model))
     assert np.allclose(pooled[0], torch.nn.functional.normalize(states.pooler_output, dim=-1)[0].numpy(), atol=1e-5)
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import inference_script
+import library
 import train_caption
 import train_match
 import train_vqa
@@ -101,3 +102,18 @@ def test_captioner_is_trained_and_writes(clip_base, qwen3_base, drawn, tmp_path)
     assert first == second
     half = Captioner.from_pretrained(tmp_path / "run" / "final", device="cuda", dtype=torch.bfloat16)
     assert len(half.caption(images, max_tokens=8, num_beams=2)) == 3
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_an_index_is_that_of_a_cpu(family, clip_base, siglip_base, drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(library, "FLUSH", 4)
+    made = []
+    for device in ("cpu", "cuda"):
+        model = DualEncoder.from_pretrained(clip_base if family == "clip" else siglip_base, device=device)
+        where = str(tmp_path / device)
+        library.index_library(model, drawn.images, where, tile=0, workers=2, batch_size=3)
+        with library.Library.open(where, encoder=model) as opened:
+            made.append(opened.everything())
+    assert made[0][0] == made[1][0] and len(made[0][0]) == 25
+    assert abs(made[0][1] - made[1][1]).max() < 1e-4

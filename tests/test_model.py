@@ -462,10 +462,10 @@ def test_a_clip_scores_as_transformers_does(tmp_path, family):
             "attention_mask"
         ) is not None
     images = pictures()
-    pixels = model.processor(images=images, return_tensors="pt")["pixel_values"]
+    resized = [model_module.pixel_store(model).resize(image) for image in images]  # tests/test_data.py compares it
+    pixels = model.processor(images=resized, do_resize=False, return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         theirs = peer(pixel_values=pixels, **words).logits_per_image
-    resized = [model_module.pixel_store(model).resize(image) for image in images]
     cosines = model.embed_images(resized, batch_size=2) @ model.embed_texts(texts, batch_size=3).T
     ours = cosines * model.logit_scale.exp() + model.logit_bias
     assert torch.allclose(ours, theirs, atol=2e-5), (ours - theirs).abs().max()

@@ -95,6 +95,21 @@ def test_packed_and_row_by_row_end_alike(run, tmp_path):
         assert torch.allclose(a[name], b[name], rtol=1e-3, atol=2e-5), name
 
 
+def test_compiled_layers_end_alike(run, tmp_path, monkeypatch):
+    """The layers are traced whole, in both stages, and the weights are the same."""
+    plain = Captioner.compile_layers
+    monkeypatch.setattr(Captioner, "compile_layers", lambda model: plain(model, backend="aot_eager", fullgraph=True))
+    flags = ["--language=en", "--optim=sgd", "--learning_rate=0.05", "--max_grad_norm=0", "--num_epochs=1"]
+    torch._dynamo.utils.counters.clear()
+    run(*flags, output="eager")
+    assert not torch._dynamo.utils.counters["stats"]
+    run(*flags, "--torch_compile", output="compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6, "dynamic shapes: not a graph a step"
+    a, b = (load_file(tmp_path / name / "final" / "captioner.safetensors") for name in ("eager", "compiled"))
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=1e-3, atol=2e-5), name
+
+
 def test_two_processes_equal_one_with_twice_the_batch(run, bases, drawn, tmp_path):
     """Through both stages: what wrapped the model for the first must be gone in the second."""
     flags = ["--language=en", "--eval_strategy=no", "--save_strategy=no", "--load_best_model_at_end=false", "--optim=sgd",
