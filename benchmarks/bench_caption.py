@@ -3,15 +3,16 @@
     python benchmarks/bench_caption.py                                        # small shape, real 152k vocabulary, CPU
     python benchmarks/bench_caption.py --target_loss 2.5 --limit 120          # and the time to that held-out loss
     python benchmarks/bench_caption.py --no_freeze_vision_model --projector pixel_shuffle
-    python benchmarks/bench_caption.py --device cuda --dtype bfloat16 --shape full --images 8 --rows 5 10 20 40 --workers 8
+    python benchmarks/bench_caption.py --device cuda --dtype bfloat16 --shape full --images 32 --rows 20 40 80 --torch_compile
 
 All sides train the same modules (vision tower, projector, language model; stage 2: projector and last --layers layers) from
 the same weights, on the same captions in each step, with AdamW, gradient clipping at 1, the same dtype and threads, and the
 loss divided by the target tokens of the whole step:
 
-    ours    SceneTrainer, PackedTask, QuestionCollator of this project: an image's tokens once and its captions as branches,
-            patch features from the cache of the frozen tower, the head on the positions that predict a word of a caption
-    rows    a plain PyTorch loop with a row for every (image, caption), as captioners are commonly trained
+    ours      SceneTrainer, PackedTask, QuestionCollator of this project: an image's tokens once and its captions as branches,
+              patch features from the cache of the frozen tower, the head on the positions that predict a word of a caption
+    compiled  ours with `train_caption.py --torch_compile` (only with --torch_compile here: a minute of compiling first)
+    rows      a plain PyTorch loop with a row for every (image, caption), as captioners are commonly trained
 
 What "rows" does, and from whom. Both LLaVA and nanoVLM (its first version): open, cut and encode the image of every row, so
 that five captions cost five runs of the tower; project; put the patches in front of the words; head and cross entropy over
@@ -81,13 +82,14 @@ DEMO = ROOT / "data/demo/captions_en.json"
 
 SIDES = {  # name: (packed, features from the cache, head on the predicting positions alone)
     "ours": (True, True, True),
+    "compiled": (True, True, True),
     "ours, no cache": (True, False, True),
     "rows": (False, False, False),
     "rows, cache": (False, True, False),
     "rows, head": (False, False, True),
     "rows, cache, head": (False, True, True),
 }
-PARTS = [name for name in SIDES if name not in ("ours", "rows")]
+PARTS = [name for name in SIDES if name not in ("ours", "compiled", "rows")]
 
 # Random weights in these shapes; full: the config.json of clip-vit-base-patch16 and of Qwen3-0.6B.
 SHAPES = {
@@ -111,6 +113,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--images", type=int, default=2, help="images of an optimizer step")
     add("--captions", type=int, default=5, help="captions of each image in a step")
     add("--rows", type=int, nargs="+", default=[1, 5, 10], help="rows a micro-batch to choose from, for each rows side")
+    add("--torch_compile", action="store_true", help="ours with compiled layers too")
     add("--parts", nargs="*", default=PARTS, choices=PARTS, help="sides between rows and ours")
     add("--data", help="captions in any form of docs/architecture.md (default: UCM captions, else data/demo)")
     add("--train_images", type=int, default=400, help="images to train on (0: all)")
@@ -210,6 +213,8 @@ class Bench(bench_vqa.Bench):
             packs = self.model.can_pack()
         if not packs:
             raise InputError(f"{config.language_model_name}: attention of its own, which cannot be packed")
+        if options.torch_compile:
+            self.model.compile_layers()
         self.start = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         self.images = ImageSettings.from_dict(self.model.settings.images)
         self.store = pixel_store(self.model, self.cache)
@@ -264,17 +269,20 @@ class Bench(bench_vqa.Bench):
         packed, cached, head = SIDES[side]
         cached = cached and self.options.freeze_vision_model
         scenes, rows = self.work(steps) if after_step is None else (self.train, None)
+        stance = torch.compiler.set_stance("default" if side == "compiled" else "force_eager")
         if packed:
             images, captions = shape or (self.options.images, self.options.captions)
             data = self.dataset(scenes, cached, captions, share=True)
-            return self.run_packed(data, self.settings(steps, images, max_grad_norm=clip), after_step, warm)
+            with stance:
+                return self.run_packed(data, self.settings(steps, images, max_grad_norm=clip), after_step, warm)
         if rows is None:
             rows = [(scene.image, q.text, q.answer) for scene in scenes for q in scene.questions]
         attention = self.model.language.set_attn_implementation
         attention("sdpa")  # as transformers makes it; ours comes back after
         try:
             collate = functools.partial(self.collate, size=size, cached=cached)
-            return self.run_rows(rows, collate, head, steps, clip, after_step, warm)
+            with stance:
+                return self.run_rows(rows, collate, head, steps, clip, after_step, warm)
         finally:
             attention("scene")
 
@@ -497,7 +505,7 @@ def main(argv: list[str] | None = None) -> dict:
         return {}
     if options.target_loss is not None and not bench.held:
         raise InputError(f"{options.data}: no image with {options.captions} captions is held out (split val)")
-    sides = ["ours", "rows", *options.parts]
+    sides = ["ours", *(["compiled"] if options.torch_compile else []), "rows", *options.parts]
     model, per_step = bench.model, options.images * options.captions
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
     say(f"command: python benchmarks/bench_caption.py {shlex.join(argv)}")
