@@ -11,9 +11,11 @@ turns, `before` asks the last question again without the adapter, `stop` ends. C
 
 import argparse
 import os
+import re
 import signal
 import sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from config import SURROGATE, add_device_flags, refuse_outside, user_errors
 
@@ -109,9 +111,13 @@ class Talk:
             print(self.say("bytes"))
             return True
         word, (first, *rest) = COMMANDS.get(text.lower()), text.split(maxsplit=1)
-        path = text.strip("\"'")  # a file's name alone is no question: it was dragged here
+        path = file_named(text)  # a file's name alone is no question: it was dragged here
         if not os.path.isfile(path):
-            path = "".join(rest).strip("\"'") if first.lower() in ("image", "图像") else None
+            path = None
+            if first.lower() in ("image", "图像"):
+                path = file_named("".join(rest))
+                if path and not os.path.isfile(path) and not re.search(r"[/\\]|\.\w+$", path):
+                    path = None  # "image quality?" is a question
         if word == "stop":
             return False
         if word == "clear":
@@ -137,6 +143,15 @@ class Talk:
                 self.turns = self.turns[-self.args.max_turns :]
                 print(self.say("cut"))
         return True
+
+
+def file_named(text: str) -> str:
+    """The path that a user typed, pasted or dragged here: there is no shell to take its quotes, ~ and \\ away."""
+    path = text.strip().strip("\"'")
+    if path.startswith("file://"):
+        path = unquote(urlsplit(path).path)
+    path = os.path.expanduser(path)
+    return path if os.path.exists(path) else path.replace("\\ ", " ")
 
 
 def reader():
@@ -181,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         talk.take(path)
     while path is None:
         try:
-            path = read(talk.say("image")).strip().strip("\"'")
+            path = file_named(read(talk.say("image")))
             if COMMANDS.get(path.lower()) == "stop":
                 return 0
             talk.take(path)

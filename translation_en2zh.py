@@ -18,6 +18,7 @@ was written.
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import email.utils
 import hashlib
 import json
@@ -165,6 +166,8 @@ def checked(args) -> None:
 
 def places_beside(output: Path, sources: list[Path]) -> dict[str, Path]:
     """{what: file} of everything a run writes. Raises InputError where it cannot."""
+    if not output.name or output.is_dir():
+        raise InputError(f"--output {output}: is a folder; give a file in it, such as captions_zh.json")
     if not output.absolute().parent.is_dir():
         raise InputError(f"--output {output}: its folder does not exist")
     ends = {"cache": ".cache.jsonl", "rejected": ".rejected.jsonl", "report": ".report.json"}
@@ -218,9 +221,12 @@ SMALL = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
          "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]  # fmt: skip
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 WORDS = {word: i for i, word in enumerate(SMALL)} | {word: 20 + 10 * i for i, word in enumerate(TENS)}
-ENGLISH_NUMBER = re.compile(
-    rf"(?<![\w.])(?:(?P<digits>\d[\d,]*(?:\.\d+)?)|(?P<tens>{'|'.join(TENS)})[- ](?P<ones>{'|'.join(SMALL[1:10])})\b"
-    rf"|(?P<word>{'|'.join(reversed(WORDS))})\b|(?P<vague>many|numerous|lots of|plenty of|several|a few|dozens of)\b)"
+TIMES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6}
+ONE_WORD = rf"(?:(?:{'|'.join(TENS)})[- ](?:{'|'.join(SMALL[1:10])})|{'|'.join(reversed(WORDS))})\b"
+ENGLISH_NUMBER = re.compile(  # 12, 80,000, 3 million; twenty-one, two hundred and fifty; many
+    rf"(?<![\w.])(?:(?P<digits>\d[\d,]*(?:\.\d+)?)(?P<times>(?: (?:{'|'.join(TIMES)})\b)?)"
+    rf"|(?P<words>{ONE_WORD}(?: (?:{'|'.join(TIMES)})\b(?:(?: and)? {ONE_WORD})?)*)"
+    r"|(?P<vague>many|numerous|lots of|plenty of|several|a few|(?:dozens|hundreds|thousands) of)\b)"
 )
 NOT_A_COUNT = re.compile(r"\b(?:this|that|another|each|any|every|which|no|the other|the)$")  # "another one", "each one"
 PRONOUN = re.compile(r"\b(?:an?|the)(?: \w+){1,2}$")  # "a big plane and a small one"
@@ -229,20 +235,25 @@ NOUN_ENDS = re.compile(
     "|there|this|it|surrounded|parked|arranged|located|lined|while|as|for|into|under|over|above|below"
 )
 IMPLIED = {2: r"\b(both|pair|couple|double|dual|twin|two)\b", 3: r"\b(triang|triple|tri-|three)", 4: r"\b(square|four|corner)",
-           12: r"\bdozen", 10: r"\b(cross|ten\b|intersect)"}  # fmt: skip
-MANY = re.compile(r"多|大量|不少|无数|若干|成群|林立|遍布|覆盖|大片|些|[密茂满几数]")
+           12: r"\bdozen", 6: r"\bhalf a dozen", 100: r"\bhundred", 1000: r"\bthousand",
+           10: r"\b(cross|ten\b|intersect)"}  # fmt: skip
+MANY = re.compile(r"[上成][百千万]|多|大量|不少|无数|若干|成群|林立|遍布|覆盖|大片|些|[密茂满几数]")
 
 DIGIT = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
-UNIT = {"十": 10, "百": 100, "千": 1000, "万": 10000}
-CHINESE_NUMBER = re.compile(
-    r"(?<![A-Za-z\d.第])(?:\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|[零〇一二两三四五六七八九十百千万]+)"
+UNIT = {"十": 10, "百": 100, "千": 1000, "万": 10000, "亿": 10**8}
+CHINESE_NUMBER = re.compile(  # behind 几 and 数 (几十, 数百) it is no number but "many"
+    r"(?<![A-Za-z\d.第几数])(?:(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?[百千万亿]?|[零〇一二两三四五六七八九十百千万]+)"
+)
+RANGE = re.compile(r"\s*[-–—~～至到或]\s*(?:\d+(?:\.\d+)?|[一二两三四五六七八九十百千万]+)")
+NAMED = re.compile(
+    r"\b(?!The|There|These|Those|About|Only|Some|All|At|In|On|Around|Over|Nearly)[A-Z][A-Za-z]*[ -](\d+)\b"
 )
 CLASSIFIERS = set(
     "个架艘辆条栋座幢幅片块棵株排行列处所间家只头匹台部层级张面侧边旁岸端角段道股组群簇堆种类样些半起直口根支枝颗粒位名把"
-    "扇顶丛簇团圈串束滴套批队对双次年月日度米公厘毫亩平顷倍吨元分秒小时圆方点车跑泊轨线字体者大小长短整余多来几%mkch"
+    "扇顶丛簇团圈串束滴套批队对双号英码节户格畦具副瓣次年月日度米公厘毫亩平顷倍吨元分秒小时圆方点车跑泊轨线字体者大小长短整余多来几%mkch"
 )
 IDIOM = re.compile(
-    r"十字|四[周面处方边角通]|两[侧边旁岸端者头]|两两|三三|三角|五颜六色|八角|[五六八]边|七彩|百货|二手|三面|第[一二三四五六七八九十]+"
+    r"四面八方|四通八达|四四方方|十字|四[周面处方边角通]|两[侧边旁岸端者头]|两两|三三|三角|五颜六色|八角|[五六八]边|七彩|百货|二手|三面|第[一二三四五六七八九十]+"
 )
 
 
@@ -253,11 +264,17 @@ def english_numbers(text: str) -> list[tuple[float | str, str]]:
         if match["vague"]:
             value = "many"
         elif match["digits"]:
-            value = float(match["digits"].rstrip(",").replace(",", ""))
-        elif match["tens"]:
-            value = WORDS[match["tens"]] + WORDS[match["ones"]]
+            value = float(match["digits"].rstrip(",").replace(",", "")) * TIMES.get(match["times"].strip(), 1)
         else:
-            value = WORDS[match["word"]]
+            value = part = 0
+            for word in re.findall("[a-z]+", match["words"]):
+                if word in ("thousand", "million"):
+                    value, part = value + part * TIMES[word], 0
+                elif word in TIMES:
+                    part *= TIMES[word]
+                else:
+                    part += WORDS.get(word, 0)
+            value += part
         after = re.sub("^ (?:different |various )*(?:kinds|types|sizes|sorts) of", "", text[match.end() :])
         if value == 1 and (NOT_A_COUNT.search(text[: match.start()].rstrip()) or re.match(r" (another|by one)", after)):
             continue
@@ -266,7 +283,7 @@ def english_numbers(text: str) -> list[tuple[float | str, str]]:
             if NOUN_ENDS.fullmatch(word):
                 break
             words.append(word)
-        if value == 1 and match["word"] and not words and PRONOUN.search(text[: match.start()].rstrip()):
+        if value == 1 and match["words"] and not words and PRONOUN.search(text[: match.start()].rstrip()):
             continue
         noun = next((word for word in words if word.endswith("s")), words[-1] if words else "")
         found.append((value, noun.rstrip("s")))
@@ -276,12 +293,14 @@ def english_numbers(text: str) -> list[tuple[float | str, str]]:
 def chinese_numbers(text: str) -> list[tuple[set[float], bool, bool]]:
     """[(values it may stand for, is a classifier or unit behind it, is it only about so many)] of a Chinese text."""
     text, found = text.replace("千米", "公里").replace("平方", "平"), []
+    text = re.sub("十分(?!之|钟|米)", "很", text)
     for match in CHINESE_NUMBER.finditer(text):
-        token, after = match[0], text[match.end() :].lstrip()[:1]
+        token, more = match[0], RANGE.match(text, match.end())
+        after = text[more.end() if more else match.end() :].lstrip()[:1]
         if token[0] in "百千万":  # 百货, 千...: no count of its own
             continue
         if token[0].isdigit():
-            values = {float(token.replace(",", ""))}
+            values = {float(token.rstrip("百千万亿").replace(",", "")) * UNIT.get(token[-1], 1)}
         elif len(token) > 1 and all(c in DIGIT for c in token):  # 两三: two or three; 二〇二五: a year
             values = {float(DIGIT[c]) for c in token} | {float("".join(str(DIGIT[c]) for c in token))}
         else:
@@ -326,6 +345,7 @@ def shown(value) -> str:
 
 def check_numbers(captions: list[str], text: str) -> list[tuple[str, str]]:
     found, wrong = chinese_numbers(text), []
+    names = {float(number) for caption in captions for number in NAMED.findall(caption)}  # Boeing 747, Terminal 3
     for wanted in wanted_numbers(captions):
         named = "或".join(shown(value) for value in sorted(wanted, key=str))
         if "many" in wanted and MANY.search(text):
@@ -334,12 +354,12 @@ def check_numbers(captions: list[str], text: str) -> list[tuple[str, str]]:
             continue
         if 1 in wanted and re.search("[单独唯]", text):
             continue
-        if 12 in wanted and "打" in text:
+        if {6, 12} & wanted and "打" in text:
             continue
         at = [good for values, good, _ in found if values & wanted]
         if not at:
             wrong.append(("number missing", f"缺少数量{named}"))
-        elif not any(at):
+        elif not any(at) and not wanted & names:
             wrong.append(("number without a classifier", f"数字{named}后面缺少量词"))
     known = {value for caption in captions for value, _ in english_numbers(caption)}
     english = " ".join(captions).lower()
@@ -358,21 +378,29 @@ DIRECTIONS = {
     "southwest": ("西南|南西|西偏南|南偏西", r"south-?\s?west\w*"),
     "north": ("北", r"north\w*"), "south": ("南", r"south\w*"), "east": ("东", r"east\w*"), "west": ("西", r"west\w*"),
     "centre": ("中央|中[心间部段轴线]|[正居当海湖河水林田]中|央|之间", r"cent(?:er|re|ers|res|ral)|middle"),
-    "left": ("左", r"(?<!is )(?<!are )(?<!was )(?<!were )left(?! over| behind| empty| by)\w*"),
+    "left": ("左", r"(?:(?<=the )|(?<=upper )|(?<=lower )|(?<=top )|(?<=bottom ))left\w*"
+             r"|(?<!is )(?<!are )(?<!was )(?<!were )left(?! over| behind| empty| by| an?\b| some\b| its\b| trac)\w*"),
     "right": ("右", r"right(?! next| beside| behind| angle| now| at| by| in the| above| below)(?:most|-hand)?"),
     "top": ("上|顶", r"(?:top|upper)(?![- ](?:view|down))\w*"), "bottom": ("下|底", r"(?:bottom|lower)\w*"),
 }  # fmt: skip
 LETTER_OF = {"东": "east", "西": "west", "南": "south", "北": "north", "左": "left", "右": "right"}
 
 
+PLACES = (  # that hold a direction's character
+    "北京|北海道|南京|南昌|南宁|南通|南极|北极|西安|西宁|西藏|西雅图|西班牙|西伯利亚|东京|东莞|广东|广西|陕西|云南|济南|越南|巴西|墨西哥|新西兰|密西西比|马来西亚"
+    "|(?:河南|河北|湖南|湖北|海南|山东|山西|江西)(?=省)"
+)
+
+
 def check_directions(captions: list[str], text: str) -> list[tuple[str, str]]:
-    english, wrong = " ".join(captions).lower(), []
-    masked = english  # "northeast" is found before its parts
+    compass = {"N": "north", "S": "south", "E": "east", "W": "west"}
+    english = re.sub(r"\b([NS])([EW])\b", lambda m: compass[m[1]] + compass[m[2]], " ".join(captions)).lower()
+    masked, wrong = english, []  # "northeast" is found before its parts
     for name, (accepted, pattern) in DIRECTIONS.items():
         masked, times = re.subn(rf"\b(?:{pattern})\b", " ", masked)
         if times and not re.search(accepted, text):
             wrong.append(("direction missing", f"缺少方位“{accepted.split('|')[0]}”（{name}）"))
-    rest = re.sub("东西(?![侧部边方面端向两走])|左右|[西南冬]瓜", "", text)
+    rest = re.sub(f"东西(?![侧部边方面端向两走])|左右|[西南冬]瓜|{PLACES}", "", text)
     for letter, name in LETTER_OF.items():
         if letter in rest and name not in english:
             wrong.append(("direction added", f"原文没有方位“{letter}”"))
@@ -391,7 +419,7 @@ COLOUR_OF = {  # what an English text must say for a Chinese one to name the col
     "灰": "gr[ae]y|ash|silver|concrete|cement|dark", "黑": "black|dark", "白": "white|snow|pale|bright|light",
 }  # fmt: skip
 COLOUR_IDIOM = re.compile(
-    "绿[化地植洲篱荫野林道]|黄[土沙昏河金]|蓝天|白[天云]|红绿灯|黑夜|灰尘|粉末|橙子|空白|裸露黄土|金黄|粉刷|赤道"
+    "绿[化地植洲篱荫野林道]|黄[土沙昏河金]|蓝天|白[天云]|红绿灯|黑夜|灰尘|粉末|橙子|棕榈|红树林|白[桦杨]|空白|裸露黄土|金黄|粉刷|赤道"
 )
 
 
@@ -441,7 +469,7 @@ def check_language(captions: list[str], text: str) -> list[tuple[str, str]]:
     if not CHINESE.search(text):
         return [("not Chinese", "回答不是中文")]
     capitals = set(re.findall(r"\b[A-Z][A-Z\d]+\b", " ".join(captions)))
-    left = [word for word in re.findall(r"[A-Za-z]+\d?", text) if not MAY_STAY.fullmatch(word) and word not in capitals]
+    left = [word for word in re.findall(r"[A-Za-z]+\d*", text) if not MAY_STAY.fullmatch(word) and word not in capitals]
     return [("English left", f"还有英文“{left[0]}”")] if left else []
 
 
@@ -451,8 +479,9 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 META = re.compile(
-    r"以下(?:是|为)|翻译(?:如下|结果|为)|译文|翻译[:：]|(?:描述|合并|结果)(?:如下|为)?[:：]|合并后|^好的|^当然|根据(?:您|你|以上|上述|提供|给出|这)"
-    r"|希望(?:这|对)|请提供|术语表|注[:：]|(?:原文|英文)(?:描述|中|为)|```|\*\*|^#|^[-*] |here (?:is|are)|translation",
+    r"以下(?:是|为)|翻译(?:如下|结果|为)|译文|翻译[:：]|(?:描述|合并|结果)(?:如下|为)?[:：]|合并后|^(?:中文|输出|回答|答|标题)\s*[:：]|^好的|^当然|根据(?:您|你|以上|上述|提供|给出|这)"
+    r"|希望(?:这|对)|请提供|术语表|注[:：]|(?:原文|英文)(?:描述|中|为)"
+    r"|如有(?:需要|疑问)|请告诉我|```|\*\*|^#|^[-*•·【]|^\d+[.、)](?!\d)|here (?:is|are)|translation",
     re.IGNORECASE,
 )
 
@@ -571,10 +600,12 @@ class Answer:
     text: str
     cut: bool = False
     """The model ran into its longest answer, or a filter of the server stopped it."""
+    limit: int = 0
+    """The longest answer, --max_tokens, that was allowed: with more, one that was cut is asked for again."""
 
 
 class Cache:
-    """Append-only JSON lines {"key", "text", "cut"}, each on the disk before the next request takes its place.
+    """Append-only JSON lines {"key", "text", "cut", "limit"}, each on the disk before the next request takes its place.
 
     A line that a kill left half-written is ignored. Raises InputError where the file cannot be read or written, or where
     another run holds it.
@@ -599,11 +630,12 @@ class Cache:
         for line in content.split(b"\n"):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
-                self.answers[row["key"]] = Answer(row["text"], row["cut"])
+                self.answers[row["key"]] = Answer(row["text"], row["cut"], row.get("limit", 0))
         self.ragged = not content.endswith(b"\n") and content != b""
 
     def add(self, key: str, answer: Answer) -> None:
-        line = json.dumps({"key": key, "text": answer.text, "cut": answer.cut}).encode() + b"\n"
+        row = {"key": key, "text": answer.text, "cut": answer.cut, "limit": answer.limit}
+        line = json.dumps(row).encode() + b"\n"
         try:
             self.file.write(b"\n" + line if self.ragged else line)
             self.file.flush()
@@ -668,7 +700,7 @@ class Endpoint:
 
     def __init__(self, args):
         self.args, self.name = args, args.model
-        self.sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens, "extra": args.extra}
+        self.sampling = {"temperature": args.temperature, "extra": args.extra}
         self.requests, self.retries = 0, Counter()
         self.answered = False  # now or in an earlier run: then one captions' failure does not speak for the server
         self.refused_in_a_row = self.failed_in_a_row = 0
@@ -812,7 +844,7 @@ class Local:
         self.model.to(device).eval()
         self.tokenizer.padding_side = "left"
         self.name = f"{args.local} {fingerprint(folder)}"
-        self.sampling = {"max_tokens": args.max_tokens}
+        self.sampling = {}
 
     def text_of(self, messages: list[dict]) -> str:
         if not self.tokenizer.chat_template:
@@ -878,7 +910,7 @@ class Translator:
         self.cached = 0
 
     def key(self, messages: list[dict]) -> str:
-        """What an answer depends on: the model, its settings, the mode, and the prompt with its captions."""
+        """What an answer depends on, but for where it is cut: the model, its settings, the mode, the prompt with its captions."""
         asked = [self.engine.name, self.engine.sampling, self.args.mode, messages]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
@@ -887,14 +919,20 @@ class Translator:
         from tqdm import tqdm
 
         keys = [self.key(item.messages) for item in items]
-        jobs = {key: item.messages for key, item in zip(keys, items) if key not in self.cache.answers}
+        none = Answer("", cut=True, limit=-1)
+        known = {key: self.cache.answers.get(key, none) for key in keys}
+        jobs = {
+            key: item.messages
+            for key, item in zip(keys, items)
+            if known[key].cut and known[key].limit < self.args.max_tokens
+        }
         self.cached += len(set(keys)) - len(jobs)
         failures = {}
         if jobs:
             with tqdm(total=len(jobs), desc=title, unit="text", file=sys.stderr, mininterval=1.0) as bar:
 
                 def keep(key: str, answer: Answer) -> None:
-                    self.cache.add(key, answer)
+                    self.cache.add(key, dataclasses.replace(answer, limit=self.args.max_tokens))
                     bar.update()
 
                 failures = self.engine.ask(list(jobs.items()), keep)
@@ -1099,24 +1137,35 @@ def main(argv: list[str] | None = None) -> int:
     places = places_beside(output, [source, *map(Path, (args.prompt_file, args.questions_file, args.glossary))])
     prompt, questions = read_prompt(args.prompt_file), read_questions(args.questions_file)
 
-    from data import read_scenes
+    from data import is_chinese, read_scenes
 
     glossary = read_glossary(args.glossary)
-    language = "all" if args.check else "en"
-    found = read_scenes(source, image_root=args.image_root, language=language, max_rejected=args.max_rejected)
+    found = read_scenes(source, image_root=args.image_root, max_rejected=args.max_rejected)
     for bad in found.rejected[:5]:
         print(f"warning: {bad.file}: row {bad.row}: {bad.reason}", file=sys.stderr)
-    names = {scene.image: scene.name for scene in found.scenes}
+    names, without = {scene.image: scene.name for scene in found.scenes}, 0
     if args.check:
         items, engine = items_given(found.scenes, names, output, own_questions), None
     else:
-        items = items_of(found.scenes, names, output, prompt, glossary, args.mode)
+        for scene in found.scenes:
+            scene.texts = [text for text in scene.texts if not is_chinese(text)]
+        scenes = [scene for scene in found.scenes if scene.texts]
+        if without := len(found.scenes) - len(scenes):
+            left = (
+                f"{without} images have no text without Chinese characters and are left out; --check judges such texts"
+            )
+            print(f"warning: {left}", file=sys.stderr)
+        if not scenes:
+            raise InputError(f"{source}: no caption is English; --check judges Chinese ones")
+        items = items_of(scenes, names, output, prompt, glossary, args.mode)
         engine = Local(args) if args.local else Endpoint(args)
     with contextlib.closing(Cache(places["cache"])) if engine else contextlib.nullcontext() as cache:
         if cache:
             engine.answered = bool(cache.answers)
         translator = Translator(engine, cache, glossary, args)
         sent_back = translator.translate(items)
+        if all(item.failed for item in items):
+            raise InputError(f"{args.base_url or args.local}: no answer to any request: {items[0].reasons[0][1]}")
         before, after = translator.part_duplicates(items)
         rows = rows_of(items, questions, args.questions, args.seed)
         sizes = [len(item.text) for item in items if not item.reasons]
@@ -1126,7 +1175,7 @@ def main(argv: list[str] | None = None) -> int:
             "rows": len(rows), "images": len(taken), "texts": len(items), "requests": engine.requests if engine else 0,
             "cached": translator.cached, "retries": dict(engine.retries) if engine else {}, "sent_back": dict(sent_back),
             "rejected": dict(Counter(r for item in items for r in dict.fromkeys(reason for reason, _ in item.reasons))),
-            "rejected_texts": sum(bool(item.reasons) for item in items),
+            "rejected_texts": sum(bool(item.reasons) for item in items), "images_without_english": without,
             "duplicates": {"before": before, "after": after},
             "length": {"min": min(sizes), "median": statistics.median(sizes), "max": max(sizes)} if sizes else
                       {"min": 0, "median": 0, "max": 0},

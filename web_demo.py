@@ -17,6 +17,7 @@ import html
 import math
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import InputError, add_device_flags, user_errors
+from config import InputError, add_device_flags, refuse_outside, user_errors
 
 DEMO = {
     "store": "output/demo_search/library.index",
@@ -143,7 +144,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vqa", help="best_model/ of a train_vqa.py run: Ask")
     parser.add_argument("--from_pretrained", help="best_model/ of a train_vqa.py --task chat run: Converse")
     parser.add_argument("--model", help="towers of the index, if they have moved")
-    parser.add_argument("--base_model", help="base of the index's matcher, if it has moved")
+    parser.add_argument(
+        "--base_model", help="base of the index's matcher, or without --store of the adapters, if it has moved"
+    )
     parser.add_argument("--library", help="folder of the index's images, if it has moved")
     add_device_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines")
@@ -256,17 +259,25 @@ class Page:
     def read(self, path: str | None, language: str = "en"):
         """(H, W, 3) uint8 of an upload, by its content. Raises InputError with what a visitor should know: without our
         paths."""
-        from imagery import ImageError, image_size, read_image
+        from imagery import image_size, read_image
 
         if not path:
             return None
-        try:
+        with self.own_name(path):
             height, width = image_size(path)
             if height * width > 4 * self.args.max_pixels:  # read block by block, but 2 s and 1 GB for a file of 20 kB
                 raise InputError(self.say("large", language, name=Path(path).name, width=width, height=height))
             return read_image(path, self.settings, max_side=2048).rgb
+
+    @contextlib.contextmanager
+    def own_name(self, path: str | None):
+        """What is wrong with a visitor's picture is said of the name it was given, not of where we keep it."""
+        from imagery import ImageError
+
+        try:
+            yield
         except ImageError as error:
-            raise InputError(str(error).replace(str(path), Path(path).name)) from None
+            raise InputError(str(error).replace(str(path), Path(path).name) if path else str(error)) from None
 
     def without_paths(self, text: str) -> str:
         """A message without the paths of our indexes and images, which are no visitor's business."""
@@ -413,7 +424,7 @@ class Page:
     def describe(self, picture, prompt, language):
         if self.read(picture, language) is None:
             raise InputError(self.say("need_picture", language))
-        with self.lock:
+        with self.lock, self.own_name(picture):
             caption = self.captioner.caption([picture], prompt=(prompt or "").strip()[:MOST_TEXT] or None)[0]
         return f"<p>{html.escape(caption)}</p>"
 
@@ -421,7 +432,7 @@ class Page:
         if self.read(picture, language) is None:
             raise InputError(self.say("need_picture", language))
         lines = self.texts(questions, language)
-        with self.lock:
+        with self.lock, self.own_name(picture):
             answers = self.vqa.answer([(picture, lines)])[0]
         return "".join(f"<p><b>{html.escape(q)}</b><br>{html.escape(a)}</p>" for q, a in zip(lines, answers))
 
@@ -467,15 +478,16 @@ class Page:
         self.read(picture, language)  # None is allowed: a question about no image
         how = {"temperature": temperature, "top_p": top_p, "max_tokens": int(length)}
         told, plain = list(told or []), list(plain or [])
+        history = turns_of(told)[-20:]  # for both: without the adapter the same question is asked at the same place
         for messages, adapter in ((told, True), (plain, False)):
             if not adapter and not compare:
                 continue
-            history = turns_of(messages)[-20:]
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
             yield told, plain
-            for text in self.talk(picture, question, history, adapter=adapter, **how):
-                messages[-1]["content"] = text
-                yield told, plain
+            with self.own_name(picture):
+                for text in self.talk(picture, question, history, adapter=adapter, **how):
+                    messages[-1]["content"] = text
+                    yield told, plain
 
 
 def turns_of(messages: list[dict]) -> list[tuple[str, str]]:
@@ -523,10 +535,10 @@ def build(page: Page):
         file = put(gr.File, {"label": "picture"}, type="filepath", height=150)
         shown = gr.Image(show_label=False, visible=False, interactive=False, height=240, buttons=[])
 
-        def preview(path):
-            return gr.update(value=page.read(path), visible=path is not None)
+        def preview(path, language):
+            return gr.update(value=page.read(path, language), visible=path is not None)
 
-        file.change(kind(preview), file, shown, show_progress="hidden", api_visibility="private")
+        file.change(kind(preview), [file, choice], shown, show_progress="hidden", api_visibility="private")
         return file
 
     def button(key, action, inputs, outputs, also=()):
@@ -607,7 +619,9 @@ def build(page: Page):
         def repeat(picture, _, words, others, *values):
             if words:
                 question = turns_of(words)[-1][0]
-                yield from flowing(picture, question, words[:-2], others[: len(words) - 2], *values)
+                if others and turns_of(others)[-1][0] == question:
+                    others = others[:-2]
+                yield from flowing(picture, question, words[:-2], others, *values)
 
         def flowing(*values):
             try:
@@ -688,6 +702,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, path in DEMO.items():
             if getattr(args, name) is None and Path(path).exists():
                 setattr(args, name, path)
+    refuse_outside(args, port=(1, 65535), max_upload_mb=(1, 10**6), max_pixels=(1, 2**40))
     if not (args.store or args.captioner or args.vqa or args.from_pretrained):
         hint = "; run `make demo` first" if args.preset == "demo" else ""
         raise InputError(f"nothing to show: give --store, --captioner, --vqa or --from_pretrained{hint}")
@@ -713,9 +728,10 @@ def main(argv: list[str] | None = None) -> int:
         after = Library.open(args.after, encoder=library.model)
     if args.captioner:
         captioner = Captioner.from_pretrained(args.captioner, **options)
+    base = {} if args.store else {"base_model": args.base_model}
     if args.vqa:
-        vqa = VQA.from_pretrained(args.vqa, **options)
-    chatter = VQA.from_pretrained(args.from_pretrained, **options) if args.from_pretrained else None
+        vqa = VQA.from_pretrained(args.vqa, **base, **options)
+    chatter = VQA.from_pretrained(args.from_pretrained, **base, **options) if args.from_pretrained else None
     page = Page(args, library=library, after=after, captioner=captioner, vqa=vqa, chatter=chatter)
     app = build(page)
     fonts = [
@@ -734,6 +750,11 @@ def main(argv: list[str] | None = None) -> int:
             theme=theme, css=CSS, footer_links=[], quiet=True, prevent_thread_lock=True,
         )  # fmt: skip
     except OSError as error:
+        try:
+            with socket.socket() as free:
+                free.bind((args.host, 0))
+        except OSError as wrong:
+            raise InputError(f"--host {args.host}: no address of this machine ({wrong.strerror})") from None
         taken = "Cannot find empty port" in str(error)  # gradio's words, which name a flag that is not ours
         what = "is in use by another program; give another --port" if taken else error
         raise InputError(f"--port {args.port}: {what}") from None

@@ -112,3 +112,13 @@ def test_refusals(chat_adapter, call_main, flags, said):
     assert code == 2 and said in err and "Traceback" not in err
     code, _, err = call_main(cli_demo.main, "--from_pretrained", "nowhere")
     assert code == 2 and "nowhere" in err
+
+
+def test_paths_as_a_terminal_gives_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "my dir" / "图 1.png"
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    for said in ("~/my dir/图 1.png", str(path).replace(" ", "\\ "), f"'{path}'", path.as_uri(), f" {path} "):
+        assert cli_demo.file_named(said) == str(path), said
+    assert cli_demo.file_named("Is there a lake?") == "Is there a lake?"

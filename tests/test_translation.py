@@ -829,3 +829,85 @@ def test_transformers_serve(tmp_path, call_main, qwen3_base):
         assert "no answer passed the checks" in err, err + (tmp_path / "log").read_text()[-2000:]
         report = rows_in(tmp_path / "zh.json.report.json")
         assert report["requests"] == 4 and report["retries"] == {} and "no answer" not in report["rejected"]
+
+
+# Found by a critical reader: counts above ninety-nine, words that look like counts, names with numbers, palms.
+FAITHFUL = {
+    "a dense forest": "森林十分茂密，显得十分宁静。",
+    "dozens of cars in a parking lot": "停车场里有几十辆汽车。",
+    "many cars in a parking lot": "停车场里有数十辆汽车。",
+    "roads lead in all directions": "道路通往四面八方。",
+    "a square building": "四四方方的建筑物。",
+    "many cars are in the parking lot": "停车场里有上百辆汽车。",
+    "two hundred cars in a parking lot": "停车场里有两百辆汽车。",
+    "five thousand houses in a town": "城镇里有五千栋房屋。",
+    "three dozen boats in a harbor": "港口里有三十六艘船。",
+    "half a dozen cars in a parking lot": "停车场里有六辆汽车。",
+    "a hundred cars in a parking lot": "停车场里有一百辆汽车。",
+    "a thousand containers in a port": "港口里有一千个集装箱。",
+    "the stadium seats 80,000 people": "这座体育场可容纳8万名观众和人。",
+    "two hundred and fifty cars in a parking lot": "停车场里有250辆汽车。",
+    "an A380 parked at the airport": "机场停着一架A380。",
+    "a Boeing 747 parked at the terminal": "一架波音747停在航站楼旁。",
+    "Highway 101 crosses a river": "101号公路跨越一条河流。",
+    "there are 2-3 boats on the river": "河上有2-3艘船。",
+    "two to three boats on the river": "河上有两到三艘船。",
+    "many palm trees on the beach": "沙滩上有许多棕榈树。",
+    "a ship left a long white wake on the sea": "船在海上留下一道长长的白色尾迹。",
+    "an image of Beijing airport": "北京机场的图像。",
+    "a lake in the NE corner": "东北角有一个湖。",
+    "a building is on the left of a road": "道路左侧有一栋建筑物。",
+    "twenty-one ships in a harbor": "港口里有二十一艘船。",
+    "one hundred and two trucks in a parking lot": "停车场里有一百零二辆卡车。",
+}
+UNFAITHFUL = [
+    ("two hundred cars in a parking lot", "停车场里有两辆汽车。", "number"),
+    ("ten trucks in a lot", "停车场里有卡车。", "number missing"),
+    ("a parking lot with trucks", "停车场里有十辆卡车。", "number added"),
+    ("a parking lot with trucks", "停车场里有两百辆卡车。", "number added"),
+    ("a building on the left of a road", "道路旁有一栋建筑物。", "direction missing"),
+    ("a building on the left", "北侧有一栋建筑物。", "direction added"),
+    ("a house by the river", "河边有一栋红色房屋。", "colour added"),
+    ("two planes are parked beside a building", "1. 两架飞机停在建筑旁。2. 旁边有一栋建筑。", "meta"),
+    ("two planes are parked beside a building", "中文：两架飞机停在一栋建筑物旁。", "meta"),
+    ("two planes are parked beside a building", "• 两架飞机停在一栋建筑物旁。", "meta"),
+    ("two planes are parked beside a building", "两架飞机停在一栋建筑物旁。如有需要请告诉我。", "meta"),
+    ("2 planes", "2.5架飞机停在那里", "number"),
+]
+
+
+@pytest.mark.parametrize("caption", FAITHFUL)
+def test_a_faithful_text_is_taken(caption):
+    assert script.check([caption], FAITHFUL[caption], script.read_glossary("prompts/glossary_zh.json")) == []
+
+
+@pytest.mark.parametrize(("caption", "text", "reason"), UNFAITHFUL)
+def test_an_unfaithful_text_is_not(caption, text, reason):
+    found = script.check([caption], text, script.read_glossary("prompts/glossary_zh.json"))
+    assert any(reason in name for name, _ in found), found
+
+
+def test_more_room_asks_again_only_for_what_was_cut(tmp_path, call, server):
+    server.plan = {1: ["length"] * 2}
+    write_input(tmp_path, [[english(i)] for i in range(4)])
+    assert call("--max_tokens", 50)[0] == 0 and server.total() == 5
+    assert call("--max_tokens", 50)[0] == 0 and server.total() == 5
+    code, *_ = call("--max_tokens", 100)
+    assert code == 0 and server.total() == 6 and len(rows_in(tmp_path / "zh.json")) == 4
+
+
+def test_few_texts_and_a_server_that_takes_none(tmp_path, call, server):
+    write_input(tmp_path, [[english(i)] for i in range(2)])
+    server.status = (400, "Model Not Exist")
+    code, out, err = call()
+    assert code == 2 and "Model Not Exist" in err and out == ""
+    assert not (tmp_path / "zh.json.report.json").exists()
+
+
+def test_images_without_english_are_said(tmp_path, call, server):
+    write_input(tmp_path, [[english(0)], ["两架白色飞机停在机场。"]])
+    code, _, err = call()
+    assert code == 0 and "1 images have no text without Chinese characters" in err and server.total() == 1
+    assert rows_in(tmp_path / "zh.json.report.json")["images_without_english"] == 1
+    code, _, err = call("--output", ".")
+    assert code == 2 and "is a folder" in err

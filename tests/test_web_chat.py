@@ -47,6 +47,11 @@ def test_turns_stream_with_their_history_and_without_the_adapter(page, picture):
     with model.before():
         base = model.chat(picture, "How many buildings?", max_tokens=6)
     assert turns_of(plain)[0] == ("How many buildings?", base or "…") and len(plain) == 4
+    # What the adapter was asked and said before is what its base is told too, also where only it was asked.
+    with model.before():
+        base = model.chat(picture, "And now?", [("How many buildings?", first)], max_tokens=6)
+    _, late = last(page.converse(picture, "And now?", told[:2], [], *fields))
+    assert turns_of(plain)[1] == turns_of(late)[0] == ("And now?", base or "…")
     told, plain = last(page.converse(None, "Hello", [], [], False, 0.0, 1.0, 4, "en"))
     assert len(told) == 2 and plain == [], "without a picture, and without the other answer, if one likes"
     for words in ("", "x" * 5000):
