@@ -4,6 +4,7 @@ A scene is one image and all of its texts: rows that share an image are gathered
 that the image is decoded, resized and encoded once, however many texts hang on it.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from config import SURROGATE, DataConfig, InputError, by_content
-from imagery import ImageError, ImageSettings, image_size, read_image
+from imagery import ImageError, ImageSettings, guessed_bands, image_size, read_image
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
@@ -112,6 +113,30 @@ def load_json(path: str | Path):
         raise InputError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
 
 
+IMAGE_COLUMNS = ("image", "image_name", "image_path", "filepath", "file_path", "filename", "file_name", "path")
+TEXT_COLUMNS = ("caption", "title", "text", "sentence")
+
+
+def load_table(path: Path) -> list[dict]:
+    """The captions of a CSV or TSV file with a header, as rows {image, caption, split}. Raises InputError."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            file.seek(0)
+            rows = list(csv.DictReader(file, delimiter="\t" if "\t" in first else ","))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as a table ({error})") from None
+    columns = list(rows[0]) if rows else []
+    image, text = (next((c for c in known if c in columns), None) for known in (IMAGE_COLUMNS, TEXT_COLUMNS))
+    if not image or not text:
+        raise InputError(
+            f"{path}: expected a header with a column of images ({', '.join(IMAGE_COLUMNS)}) and one of captions"
+            f" ({', '.join(TEXT_COLUMNS)}), found {columns}"
+        )
+    split = {"split": "split"} if "split" in columns else {}
+    return [{"image": row[image], "caption": row[text]} | {name: row[name] for name in split} for row in rows]
+
+
 def read_scenes(
     path: str | Path, *, image_root: str | None = None, more_roots: tuple[str, ...] = (), language: str = "all",
     max_rejected: float = 0.01, among: list[str] | None = None,
@@ -121,10 +146,11 @@ def read_scenes(
     Forms: triplets `[{"image_name", "positive", "negative"}]`; captions `[{"image", "caption"}]`; Karpathy
     `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`; COCO `{"images": [{"id", "file_name"}], "annotations":
     [{"image_id", "caption"}]}`; NWPU-Captions `{class: [{"filename", "raw", "raw_1", ...}]}`, its images in a folder for each
-    class or in one; scenes `[{"image", "captions": [...]}]`, with an optional Chinese `zh_answer` to a `zh_prompt`. Rows may
-    have a `split`, captions the `prompt` they answer. `path` may also be a folder with images/ and captions.json. Images are
-    looked for in `image_root`, else beside the file, in its images/ and in `more_roots`. `among`: of these images alone, found
-    by their path or else by their file name, where only one of them has it; rows of others are passed over.
+    class or in one; CSV and TSV with a column of images and one of captions; scenes `[{"image", "captions": [...]}]`, with an
+    optional Chinese `zh_answer` to a `zh_prompt`. Rows may have a `split`, captions the `prompt` they answer. `path` may also be
+    a folder with images/ and captions.json. Images are looked for in `image_root`, else beside the file, in its images/ and in
+    `more_roots`. `among`: of these images alone, found by their path or else by their file name, where only one of them has it;
+    rows of others are passed over.
 
     Returns a `SceneFile`. Raises InputError when the file is of no known form, or when more than `max_rejected` of its
     rows are bad: a missing field, a wrong type, an empty text, an image that is missing or not readable.
@@ -132,7 +158,7 @@ def read_scenes(
     path = Path(path)
     if path.is_dir():
         path = path / "captions.json"
-    content = load_json(path)
+    content = load_table(path) if path.suffix.lower() in (".csv", ".tsv") else load_json(path)
     roots = [Path(image_root)] if image_root else [path.parent, path.parent / "images", *map(Path, more_roots)]
     form, entries = _form_of(path, content, roots)
     result = SceneFile([], [], rows=len(entries))
@@ -259,8 +285,12 @@ def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list]:
         if not content:
             raise InputError(f"{path}: the list is empty")
         have = f"its first row has {sorted(keys)}" if keys else "its rows are not objects"
+        if "conversations" in keys:
+            have += " (conversations are for train_vqa.py --task chat)"
     else:
         have = f"its top level is {type(content).__name__}"
+        if isinstance(content, dict):
+            have += f" with {list(content)[:5]}"
     raise InputError(
         f"{path}: expected a list of {{image_name, positive, negative}}, {{image, caption}} or {{image, captions}},"
         f' {{"images": [...]}} of Karpathy or COCO, or {{class: [...]}} of NWPU-Captions; {have}'
@@ -368,6 +398,9 @@ class QuestionScene:
     split: str | None = None
 
 
+OTHER_QUESTIONS = "from other sets write a CSV of image_path,question,answer[,type,split] and run csv2json.py"
+
+
 def read_conversations(
     path: str | Path, *, image_root: str | None = None, language: str = "all", max_rejected: float = 0.01
 ) -> SceneFile:
@@ -375,16 +408,20 @@ def read_conversations(
 
     Forms: conversations `[{"id", "conversations": [{"from": "user", "value": "Q <|vision_start|>image<|vision_end|>"},
     {"from": "assistant", "value": "A"}], "type", "split"}]` (csv2json.py writes them), the same with LLaVA's names (`"image"`,
-    `"from": "human"` and `"gpt"`, `<image>` in the first value) and chat `[{"img", "prompt",
-    "label"}]`. A conversation may go on, user and assistant by turns: each answer makes a question of its own, with what
-    was said before as its `history`; a chat row may bring `"history": [[question, answer], ...]`.
+    `"from": "human"` and `"gpt"`, `<image>` in the first value), chat `[{"img", "prompt", "label"}]` and VRSBench's
+    `[{"image_id", "question", "ground_truth", "type"}]`. A conversation may go on, user and assistant by turns: each answer
+    makes a question of its own, with what was said before as its `history`; a chat row may bring
+    `"history": [[question, answer], ...]`.
 
     Returns a `SceneFile` of `QuestionScene`s. Raises InputError as `read_scenes` does.
     """
     path = Path(path)
     content = load_json(path)
     if not isinstance(content, list) or not content:
-        raise InputError(f"{path}: expected a list of conversations with at least one in it")
+        have = f"an object with {list(content)[:5]}" if isinstance(content, dict) else f"{json.dumps(content)[:20]}"
+        raise InputError(
+            f"{path}: expected a list of conversations with at least one in it, found {have}; {OTHER_QUESTIONS}"
+        )
     roots = [Path(image_root)] if image_root else [path.parent, path.parent / "images"]
     result, scenes = SceneFile([], [], rows=len(content)), {}
     found: dict[str, str | InputError] = {}
@@ -425,8 +462,10 @@ def read_conversations(
 def read_chat(path: str | Path, **options) -> SceneFile:
     """`read_conversations`; or a file of captions in any form of `read_scenes`, as answers to their own prompts or to a
     request for a description. options: those of both."""
-    rows = load_json(path) if Path(path).is_file() else None
-    if isinstance(rows, list) and rows and isinstance(rows[0], dict) and {"img", "conversations"} & set(rows[0]):
+    table = Path(path).suffix.lower() in (".csv", ".tsv")
+    rows = load_json(path) if Path(path).is_file() and not table else None
+    known = {"img", "conversations", "ground_truth"}
+    if isinstance(rows, list) and rows and isinstance(rows[0], dict) and known & set(rows[0]):
         return read_conversations(path, **options)
     found = read_scenes(path, **options)
     found.scenes = captions_as_answers(found.scenes, "Describe the image.", "描述这幅图像。")
@@ -448,6 +487,11 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
             raise InputError("field 'history': expected a list of [question, answer]")
         history = tuple(tuple(text.strip() for text in pair) for pair in history)
         return _text(entry, "img"), [Question(_text(entry, "prompt"), _text(entry, "label"), kind, number, history)]
+    if "conversations" not in entry and {"image_id", "question", "ground_truth"} <= set(entry):
+        asked = Question(_text(entry, "question"), _text(entry, "ground_truth"), kind, number)
+        return _text(entry, "image_id"), [asked]
+    if "conversations" not in entry:
+        raise InputError(f"field 'conversations' is missing (the row has {', '.join(entry)}); {OTHER_QUESTIONS}")
     turns = entry.get("conversations")
     if not isinstance(turns, list) or not turns or len(turns) % 2 or not all(isinstance(turn, dict) for turn in turns):
         have = f"found {len(turns)}" if isinstance(turns, list) else f"found {type(turns).__name__}"
@@ -470,7 +514,7 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
     return images[0].strip(), [Question(q, a, kind, number, pairs[:n]) for n, (q, a) in enumerate(pairs)]
 
 
-IMAGE_SUFFIXES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp", ".gif", ".img", ".vrt"}
+IMAGE_SUFFIXES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp", ".gif"}
 
 
 def image_files(folder: str | Path) -> list[Path]:
@@ -805,6 +849,11 @@ class PixelStore:
         return {path: reason for path, reason in zip(missing, reasons) if reason}
 
 
+def is_blank(rgb: np.ndarray) -> bool:
+    """Whether a picture is all black or all white, as under a stretch that does not fit the file."""
+    return rgb.max(initial=0) == 0 or rgb.min(initial=255) == 255
+
+
 def drop_unreadable(
     splits: dict[str, list[Scene]], store: PixelStore, max_rejected: float, report: Path | None = None
 ) -> dict[str, list[Scene]]:
@@ -825,6 +874,16 @@ def drop_unreadable(
         )
         list_rejected(report, [Rejected(path, -1, reason) for path, reason in bad.items()])
     kept = {name: [scene for scene in scenes if scene.image not in bad] for name, scenes in splits.items()}
+    images = [scene.image for scenes in kept.values() for scene in scenes]
+    if note := guessed_bands(images, store.settings):
+        print(f"data: {note}")
+    looked = images[:: max(1, len(images) // 32)]
+    if len(looked) > 1 and all(is_blank(store[image]) for image in looked):
+        raise InputError(
+            f"all of {len(looked)} pictures looked at are black or white, with --stretch {store.settings.stretch}: it does not"
+            f" fit the values in the files, such as {looked[0]}; give --stretch percentile, or --reflectance in the files' own"
+            " units"
+        )
     for name in splits:
         if splits[name] and not kept[name]:
             raise InputError(f"no image of the {name} split can be decoded")

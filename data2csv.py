@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -20,7 +21,9 @@ from config import NO_CHARACTER, InputError, user_errors
 
 COLUMNS = ("image_path", "question", "answer", "type", "img_id", "split")
 SPLITS = ("train", "val", "test", "test_phili")  # test_phili: the second test set of RSVQA-HR, in another city
-IMAGE_FOLDERS = ("rsvqa_images", "images", "Images_LR", "Data")  # the last two: as Images_LR.zip and Images.tar unpack
+PREFIXES = ("LR", "USGS", "RSVQAxBEN")  # of the files for each split
+WHOLE = ("rsvqa_questions.json", "all_questions.json", "USGSquestions.json", "LRBENquestions.json")
+IMAGE_FOLDERS = ("rsvqa_images", "images", "Images_LR", "Data", "Images")  # but the first two: as the archives unpack
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
 REASONS = {
@@ -50,19 +53,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def find_questions(folder: Path, hint: str) -> list[Path]:
     """The questions files of a folder: one, or one for each split. Raises InputError."""
-    if (folder / "rsvqa_questions.json").is_file():
-        return [folder / "rsvqa_questions.json"]
-    low, high = (
-        [path for split in SPLITS if (path := folder / f"{name}_split_{split}_questions.json").is_file()]
-        for name in ("LR", "USGS")
-    )
-    if low and high:
-        raise InputError(f"{folder}: holds both LR_split_* and USGS_split_* files; keep one data set in a folder")
-    if not low and not high:
+    if (folder / WHOLE[0]).is_file():
+        return [folder / WHOLE[0]]
+    found = {
+        name: [path for split in SPLITS if (path := folder / f"{name}_split_{split}_questions.json").is_file()]
+        for name in PREFIXES
+    }
+    found = {name: files for name, files in found.items() if files}
+    if len(found) > 1:
         raise InputError(
-            f"{folder}: holds no rsvqa_questions.json, LR_split_*_questions.json or USGS_split_*_questions.json; {hint}"
+            f"{folder}: holds both {' and '.join(f'{n}_split_*' for n in found)} files; keep one data set in a folder"
         )
-    return low or high
+    if found:
+        return next(iter(found.values()))
+    if whole := [folder / name for name in WHOLE if (folder / name).is_file()]:
+        return whole[:1]
+    names = [WHOLE[0], *(f"{name}_split_*_questions.json" for name in PREFIXES), *WHOLE[1:]]
+    raise InputError(f"{folder}: holds no {', '.join(names)}; {hint}")
 
 
 def find_images(folder: Path) -> Path:
@@ -218,7 +225,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.questions:
         pairs = [(Path(args.questions), Path(args.answers))]
     else:
-        hint = "run `python demo_data.py` first" if demo else "give --data_dir, or --questions and --answers"
+        hint = "give --questions and --answers" if args.data_dir else "give --data_dir, or --questions and --answers"
+        hint = "run `python demo_data.py` first" if demo else hint
         files = find_questions(folder, hint)
         pairs = [(path, path.with_name(path.name.replace("questions", "answers"))) for path in files]
     images = Path(args.images) if args.images else find_images(folder)
@@ -229,7 +237,12 @@ def main(argv: list[str] | None = None) -> None:
     if output.resolve() in {path.resolve() for pair in pairs for path in pair}:
         raise InputError(f"--output {output}: is one of the files that are read")
 
-    table = Table(list_images(images))
+    # As csv2json.py, which may run elsewhere, finds them: from the CSV's folder, or wherever it lies.
+    base = output.absolute().parent
+    found = {name: Path(os.path.abspath(path)) for name, path in list_images(images).items()}
+    table = Table(
+        {name: str(path.relative_to(base) if path.is_relative_to(base) else path) for name, path in found.items()}
+    )
     for questions, answers in pairs:
         table.add_file(questions, answers)
     left_out = table.what_was_left_out()

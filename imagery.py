@@ -60,6 +60,11 @@ NOT_IMAGES = {  # what people do hand in: (what it is, what to do)
     b"<svg": ("an SVG drawing, not pixels", "export it as PNG"),
     b"<!doctype html": ("an HTML page, probably of a failed download", "fetch the image again"),
     b"<html": ("an HTML page, probably of a failed download", "fetch the image again"),
+    b"<vrtdataset": (
+        "a GDAL virtual raster, which names other files",
+        "write it out with `gdal_translate x.vrt x.tif`",
+    ),
+    b"ehfa_header_tag": ("an ERDAS Imagine file", "convert it with `gdal_translate x.img x.tif`"),
     b"<?xml": ("an XML document such as SVG or metadata, not pixels", "give the image itself"),
     b"mz": ("a Windows program, not an image", "remove it"),
     b"\x7felf": ("a program, not an image", "remove it"),
@@ -455,6 +460,9 @@ def _choose_bands(scene, settings: ImageSettings) -> tuple[int, ...]:
     else:
         codes, layouts = SENSORS[choice]
         found = _named(names, codes) or layouts.get(count) or layouts.get(0)
+        if not found and count == 1:
+            what = f'has 1 band, and bands="{choice}" looks for red, green and blue'
+            raise _error(scene.path, what, "join the three files: `rio stack B04.tif B03.tif B02.tif -o rgb.tif`")
         if not found:
             known = ", ".join(map(str, sorted(layouts)))
             what = f'has {count} band(s), and bands="{choice}" knows files of {known}'
@@ -462,6 +470,21 @@ def _choose_bands(scene, settings: ImageSettings) -> tuple[int, ...]:
     if max(found) > count:
         raise _error(scene.path, f'has {count} band(s), but bands="{choice}" needs {max(found)}', "choose others")
     return found
+
+
+def guessed_bands(paths: list, settings: ImageSettings) -> str | None:
+    """What to say of files whose bands nothing names, of which the first three are shown; None where all is known. Looks at
+    16 of `paths`."""
+    for path in paths[:: max(1, len(paths) // 16)] if settings.bands == "auto" else ():
+        with contextlib.suppress(ImageError), _open(path) as scene:
+            plain = [colour for colour in scene.colours if colour != ColorInterp.alpha]
+            known = _named(scene.names, (4, 3, 2), two_digits=True) or ColorInterp.red in scene.colours
+            if len(plain) > 3 and not known:
+                return (
+                    f"{path}: has {len(plain)} bands that it does not name; 1, 2 and 3 are shown as red, green and blue. If they"
+                    f" are not: --bands {'|'.join(SENSORS)}, or numbers such as 4,3,2"
+                )
+    return None
 
 
 def _named(names, codes, two_digits=False) -> tuple[int, int, int] | None:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import store
 from config import InputError
-from data import Rejected, image_files, is_chinese, load_json, normalised, stacked
+from data import IMAGE_COLUMNS, Rejected, image_files, is_blank, is_chinese, load_json, normalised, stacked
 from imagery import ImageError, ImageSettings, image_size, read_image, read_windows, tile_windows
 from model import DualEncoder, Encoder, pixel_store
 from places import change_scores, feature_collection, match_footprints
@@ -41,7 +41,7 @@ WHOLE = 1.5  # an image up to this many tiles long and wide is not cut: scenes "
 CHECKED = 256  # files that a process looks at before it reports
 FLUSH, FLUSH_SECONDS = 1024, 20.0  # tiles, or time, after which what is encoded goes to disk
 HASHED = 64 * 2**20  # bytes of a file's content that are hashed: all of most, 64 pieces spread over a larger one
-DATE_IN_NAME = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?!\d)")
+DATE_IN_NAME = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?=(?:\d{6})?(?!\d))")
 # Ensembles of prompts (Radford et al. 2021, section 3.1.4) in the words of the captions that remote-sensing models see.
 TEMPLATES = {
     "en": ("{}", "{}.", "a satellite image of {}.", "an aerial image of {}.", "a remote sensing image of {}."),
@@ -84,6 +84,8 @@ class Plan:
     rejected: list[Rejected]
     attributes: dict[str, dict[str, str]]
     """{path: {name: value}} as given, or as the index knew them; those of files that cannot be read too."""
+    unknown: list[str] = field(default_factory=list)
+    """Paths with attributes that are not there."""
 
 
 def windows_of(height: int, width: int, tile: int, stride: int) -> list:
@@ -128,8 +130,11 @@ def read_table(path: str | Path) -> list[list[str]]:
 
 
 def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
-    """{path of an image: {name: value}} from a CSV whose first column is the path below the library. Raises InputError."""
+    """{path of an image: {name: value}} from a CSV with the path below the library in a column of that name (path, image_path,
+    filepath ...), else in the first. Raises InputError."""
     rows = read_table(path)
+    at = next((rows[0].index(name) for name in IMAGE_COLUMNS if name in rows[0]), 0) if rows else 0
+    rows = [[row[at], *row[:at], *row[at + 1 :]] if len(row) > at else row for row in rows]
     if not rows or len(rows[0]) < 2:
         raise InputError(f"{path}: expected a header such as `path,label` with the image's path first")
     names = rows[0][1:]
@@ -197,8 +202,13 @@ def plan_index(
     if attributes is None:
         kept = index.record.get("waiting", {}) | index.attributes() if index is not None else {}
         attributes = {name: values for name, values in kept.items() if name in found}
-    if unknown := sorted(set(attributes) - set(found)):
-        raise InputError(f"attributes: {len(unknown)} images are not below {root}, first {unknown[0]!r}")
+    unknown = sorted(set(attributes) - set(found))
+    if unknown and len(unknown) == len(attributes):
+        raise InputError(
+            f"attributes: none of the {len(unknown)} images is below {root}, first {unknown[0]!r}; expected a column `path` with"
+            " each image's path below that folder"
+        )
+    attributes = {name: values for name, values in attributes.items() if name in found}
     done = index.files() if index is not None else {}
     partial: dict[str, tuple[str, int, set]] = {}  # files that a kill cut short: (hash, mtime, windows that are in)
     if index is not None and index.count():
@@ -230,7 +240,7 @@ def plan_index(
                 file.windows = [w for w in file.windows if w not in windows] + [next(iter(windows))]
             else:
                 stale.append(file.path)
-    return Plan(files, sorted(stale), results.count(None), rejected, attributes)
+    return Plan(files, sorted(stale), results.count(None), rejected, attributes, unknown)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -249,6 +259,8 @@ class TileBatch:
     """{file number: reason}"""
     empty: int
     """Tiles without data."""
+    blank: int
+    """Tiles that are all black or all white."""
     files: list[int]
     """File number of every tile, of those that could not be read too."""
 
@@ -275,7 +287,7 @@ class TileBatches(torch.utils.data.Dataset):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> TileBatch:
-        pixels, tiles, broken, empty = [], [], {}, 0
+        pixels, tiles, broken, empty, blank = [], [], {}, 0, 0
         for number, group in itertools.groupby(self.batches[index], key=lambda tile: tile[0]):
             windows = [window for _, window in group]
             try:
@@ -286,11 +298,12 @@ class TileBatches(torch.utils.data.Dataset):
                         empty += 1
                         continue
                     pixels.append(self.resize(picture.rgb))
+                    blank += is_blank(pixels[-1])
                     tiles.append((number, window, facts(picture)))
             except ImageError as error:
                 broken[number] = str(error)
         made = stacked(pixels, self.processor) if pixels else None
-        return TileBatch(made, tiles, broken, empty, [number for number, _ in self.batches[index]])
+        return TileBatch(made, tiles, broken, empty, blank, [number for number, _ in self.batches[index]])
 
 
 def facts(picture) -> dict:
@@ -360,6 +373,10 @@ class IndexReport:
     unchanged: int = 0
     empty: int = 0
     """Tiles without data, left out."""
+    blank: int = 0
+    """Tiles that are all black or all white."""
+    unknown: list[str] = field(default_factory=list)
+    """Paths with attributes that are not there."""
     total: int = 0
     """Points in the index now."""
     seconds: float = 0.0
@@ -400,7 +417,7 @@ def index_library(
         settings = ImageSettings.from_dict(index.record["image"])
     if state.num_processes > 1:
         plan, settings = broadcast_object_list([plan, settings])
-    report = IndexReport(unchanged=plan.unchanged, rejected=plan.rejected)
+    report = IndexReport(unchanged=plan.unchanged, rejected=plan.rejected, unknown=plan.unknown)
     writer = _Writer(index, plan, report) if index is not None else None
     share = slice(state.process_index, None, state.num_processes)
     batches = TileBatches(root, plan.files, batch_size, model, settings, share)
@@ -509,6 +526,7 @@ class _Writer:
 
     def _add(self, vectors: Iterable[np.ndarray], made: TileBatch) -> None:
         self.report.empty += made.empty
+        self.report.blank += made.blank
         self.broken |= made.broken
         for (number, window, known), vector in zip(made.tiles, vectors):
             file = self.plan.files[number]
@@ -813,7 +831,10 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
         payloads, vectors = library.everything()
         placed = [n for n, payload in enumerate(payloads) if payload["extra"].get("polygon")]
         if not placed:
-            raise InputError(f"{library.index.location}: none of its {len(payloads)} images has a georeference")
+            raise InputError(
+                f"{library.index.location}: none of its {len(payloads)} images has a georeference;"
+                " monitor matches images by their place on Earth: give GeoTIFFs"
+            )
         if len(placed) < len(payloads):
             notes.append(
                 f"{name}: {len(payloads) - len(placed)} of {len(payloads)} images have no georeference, left out"

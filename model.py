@@ -503,7 +503,9 @@ class DualEncoder(Encoder):
             values, vectors = values.flip(0), vectors.flip(1)
             rank = min(linear.out_features, linear.in_features, len(x) - 1)
             # Directions below 1% of the largest variance are mostly noise; they are not blown up to full scale.
-            scale = (values[:rank].clamp(min=0) + 0.01 * values[0]).rsqrt()
+            scale = (
+                (values[:rank].clamp(min=0) + 0.01 * values[0]).clamp(min=1e-12).rsqrt()
+            )  # of equal pictures: nothing
             weight = torch.zeros_like(linear.weight, dtype=torch.double)
             weight[:rank] = (vectors[:, :rank] * scale).T
             linear.weight.copy_(weight)

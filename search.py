@@ -241,8 +241,8 @@ def run_index(args) -> int:
     from transformers.utils import logging
 
     from accelerate import PartialState
-    from data import list_rejected
-    from imagery import ImageSettings
+    from data import image_files, list_rejected
+    from imagery import ImageSettings, guessed_bands
     from library import index_library, read_attributes
     from model import DualEncoder, pick_device
     from store import is_url
@@ -278,6 +278,16 @@ def run_index(args) -> int:
     )
     if report.empty:
         print(f"{report.empty} tiles without data left out")
+    if note := guessed_bands([str(path) for path in image_files(args.library)], settings):
+        print(note, file=sys.stderr)
+    if report.blank > report.added / 2:
+        stretch = f"--stretch {settings.stretch}: give --stretch percentile, or a model trained on such files"
+        print(f"{report.blank} of {report.added} pictures are all black or white under {stretch}", file=sys.stderr)
+    if report.unknown:
+        print(
+            f"{args.attributes}: {len(report.unknown)} rows name no image there, first {report.unknown[0]!r}",
+            file=sys.stderr,
+        )
     listed = Path(args.store) / "rejected.jsonl"
     if server:  # in the current folder, under a name that is nobody else's
         listed = Path(f"{urlsplit(args.store).path.rstrip('/').rpartition('/')[2]}.rejected.jsonl")

@@ -293,8 +293,17 @@ class Store:
                 f" {yours.get('model')} (fingerprint {yours['fingerprint']}) cannot search it: give --model"
                 f" {mine.get('model')}, or index the library again into another --store"
             )
-        listed = "; ".join(f"{key}: {mine.get(key)!r} there, {yours[key]!r} here" for key in wrong)
-        raise InputError(f"{self.location}: indexed with other settings ({listed}); index the library again")
+        listed = []
+        for key in wrong:
+            there, here = mine.get(key), yours[key]
+            if isinstance(there, dict) and isinstance(here, dict):
+                other = [name for name in here if there.get(name) != here[name]]
+                listed += [f"{name}: {there.get(name)!r} there, {here[name]!r} here" for name in other]
+            else:
+                listed.append(f"{key}: {there!r} there, {here!r} here")
+        raise InputError(
+            f"{self.location}: indexed with other settings ({'; '.join(listed)}); index the library again into another --store"
+        )
 
     def annotate(self, **changes) -> None:
         """Change entries of the record, on disk too."""

@@ -647,3 +647,50 @@ def test_collator_with_features_of_frozen_towers(small):
     assert batch["image_features"].tolist() == [[4, 5], [0, 1]]
     assert batch["text_features"][:, 0].tolist() == batch["text_ids"].tolist()
     assert not {"pixel_values", "input_ids"} & set(batch)
+
+
+def test_captions_of_a_table(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    (tmp_path / "pairs.csv").write_text('filepath,title\na.png,"a farm, and a road"\nb.png,a lake\n')
+    (tmp_path / "pairs.tsv").write_text(
+        "image\tcaption\tsplit\na.png\ta farm, and a road\ttest\nb.png\ta lake\ttrain\n"
+    )
+    for name in ("pairs.csv", "pairs.tsv"):
+        scenes = data.read_scenes(tmp_path / name).scenes
+        assert [(Path(scene.image).name, scene.texts) for scene in scenes] == [
+            ("a.png", ["a farm, and a road"]), ("b.png", ["a lake"])
+        ]  # fmt: skip
+    assert [scene.split for scene in scenes] == ["test", "train"]
+    (tmp_path / "pairs.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="expected a header"):
+        data.read_scenes(tmp_path / "pairs.csv")
+
+
+def test_questions_of_vrsbench(tmp_path):
+    picture(tmp_path / "a.png")
+    row = {
+        "image_id": "a.png",
+        "question": "How many?",
+        "ground_truth": "2",
+        "type": "object quantity",
+        "question_id": 7,
+    }
+    (tmp_path / "eval.json").write_text(json.dumps([row]))
+    for read in (data.read_conversations, data.read_chat):
+        found = read(tmp_path / "eval.json").scenes[0].questions[0]
+        assert (found.text, found.answer, found.kind) == ("How many?", "2", "object quantity")
+    for content in ([{"image": "a.png", "ques": "How many?"}], {"0": row}):
+        (tmp_path / "eval.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"csv2json\.py"):
+            data.read_conversations(tmp_path / "eval.json")
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_pictures_of_one_colour_are_no_data_to_train_on(tmp_path, value):
+    scenes = []
+    for name in "abc":
+        Image.new("RGB", (60, 60), (value,) * 3).save(tmp_path / f"{name}.png")
+        scenes.append(data.Scene(str(tmp_path / f"{name}.png"), ["a farm"]))
+    with pytest.raises(InputError, match="3 pictures looked at are black or white"):
+        data.drop_unreadable({"train": scenes}, clip_store(tmp_path), 0.01)

@@ -289,6 +289,21 @@ def test_a_malformed_row_leaves_the_old_file(here, call):
     assert call()[0] == 2 and (here / "rsvqa-dataset.csv").read_text() == "old"
 
 
+def test_ben_and_whole_files_and_paths_from_the_csv(here, call, tmp_path_factory):
+    for name in ("train", "val"):
+        write(here, [question(0)], [answer(0)])
+        for kind in ("questions", "answers"):
+            (here / f"rsvqa_{kind}.json").rename(here / f"RSVQAxBEN_split_{name}_{kind}.json")
+    assert call("--output", "ben.csv")[0] == 0
+    assert [(row["split"], row["image_path"]) for row in read(here / "ben.csv")] == [("train", "rsvqa_images/0.tif")]
+    for name in ("train", "val"):
+        for kind in ("questions", "answers"):
+            (here / f"RSVQAxBEN_split_{name}_{kind}.json").rename(here / f"all_{kind}.json")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    assert call("--data_dir", here, "--output", elsewhere / "all.csv")[0] == 0
+    assert read(elsewhere / "all.csv")[0]["image_path"] == str(here / "rsvqa_images" / "0.tif")
+
+
 def test_preset_demo(here, call):
     folder = here / "data" / "demo"
     folder.mkdir(parents=True)
@@ -296,7 +311,7 @@ def test_preset_demo(here, call):
     touch(folder / "rsvqa_images", "0.tif")
     write(folder, [question(0)], [answer(0)])
     assert call("--preset", "demo")[0] == 0
-    assert read(folder / "rsvqa-dataset.csv")[0]["image_path"] == "data/demo/rsvqa_images/0.tif"
+    assert read(folder / "rsvqa-dataset.csv")[0]["image_path"] == "rsvqa_images/0.tif"  # from the CSV's folder
 
 
 def test_the_command_needs_no_torch(here):

@@ -752,7 +752,7 @@ def test_sidecar_files_are_neither_read_nor_written(tmp_path):
         ("drawing.png", b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
         ("drawing2.png", b'<?xml version="1.0"?><svg/>', "SVG"),
         ("scene.tif", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-        ("scene.vrt", b"<VRTDataset rasterXSize='1' rasterYSize='1'/>", "is not an image"),
+        ("scene.vrt", b"<VRTDataset rasterXSize='1' rasterYSize='1'/>", "gdal_translate"),
         ("code.ps", b"%!PS-Adobe-3.0 EPSF-3.0\n", "is not an image"),  # Pillow would run Ghostscript
         ("a.zip", b"PK\3\4" + bytes(30), "ZIP"),
         ("noise.png", b"\x00\x01\x02\x03\x04\x05", "is not an image"),
@@ -973,3 +973,23 @@ def test_real_rsvqa_pixels_are_untouched():
             assert np.array_equal(picture.rgb, src.read().transpose(1, 2, 0))
         size = 10 if path.name.startswith("lr") else 0.1524  # Sentinel-2, aerial; Web Mercator claims 15.8 m for 10
         assert picture.footprint.pixel_size_m == pytest.approx((size, size), rel=0.02)
+
+
+def test_bands_that_nothing_names_are_said(tmp_path):
+    data = np.random.default_rng(0).integers(1, 3000, (13, 8, 8), dtype=np.uint16)
+    paths = []
+    for name, count in (("unnamed", 13), ("three", 3)):
+        paths.append(tmp_path / f"{name}.tif")
+        with rasterio.open(paths[-1], "w", driver="GTiff", height=8, width=8, count=count, dtype="uint16") as out:
+            out.write(data[:count])
+    assert "unnamed.tif: has 13 bands" in imagery.guessed_bands(paths, ImageSettings())
+    assert imagery.guessed_bands(paths[1:], ImageSettings()) is None
+    assert imagery.guessed_bands(paths, ImageSettings(bands="sentinel2")) is None
+    with rasterio.open(paths[0], "r+") as out:
+        for band, name in ((2, "B02"), (3, "B03"), (4, "B04")):
+            out.set_band_description(band, name)
+    assert imagery.guessed_bands(paths, ImageSettings()) is None
+    with rasterio.open(tmp_path / "B04.tif", "w", driver="GTiff", height=8, width=8, count=1, dtype="uint16") as out:
+        out.write(data[:1])
+    with pytest.raises(ImageError, match=r"1 band.*rio stack"):
+        read_image(tmp_path / "B04.tif", ImageSettings(bands="sentinel2"))

@@ -336,9 +336,17 @@ def test_attributes(model, folder, tmp_path):
         table.write_text(text)
         with pytest.raises(InputError, match=word):
             read_attributes(table)
-    with pytest.raises(InputError, match="not below"):
+    with pytest.raises(InputError, match="none of the 1 images"):
         index_library(model, folder, tmp_path / "y", attributes={"nowhere.tif": {"a": "b"}}, **SMALL)
     assert not (tmp_path / "y").exists()
+    # Of a catalogue the images that are there count; its column of paths may stand anywhere.
+    table.write_text("label,image_path\nport,farm/S2A_20210630_0.png\nport,farm/nowhere.png\n")
+    made = index_library(model, folder, tmp_path / "y", attributes=read_attributes(table), **SMALL)
+    assert made.unknown == ["farm/nowhere.png"] and made.blank == 0
+    assert (
+        next(p for _, p in contents(tmp_path / "y").values() if "S2A_20210630_0" in p["path"])["attributes"]["label"]
+        == "port"
+    )
 
 
 def test_attributes_wait_for_a_file_that_cannot_be_read(model, folder, tmp_path):
