@@ -133,7 +133,7 @@ def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
     """{path of an image: {name: value}} from a CSV with the path below the library in a column of that name (path, image_path,
     filepath ...), else in the first. Raises InputError."""
     rows = read_table(path)
-    at = next((rows[0].index(name) for name in IMAGE_COLUMNS if name in rows[0]), 0) if rows else 0
+    at = next((n for n, name in enumerate(rows[0]) if name in IMAGE_COLUMNS), 0) if rows else 0
     rows = [[row[at], *row[:at], *row[at + 1 :]] if len(row) > at else row for row in rows]
     if not rows or len(rows[0]) < 2:
         raise InputError(f"{path}: expected a header such as `path,label` with the image's path first")
@@ -219,10 +219,9 @@ def plan_index(
                 partial.setdefault(payload["path"], known)[2].add(window)
 
     checks, results = FileChecks(found, done, attributes, tile, stride), []
+    processes = min(workers, len(checks) // 8)  # one starts while another checks 200 files
     with tqdm(total=len(found), desc="files", unit="file", leave=False, disable=len(checks) < 3) as bar:
-        for some in loader_of(
-            checks, min(workers, len(checks) // 8)
-        ):  # a process starts while another checks 200 files
+        for some in loader_of(checks, processes):
             results += some
             bar.update(len(some))
     files = [result for result in results if isinstance(result, PlannedFile)]

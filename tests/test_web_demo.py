@@ -472,7 +472,7 @@ def sparse_tif(path: Path) -> bytes:
         ("program.jpg", lambda _: Path(sys.executable).resolve().read_bytes()[:4096], "is a program, not an image"),
         ("empty.png", lambda _: b"", "is empty (0 bytes)"),
         ("cut.jpg", lambda _: b"\xff\xd8\xff\xe0" + b"0" * 50, "cut short or damaged"),
-        ("list.vrt", lambda _: b"<VRTDataset><x>/etc/passwd</x></VRTDataset>", "is not an image"),
+        ("list.vrt", lambda _: b"<VRTDataset><x>/etc/passwd</x></VRTDataset>", "gdal_translate"),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else "",
 )
