@@ -5,6 +5,7 @@ that the image is decoded, resized and encoded once, however many texts hang on 
 """
 
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -365,7 +366,17 @@ def _find_image(name: str, roots: list[Path]) -> str:
     for root in roots:
         if (root / name).is_file():
             return str(root / name)
-    raise ImageError(f"{name}: no such image in {' or '.join(str(root) for root in roots)} (set --image_root)")
+    beside = next((folder for folder in _folders_in(roots[0]) if (folder / name).is_file()), None)
+    remedy = f"it is in {beside}: set --image_root to that" if beside else "set --image_root"
+    raise ImageError(f"{name}: no such image in {' or '.join(str(root) for root in roots)} ({remedy})")
+
+
+@functools.lru_cache(maxsize=8)
+def _folders_in(root: Path) -> list[Path]:
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir())
+    except OSError:
+        return []
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -694,3 +694,11 @@ def test_pictures_of_one_colour_are_no_data_to_train_on(tmp_path, value):
         scenes.append(data.Scene(str(tmp_path / f"{name}.png"), ["a farm"]))
     with pytest.raises(InputError, match="3 pictures looked at are black or white"):
         data.drop_unreadable({"train": scenes}, clip_store(tmp_path), 0.01)
+
+
+def test_a_folder_of_images_beside_the_file_is_named(tmp_path):
+    (tmp_path / "RSICD_images").mkdir()
+    picture(tmp_path / "RSICD_images" / "a.png")
+    (tmp_path / "dataset.json").write_text(json.dumps([{"image": "a.png", "caption": "a farm"}]))
+    with pytest.raises(InputError, match="RSICD_images: set --image_root"):
+        data.read_scenes(tmp_path / "dataset.json")
