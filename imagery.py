@@ -17,6 +17,7 @@ import os
 import re
 import stat
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -485,6 +486,23 @@ def guessed_bands(paths: list, settings: ImageSettings) -> str | None:
                     f" are not: --bands {'|'.join(SENSORS)}, or numbers such as 4,3,2"
                 )
     return None
+
+
+ONE_BAND = re.compile(
+    r"_(?:SR_)?B(?:\d{1,2}|8A)(?:_\d+m)?(?=\.\w+$)", re.IGNORECASE
+)  # T33UUP_B04_10m.jp2, LC08_SR_B4.TIF
+
+
+def bands_apart(paths: list) -> str | None:
+    """What to say of a folder where each band is a file of its own, so that each would be a grey picture; None elsewhere."""
+    scenes = Counter(ONE_BAND.sub("", str(path)) for path in paths if ONE_BAND.search(str(path)))
+    apart = [scene for scene, count in scenes.items() if count >= 3]
+    if not apart:
+        return None
+    return (
+        f"{len(apart)} scenes have a file for each band, such as {apart[0]}: each is a grey picture by itself; join three first,"
+        " `rio stack B04.tif B03.tif B02.tif -o rgb.tif`"
+    )
 
 
 def _named(names, codes, two_digits=False) -> tuple[int, int, int] | None:

@@ -242,7 +242,7 @@ def run_index(args) -> int:
 
     from accelerate import PartialState
     from data import image_files, list_rejected
-    from imagery import ImageSettings, guessed_bands
+    from imagery import ImageSettings, bands_apart, guessed_bands
     from library import index_library, read_attributes
     from model import DualEncoder, pick_device
     from store import is_url
@@ -278,7 +278,8 @@ def run_index(args) -> int:
     )
     if report.empty:
         print(f"{report.empty} tiles without data left out")
-    if note := guessed_bands([str(path) for path in image_files(args.library)], settings):
+    paths = image_files(args.library)
+    for note in filter(None, (guessed_bands(paths, settings), bands_apart(paths))):
         print(note, file=sys.stderr)
     if report.blank > report.added / 2:
         stretch = f"--stretch {settings.stretch}: give --stretch percentile, or a model trained on such files"
