@@ -118,24 +118,33 @@ IMAGE_COLUMNS = ("image", "image_name", "image_path", "filepath", "file_path", "
 TEXT_COLUMNS = ("caption", "title", "text", "sentence")
 
 
-def load_table(path: Path) -> list[dict]:
-    """The captions of a CSV or TSV file with a header, as rows {image, caption, split}. Raises InputError."""
+def read_table(path: str | Path, delimiter: str | None = ",") -> list[list[str]]:
+    """The rows of a CSV file; delimiter None: a tab where the first line holds one, else a comma. Raises InputError."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            file.seek(0)
-            rows = list(csv.DictReader(file, delimiter="\t" if "\t" in first else ","))
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            if delimiter is None:
+                delimiter = "\t" if "\t" in file.readline() else ","
+                file.seek(0)
+            return list(csv.reader(file, delimiter=delimiter))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as a table ({error})") from None
-    columns = list(rows[0]) if rows else []
-    image, text = (next((c for c in known if c in columns), None) for known in (IMAGE_COLUMNS, TEXT_COLUMNS))
+        raise InputError(f"{path}: cannot be read as CSV ({error})") from None
+
+
+def load_rows(path: Path):
+    """What `load_json` gives; of a CSV or TSV file with a header its captions, as rows {image, caption, split}. Raises
+    InputError."""
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        return load_json(path)
+    header, *rows = read_table(path, delimiter=None) or [[]]
+    image, text = (next((name for name in known if name in header), None) for known in (IMAGE_COLUMNS, TEXT_COLUMNS))
     if not image or not text:
         raise InputError(
             f"{path}: expected a header with a column of images ({', '.join(IMAGE_COLUMNS)}) and one of captions"
-            f" ({', '.join(TEXT_COLUMNS)}), found {columns}"
+            f" ({', '.join(TEXT_COLUMNS)}), found {header}"
         )
-    split = {"split": "split"} if "split" in columns else {}
-    return [{"image": row[image], "caption": row[text]} | {name: row[name] for name in split} for row in rows]
+    names = {image: "image", text: "caption"} | ({"split": "split"} if "split" in header else {})
+    found = [dict(zip(header, row)) for row in rows if row]
+    return [{name: row.get(column) for column, name in names.items()} for row in found]
 
 
 def read_scenes(
@@ -159,7 +168,7 @@ def read_scenes(
     path = Path(path)
     if path.is_dir():
         path = path / "captions.json"
-    content = load_table(path) if path.suffix.lower() in (".csv", ".tsv") else load_json(path)
+    content = load_rows(path)
     roots = [Path(image_root)] if image_root else [path.parent, path.parent / "images", *map(Path, more_roots)]
     form, entries = _form_of(path, content, roots)
     result = SceneFile([], [], rows=len(entries))
@@ -473,8 +482,7 @@ def read_conversations(
 def read_chat(path: str | Path, **options) -> SceneFile:
     """`read_conversations`; or a file of captions in any form of `read_scenes`, as answers to their own prompts or to a
     request for a description. options: those of both."""
-    table = Path(path).suffix.lower() in (".csv", ".tsv")
-    rows = load_json(path) if Path(path).is_file() and not table else None
+    rows = load_rows(Path(path)) if Path(path).is_file() else None
     known = {"img", "conversations", "ground_truth"}
     if isinstance(rows, list) and rows and isinstance(rows[0], dict) and known & set(rows[0]):
         return read_conversations(path, **options)
@@ -491,19 +499,9 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
     if not (kind is None or isinstance(kind, str)):
         raise InputError(f"field 'type': expected a text, found {type(kind).__name__}")
     number = None if number is None else str(number)
-    if "conversations" not in entry and "img" in entry:
-        history = entry.get("history") or []
-        pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
-        if not pairs or not all(isinstance(text, str) and text.strip() for pair in history for text in pair):
-            raise InputError("field 'history': expected a list of [question, answer]")
-        history = tuple(tuple(text.strip() for text in pair) for pair in history)
-        return _text(entry, "img"), [Question(_text(entry, "prompt"), _text(entry, "label"), kind, number, history)]
-    if "conversations" not in entry and {"image_id", "question", "ground_truth"} <= set(entry):
-        asked = Question(_text(entry, "question"), _text(entry, "ground_truth"), kind, number)
-        return _text(entry, "image_id"), [asked]
     if "conversations" not in entry:
-        raise InputError(f"field 'conversations' is missing (the row has {', '.join(entry)}); {OTHER_QUESTIONS}")
-    turns = entry.get("conversations")
+        return _asked(entry, kind, number)
+    turns = entry["conversations"]
     if not isinstance(turns, list) or not turns or len(turns) % 2 or not all(isinstance(turn, dict) for turn in turns):
         have = f"found {len(turns)}" if isinstance(turns, list) else f"found {type(turns).__name__}"
         raise InputError(f"field 'conversations': expected turns of the user and the assistant by turns, {have}")
@@ -523,6 +521,21 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
         )
     pairs = tuple(zip(said[::2], said[1::2]))
     return images[0].strip(), [Question(q, a, kind, number, pairs[:n]) for n, (q, a) in enumerate(pairs)]
+
+
+def _asked(entry: dict, kind: str | None, number: str | None) -> tuple[str, list[Question]]:
+    """`_questions_of` a row that is one question and its answer."""
+    if "img" not in entry:
+        if not {"image_id", "question", "ground_truth"} <= set(entry):
+            raise InputError(f"field 'conversations' is missing (the row has {', '.join(entry)}); {OTHER_QUESTIONS}")
+        asked = Question(_text(entry, "question"), _text(entry, "ground_truth"), kind, number)
+        return _text(entry, "image_id"), [asked]
+    history = entry.get("history") or []
+    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    if not pairs or not all(isinstance(text, str) and text.strip() for pair in history for text in pair):
+        raise InputError("field 'history': expected a list of [question, answer]")
+    history = tuple(tuple(text.strip() for text in pair) for pair in history)
+    return _text(entry, "img"), [Question(_text(entry, "prompt"), _text(entry, "label"), kind, number, history)]
 
 
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp", ".gif"}

@@ -448,12 +448,8 @@ def _choose_bands(scene, settings: ImageSettings) -> tuple[int, ...]:
     """1-based indexes of red, green, blue, or of one grey band."""
     count, names, choice = len(scene.colours), scene.names, settings.bands
     if choice == "auto":
-        found = _named(names, (4, 3, 2), two_digits=True)
-        if found:
+        if found := _known_bands(scene):
             return found
-        wanted = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
-        if all(colour in scene.colours for colour in wanted):
-            return tuple(scene.colours.index(colour) + 1 for colour in wanted)
         plain = [i + 1 for i, colour in enumerate(scene.colours) if colour != ColorInterp.alpha]
         return tuple(plain[:3]) if len(plain) >= 3 else tuple(plain[:1]) or (1,)
     if choice not in SENSORS:
@@ -473,14 +469,23 @@ def _choose_bands(scene, settings: ImageSettings) -> tuple[int, ...]:
     return found
 
 
+def _known_bands(scene) -> tuple[int, int, int] | None:
+    """Indexes of red, green and blue by the bands' descriptions or else by their colours."""
+    wanted = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+    if found := _named(scene.names, (4, 3, 2), two_digits=True):
+        return found
+    if all(colour in scene.colours for colour in wanted):
+        return tuple(scene.colours.index(colour) + 1 for colour in wanted)
+    return None
+
+
 def guessed_bands(paths: list, settings: ImageSettings) -> str | None:
     """What to say of files whose bands nothing names, of which the first three are shown; None where all is known. Looks at
-    16 of `paths`."""
+    some thirty of `paths`."""
     for path in paths[:: max(1, len(paths) // 16)] if settings.bands == "auto" else ():
         with contextlib.suppress(ImageError), _open(path) as scene:
             plain = [colour for colour in scene.colours if colour != ColorInterp.alpha]
-            known = _named(scene.names, (4, 3, 2), two_digits=True) or ColorInterp.red in scene.colours
-            if len(plain) > 3 and not known:
+            if len(plain) > 3 and not _known_bands(scene):
                 return (
                     f"{path}: has {len(plain)} bands that it does not name; 1, 2 and 3 are shown as red, green and blue. If they"
                     f" are not: --bands {'|'.join(SENSORS)}, or numbers such as 4,3,2"
@@ -488,9 +493,8 @@ def guessed_bands(paths: list, settings: ImageSettings) -> str | None:
     return None
 
 
-ONE_BAND = re.compile(
-    r"_(?:SR_)?B(?:\d{1,2}|8A)(?:_\d+m)?(?=\.\w+$)", re.IGNORECASE
-)  # T33UUP_B04_10m.jp2, LC08_SR_B4.TIF
+# T33UUP_B04_10m.jp2, LC08_SR_B4.TIF
+ONE_BAND = re.compile(r"_(?:SR_)?B(?:\d{1,2}|8A)(?:_\d+m)?(?=\.\w+$)", re.IGNORECASE)
 
 
 def bands_apart(paths: list) -> str | None:

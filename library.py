@@ -10,7 +10,6 @@ Reading runs in worker processes ahead of the model. Every FLUSH tiles go to dis
 loses seconds of work, and the next run takes up where it stopped, in the middle of a file too.
 """
 
-import csv
 import dataclasses
 import datetime
 import hashlib
@@ -31,8 +30,17 @@ from tqdm import tqdm
 
 import store
 from config import InputError
-from data import IMAGE_COLUMNS, Rejected, image_files, is_blank, is_chinese, load_json, normalised, stacked
-from imagery import ImageError, ImageSettings, image_size, read_image, read_windows, tile_windows
+from data import IMAGE_COLUMNS, Rejected, image_files, is_blank, is_chinese, load_json, normalised, read_table, stacked
+from imagery import (
+    ImageError,
+    ImageSettings,
+    bands_apart,
+    guessed_bands,
+    image_size,
+    read_image,
+    read_windows,
+    tile_windows,
+)
 from model import DualEncoder, Encoder, pixel_store
 from places import change_scores, feature_collection, match_footprints
 from store import Filter, Hit, Point
@@ -84,8 +92,10 @@ class Plan:
     rejected: list[Rejected]
     attributes: dict[str, dict[str, str]]
     """{path: {name: value}} as given, or as the index knew them; those of files that cannot be read too."""
-    unknown: list[str] = field(default_factory=list)
+    unknown: list[str]
     """Paths with attributes that are not there."""
+    notes: list[str]
+    """What to say of the bands."""
 
 
 def windows_of(height: int, width: int, tile: int, stride: int) -> list:
@@ -118,15 +128,6 @@ def time_in_name(path: str) -> str | None:
         except ValueError:
             continue
     return None
-
-
-def read_table(path: str | Path) -> list[list[str]]:
-    """The rows of a CSV file. Raises InputError."""
-    try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            return list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as CSV ({error})") from None
 
 
 def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
@@ -193,8 +194,9 @@ class FileChecks(torch.utils.data.Dataset):
 
 
 def plan_index(
-    root: Path, index, *, tile: int, stride: int, attributes: dict[str, dict[str, str]] | None = None, workers: int = 0
-) -> Plan:
+    root: Path, index, *, tile: int, stride: int, settings: ImageSettings,
+    attributes: dict[str, dict[str, str]] | None = None, workers: int = 0,
+) -> Plan:  # fmt: skip
     """Compare the images below `root` with what `index` holds (None: nothing), in `workers` processes where there are many.
     `attributes` None: files keep those they have. Raises InputError: no image below `root`, attributes of an image that is
     not there."""
@@ -239,7 +241,9 @@ def plan_index(
                 file.windows = [w for w in file.windows if w not in windows] + [next(iter(windows))]
             else:
                 stale.append(file.path)
-    return Plan(files, sorted(stale), results.count(None), rejected, attributes, unknown)
+    paths = [*found.values()]
+    notes = [note for note in (guessed_bands(paths, settings), bands_apart(paths)) if note]
+    return Plan(files, sorted(stale), results.count(None), rejected, attributes, unknown, notes)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -376,6 +380,8 @@ class IndexReport:
     """Tiles that are all black or all white."""
     unknown: list[str] = field(default_factory=list)
     """Paths with attributes that are not there."""
+    notes: list[str] = field(default_factory=list)
+    """What to say of the bands."""
     total: int = 0
     """Points in the index now."""
     seconds: float = 0.0
@@ -416,7 +422,7 @@ def index_library(
         settings = ImageSettings.from_dict(index.record["image"])
     if state.num_processes > 1:
         plan, settings = broadcast_object_list([plan, settings])
-    report = IndexReport(unchanged=plan.unchanged, rejected=plan.rejected, unknown=plan.unknown)
+    report = IndexReport(unchanged=plan.unchanged, rejected=plan.rejected, unknown=plan.unknown, notes=plan.notes)
     writer = _Writer(index, plan, report) if index is not None else None
     share = slice(state.process_index, None, state.num_processes)
     batches = TileBatches(root, plan.files, batch_size, model, settings, share)
@@ -475,6 +481,7 @@ def _open_for_writing(model, root, location, about, attributes, moved, workers):
     record = {"model": model.source, **about, "library": str(root.resolve())}
     record["created"] = datetime.datetime.now().isoformat(timespec="seconds")
     how = {"tile": about["tile"], "stride": about["stride"], "attributes": attributes, "workers": workers}
+    how["settings"] = ImageSettings.from_dict(about["image"])
     try:
         index = store.open(location)
     except store.Missing:

@@ -241,8 +241,8 @@ def run_index(args) -> int:
     from transformers.utils import logging
 
     from accelerate import PartialState
-    from data import image_files, list_rejected
-    from imagery import ImageSettings, bands_apart, guessed_bands
+    from data import list_rejected
+    from imagery import ImageSettings
     from library import index_library, read_attributes
     from model import DualEncoder, pick_device
     from store import is_url
@@ -278,8 +278,7 @@ def run_index(args) -> int:
     )
     if report.empty:
         print(f"{report.empty} tiles without data left out")
-    paths = image_files(args.library)
-    for note in filter(None, (guessed_bands(paths, settings), bands_apart(paths))):
+    for note in report.notes:
         print(note, file=sys.stderr)
     if report.blank > report.added / 2:
         stretch = f"--stretch {settings.stretch}: give --stretch percentile, or a model trained on such files"
@@ -464,7 +463,7 @@ def run_classify(args) -> int:
 
 def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, int]:
     """{path: number of its class}; labels are compared without case, spaces, - and _. Raises InputError."""
-    from library import read_table
+    from data import read_table
 
     def key(label):
         return label.lower().replace(" ", "").replace("_", "").replace("-", "")

@@ -914,18 +914,17 @@ class Translator:
         asked = [self.engine.name, self.engine.sampling, self.args.mode, messages]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
+    def lacks(self, key: str) -> bool:
+        """Whether there is no answer, or one that was cut where less was allowed."""
+        answer = self.cache.answers.get(key)
+        return answer is None or (answer.cut and answer.limit < self.args.max_tokens)
+
     def ask(self, items: list[Item], title: str) -> None:
         """Fill in `text` and `reasons` of items from their `messages`. Equal messages are asked once."""
         from tqdm import tqdm
 
         keys = [self.key(item.messages) for item in items]
-        none = Answer("", cut=True, limit=-1)
-        known = {key: self.cache.answers.get(key, none) for key in keys}
-        jobs = {
-            key: item.messages
-            for key, item in zip(keys, items)
-            if known[key].cut and known[key].limit < self.args.max_tokens
-        }
+        jobs = {key: item.messages for key, item in zip(keys, items) if self.lacks(key)}
         self.cached += len(set(keys)) - len(jobs)
         failures = {}
         if jobs:

@@ -751,8 +751,7 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
     except OSError as error:
         try:
-            with socket.socket() as free:
-                free.bind((args.host, 0))
+            socket.create_server((args.host, 0), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET).close()
         except OSError as wrong:
             raise InputError(f"--host {args.host}: no address of this machine ({wrong.strerror})") from None
         taken = "Cannot find empty port" in str(error)  # gradio's words, which name a flag that is not ours
