@@ -831,32 +831,40 @@ class Pairs:
 
 
 def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> Pairs:
-    """Match tiles by footprint. Raises InputError, with the reason, where no two show the same place."""
-    notes, sides = [], []
-    for name, library in (("before", before), ("after", after)):
-        payloads, vectors = library.everything()
-        placed = [n for n, payload in enumerate(payloads) if payload["extra"].get("polygon")]
-        if not placed:
+    """Match tiles by footprint; by path and window where no image of either library has one, as in the A/ and B/ folders
+    of change detection data. Raises InputError, with the reason, where no two show the same place."""
+    notes, sides = [], [library.everything() for library in (before, after)]
+    placed = [np.array([bool(p["extra"].get("polygon")) for p in payloads], bool) for payloads, _ in sides]
+    by_place = placed[0].any() or placed[1].any()
+    for side, (name, library) in enumerate((("before", before), ("after", after))):
+        payloads, vectors = sides[side]
+        if not payloads:
+            raise InputError(f"{library.index.location}: no image is in this index")
+        if not by_place or placed[side].all():
+            continue
+        if not placed[side].any():
             raise InputError(
-                f"{library.index.location}: none of its {len(payloads)} images has a georeference;"
-                " monitor matches images by their place on Earth: give GeoTIFFs"
+                f"{library.index.location}: none of its {len(payloads)} images has a georeference, those of the other index"
+                " have; monitor matches images by their place on Earth: give GeoTIFFs"
             )
-        if len(placed) < len(payloads):
-            notes.append(
-                f"{name}: {len(payloads) - len(placed)} of {len(payloads)} images have no georeference, left out"
-            )
-        sides.append(([payloads[n] for n in placed], vectors[placed]))
+        notes.append(f"{name}: {int((~placed[side]).sum())} of {len(payloads)} images have no georeference, left out")
+        sides[side] = [p for p, there in zip(payloads, placed[side]) if there], vectors[placed[side]]
     (first, first_vectors), (second, second_vectors) = sides
-    found = match_footprints(
-        [payload["extra"]["polygon"] for payload in first],
-        [payload["extra"]["polygon"] for payload in second],
-        min_overlap,
-    )
-    if not found:
+    if by_place:
+        polygons = [[payload["extra"]["polygon"] for payload in payloads] for payloads, _ in sides]
+        found = match_footprints(*polygons, min_overlap)
         boxes = [_bounds_text(payloads) for payloads, _ in sides]
+        remedy = f"overlaps by {min_overlap:.0%}: other places, or tiles of another size or grid"
+    else:
+        notes.append("no image has a georeference: images of one path and size are taken as one place")
+        found = _match_names(first, second)
+        boxes = [f"{first[0]['path']}, ..." for first, _ in sides]
+        remedy = (
+            "has the same path and size: without a georeference, give both dates of a place one name in two folders"
+        )
+    if not found:
         raise InputError(
-            f"no tile of {before.index.location} ({boxes[0]}) overlaps one of {after.index.location} ({boxes[1]}) by"
-            f" {min_overlap:.0%}: other places, or tiles of another size or grid"
+            f"of {before.index.location} ({boxes[0]}) and {after.index.location} ({boxes[1]}) no pair of tiles {remedy}"
         )
     i, j = (np.array(side) for side in list(zip(*found))[:2])
     for name, payloads, used in (("before", first, i), ("after", second, j)):
@@ -878,17 +886,31 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
     if other := [name for name in ours if name != "max_pixels" and ours[name] != theirs[name]]:
         listed = ", ".join(f"{name} {ours[name]} and {theirs[name]}" for name in other)
         notes.append(f"the two indexes differ in how they show pictures ({listed}): part of the change may be that")
-    sizes = [np.array([np.hypot(*p["extra"]["pixel_size_m"]) for p in side]) for side in (first, second)]
-    ratio = sizes[1][j] / sizes[0][i]
-    if (off := np.abs(np.log(ratio)) > np.log(1.25)).any():
-        notes.append(
-            f"{int(off.sum())} of {len(i)} places differ in resolution (a median of {np.median(sizes[0][i][off]) / 2**0.5:.2f} m"
-            f" and {np.median(sizes[1][j][off]) / 2**0.5:.2f} m a pixel): part of their change may be that"
-        )
-    poor = float(np.mean([overlap for _, _, overlap in found]))
-    if poor < 0.9:
-        notes.append(f"matched tiles overlap by {poor:.0%} on average: index both dates on one grid for better results")
+    if by_place:
+        notes += _grid_notes([first[n] for n in i], [second[n] for n in j], [overlap for _, _, overlap in found])
     return Pairs([first[n] for n in i], [second[n] for n in j], first_vectors[i], second_vectors[j], notes)
+
+
+def _grid_notes(before: list[dict], after: list[dict], overlaps: list[float]) -> list[str]:
+    """What of the matched tiles' pixels and grids may look like a change."""
+    notes = []
+    sizes = [np.array([np.hypot(*p["extra"]["pixel_size_m"]) for p in side]) for side in (before, after)]
+    if (off := np.abs(np.log(sizes[1] / sizes[0])) > np.log(1.25)).any():
+        medians = [np.median(side[off]) / 2**0.5 for side in sizes]
+        notes.append(
+            f"{int(off.sum())} of {len(off)} places differ in resolution (a median of {medians[0]:.2f} m and {medians[1]:.2f} m"
+            " a pixel): part of their change may be that"
+        )
+    if (mean := float(np.mean(overlaps))) < 0.9:
+        notes.append(f"matched tiles overlap by {mean:.0%} on average: index both dates on one grid for better results")
+    return notes
+
+
+def _match_names(before: list[dict], after: list[dict]) -> list[tuple[int, int, float]]:
+    """As `match_footprints` finds them, where path and window are all that is known of a place."""
+    known = {(payload["path"], tuple(payload["window"] or ())): n for n, payload in enumerate(after)}
+    keys = [(payload["path"], tuple(payload["window"] or ())) for payload in before]
+    return [(n, known[key], 1.0) for n, key in enumerate(keys) if key in known]
 
 
 def _bounds_text(payloads: list[dict]) -> str:

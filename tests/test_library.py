@@ -606,8 +606,41 @@ def test_places_of_two_dates_are_matched(model, tmp_path):
     assert any("before: 1 of 3 matched places hold data on less than 50%" in note for note in pairs.notes)
     assert not any("after: 1 of 3 matched" in note for note in pairs.notes)
     assert any("bands auto and bgr" in note for note in pairs.notes)
-    for other, word in (("far", "no tile of"), ("photo", "georeference")):
+    for other, word in (
+        ("far", "no pair of tiles overlaps by 50%"),
+        ("photo", "photo.index: none of its 1 images has a geo"),
+    ):
         with pytest.raises(InputError, match=word):
             match_places(opened["before"], opened[other])
+    for library in opened.values():
+        library.index.close()
+
+
+def test_places_without_a_georeference_are_matched_by_name(model, tmp_path):
+    """LEVIR-CD, SECOND, S2Looking and others: A/ and B/ (or im1/ and im2/) of pictures with the same names."""
+    sizes = {
+        "A": {"train_1.png": 64, "train_2.png": 64, "big.png": 160, "grown.png": 64},
+        "B": {"train_2.png": 64, "big.png": 160, "grown.png": 160, "train_3.png": 64},
+        "C": {"other.png": 64},
+    }
+    opened = {}
+    for folder, pictures in sizes.items():
+        for name, side in pictures.items():
+            (tmp_path / folder / "deep").mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(side).integers(1, 255, (side, side, 3), np.uint8)
+            Image.fromarray(noise).save(tmp_path / folder / "deep" / name)
+        index_library(model, tmp_path / folder, tmp_path / f"{folder}.index", **SMALL)
+        opened[folder] = Library.open(tmp_path / f"{folder}.index", encoder=model)
+    pairs = match_places(opened["A"], opened["B"])
+    assert [(p["path"], p["window"]) for p in pairs.before] == [(p["path"], p["window"]) for p in pairs.after]
+    assert {p["path"] for p in pairs.before} == {"deep/big.png", "deep/train_2.png"}
+    assert sum(p["path"] == "deep/big.png" for p in pairs.before) > 1, "every tile of it"
+    np.testing.assert_allclose(pairs.before_vectors, pairs.after_vectors, atol=1e-6)
+    assert "no image has a georeference: images of one path and size" in pairs.notes[0]
+    assert any("before: 2 of" in note and "no counterpart" in note for note in pairs.notes)
+    with pytest.raises(
+        InputError, match=r"C.index \(deep/other.png, ...\) no pair of tiles has the same path and size"
+    ):
+        match_places(opened["A"], opened["C"])
     for library in opened.values():
         library.index.close()
