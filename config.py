@@ -307,6 +307,9 @@ class VQAConfig(DataConfig):
     max_eval_questions: int = 2000
     """Validation questions answered at each evaluation during training (whole images, a fixed sample)."""
 
+    max_test_scenes: int | None = None
+    """Images of the test split that are scored (a fixed sample, whatever the seed). Default: all."""
+
 
 @dataclass
 class CaptionConfig(DataConfig):
@@ -826,7 +829,7 @@ def check(config: DataConfig) -> None:
         "max_eval_scenes": (1, 10**9), "max_eval_questions": (1, 10**9), "pack_tokens": (64, 10**9),
         "eval_pack_tokens": (64, 10**9), "max_question_tokens": (1, 32768), "max_answer_tokens": (1, 4096),
         "early_stopping_patience": (0, 10**9), "lora_alpha": (1, 10**6), "max_caption_tokens": (1, 4096),
-        "projector_epochs": (0, 10**6), "freeze_language_model_except_layers": (0, 10**6),
+        "projector_epochs": (0, 10**6), "max_test_scenes": (1, 10**9), "freeze_language_model_except_layers": (0, 10**6),
     }  # fmt: skip
     refuse_outside(config, **bounds)
     if config.min_pixels > config.max_pixels:

@@ -592,6 +592,12 @@ def captions_as_answers(scenes: list[Scene], prompt: str, prompt_zh: str) -> lis
 # Splits, always by image
 
 
+def sample_scenes(scenes: list, most: int, seed: int = 0) -> list:
+    """At most so many of them, in their order."""
+    picked = random.Random(seed).sample(range(len(scenes)), min(most, len(scenes)))
+    return [scenes[i] for i in sorted(picked)]
+
+
 def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None, read=read_scenes) -> dict[str, list]:
     """`{"train", "val", "test"}` scenes of a configuration; "test" may be empty. `read`: `read_scenes` (texts) or
     `read_conversations` (questions).
@@ -655,9 +661,7 @@ def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None, r
             raise InputError(message + "; split by image, or go on with --allow_leak")
         print("warning: " + message)
     if config.max_samples:
-        for name, scenes in splits.items():
-            picked = sorted(random.Random(seed).sample(range(len(scenes)), min(config.max_samples, len(scenes))))
-            splits[name] = [scenes[i] for i in picked]
+        splits = {name: sample_scenes(scenes, config.max_samples, seed) for name, scenes in splits.items()}
     if report:
         report.unlink(missing_ok=True)  # what an earlier start listed
     list_rejected(report, rejected + left_out)
@@ -924,12 +928,13 @@ def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
 
 def drop_too_long(
     splits: dict[str, list[QuestionScene]], tokenizer, max_rejected: float, report: Path | None = None,
-    **limits: tuple[str, int],
+    advice: str = "", **limits: tuple[str, int],
 ) -> dict[str, list[QuestionScene]]:  # fmt: skip
     """Splits without the questions and, except in the test split, the answers that are too long: listed in `report` and
     counted. A test answer that is too long stays: no model can be right on it, and that is part of the score.
 
-    limits: question=(flag, tokens), answer=(flag, tokens). Raises InputError when more than `max_rejected` would go."""
+    limits: question=(flag, tokens), answer=(flag, tokens). Raises InputError when more than `max_rejected` would go, with
+    `advice` where answers are what is too long."""
     rejected, kept = [], {}
     for name, scenes in splits.items():
         listed = [question for scene in scenes for question in scene.questions]
@@ -953,6 +958,7 @@ def drop_too_long(
         raise InputError(
             f"{len(rejected)} of {total} texts are too long (allowed: --max_rejected {max_rejected:g}),"
             f" e.g. of {rejected[0].file}: {rejected[0].reason}"
+            + (f"; {advice}" if advice and any(row.reason.startswith("answer") for row in rejected) else "")
         )
     if rejected:
         print(f"data: {len(rejected)} texts left out as too long" + (f", listed in {report}" if report else ""))

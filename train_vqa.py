@@ -39,6 +39,7 @@ from data import (
     read_chat,
     read_conversations,
     row_align,
+    sample_scenes,
 )
 from imagery import ImageSettings, read_image
 from model import VQA, pixel_store, read_config
@@ -276,9 +277,14 @@ def main(argv: list[str] | None = None) -> dict | None:
         "question": ("--max_question_tokens", config.max_question_tokens),
         "answer": ("--max_answer_tokens", config.max_answer_tokens),
     }
-    splits = drop_too_long(splits, model.tokenizer, config.max_rejected, rejected, **limits)
+    advice = "" if chat else "answers that are sentences are for --task chat"
+    splits = drop_too_long(splits, model.tokenizer, config.max_rejected, rejected, advice, **limits)
     store = pixel_store(model, config.cache_dir)
     splits = drop_unreadable(splits, store, config.max_rejected, rejected)
+    tested = "test" if splits["test"] else "val"
+    held = splits[tested]
+    if config.max_test_scenes and tested == "test":
+        held = splits["test"] = sample_scenes(held, config.max_test_scenes)
     say(f"data: {describe(splits)}")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -294,8 +300,6 @@ def main(argv: list[str] | None = None) -> dict | None:
             model.prepare_tokens(tokens, store, paths, args.eval_batch_size)
         if args.world_size > 1:
             torch.distributed.barrier()
-    tested = "test" if splits["test"] else "val"
-    held = splits[tested]
 
     collator = QuestionCollator(
         config.pack_tokens, packing=config.packing, pad_id=model.tokenizer.pad_token_id, align=row_align(args.device)

@@ -231,6 +231,23 @@ def test_long_answers_are_left_out_and_listed(run, asked, tmp_path):
     listed = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
     assert [row["row"] for row in listed] == ["rsvqa_999"] and "--max_answer_tokens" in listed[0]["reason"]
     assert results["images"]["train"] == 10
+    with pytest.raises(
+        InputError, match=r"1 of .* texts are too long .*; answers that are sentences are for --task chat"
+    ):
+        run(f"--train_file={tmp_path / 'train.json'}", "--max_rejected=0", output="strict")
+
+
+def test_a_part_of_the_test_split_is_scored(run, asked, tmp_path):
+    """The same part whatever the seed, so that runs can be compared."""
+    scored = {}
+    for seed in (1, 2):
+        results = run(
+            "--no_blind_baseline", "--max_steps=1", "--max_test_scenes=2", f"--seed={seed}", output=f"run{seed}"
+        )
+        lines = (tmp_path / f"run{seed}" / "samples.jsonl").read_text().splitlines()
+        scored[seed] = {json.loads(line)["image_path"] for line in lines}
+        assert results["images"]["test"] == len(scored[seed]) == 2
+    assert scored[1] == scored[2]
 
 
 def test_an_image_that_cannot_be_decoded_is_left_out(run, asked, tmp_path):
