@@ -3,11 +3,14 @@
     python load.py                                   # every base of preset full, from ModelScope
     python load.py Qwen/Qwen2.5-VL-3B-Instruct --source huggingface
     python load.py lcybuaa/Git-RSCLIP --source huggingface            # towers for search.py
+    python load.py chendelong/RemoteCLIP/RemoteCLIP-ViT-B-32.pt --source huggingface    # a checkpoint of open_clip ...
+    python load.py epoch_5.pt --like openai/clip-vit-base-patch32     # ... or a file that is here -> models/epoch_5
     python load.py --source /mnt/usb/models          # a folder copied from another machine
     python load.py --preset demo                     # small models of the same classes, nothing to download
     python load.py --check                           # verify what is already here
 
-A base lies in `./<org>/<name>` exactly as its hub publishes it. A broken download is resumed by running
+A base lies in `./<org>/<name>` exactly as its hub publishes it; a checkpoint of open_clip, as RemoteCLIP, GeoRSCLIP and
+SkyCLIP are published, becomes a folder of transformers' layout. A broken download is resumed by running
 the same command again; a model counts as present only after `verify_model` has read every shard's header.
 """
 
@@ -18,6 +21,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -35,6 +39,19 @@ FULL = [
     "Qwen/Qwen3-0.6B",
     "openai/clip-vit-base-patch16",
 ]
+
+HUBS = ("modelscope", "huggingface")
+CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors")
+
+# (pixels of a patch, width) of a ViT of open_clip and pixels of its image -> the base that such checkpoints start from. It
+# gives what a state dict does not hold: tokenizer, heads, and the activation (QuickGELU in OpenAI's, GELU in LAION's).
+LIKE = {
+    (32, 768, 224): "openai/clip-vit-base-patch32",
+    (16, 768, 224): "openai/clip-vit-base-patch16",
+    (14, 1024, 224): "openai/clip-vit-large-patch14",
+    (14, 1024, 336): "openai/clip-vit-large-patch14-336",
+    (14, 1280, 224): "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+}
 
 # -----------------------------------------------------------------------------
 # Is a model folder whole?
@@ -151,6 +168,24 @@ def choose_files(sizes: dict[str, int]) -> dict[str, int]:
     }
 
 
+def read_state(path: Path) -> dict:
+    """The tensors of a file of weights by their names; nothing is unpickled but tensors. Raises InputError."""
+    import torch
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)  # a checkpoint of open_clip's training
+        if odd := [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]:
+            raise ValueError(f"{odd[0]} in it is no tensor")
+        return state
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} cannot be read ({reason})") from None
+
+
 def convert_bin(folder: Path) -> None:
     """Turn `pytorch_model*.bin` into `model.safetensors`, if there are no safetensors, and delete it.
 
@@ -158,18 +193,16 @@ def convert_bin(folder: Path) -> None:
     bins = sorted(folder.glob("pytorch_model*.bin"))
     if not bins or any(folder.glob("model*.safetensors")):
         return
-    import torch
     from safetensors.torch import save_file
 
     state = {}
     for path in bins:
         try:
-            part = torch.load(path, map_location="cpu", weights_only=True)
             # position_ids are a counter that old versions stored; clones, because tied tensors share memory
+            part = read_state(path)
             state |= {k: v.clone().contiguous() for k, v in part.items() if not k.endswith("position_ids")}
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path} cannot be read ({reason}): delete it and {_mend(folder)}") from None
+        except InputError as error:
+            raise InputError(f"{error}: delete it and {_mend(folder)}") from None
     save_file(state, folder / "model.safetensors.partial", metadata={"format": "pt"})
     shutil.copymode(bins[0], folder / "model.safetensors.partial")
     (folder / "model.safetensors.partial").rename(folder / "model.safetensors")
@@ -245,6 +278,7 @@ class _Hub:
 
     def __init__(self, source: str, name: str, token: str | None, endpoint: str | None):
         self.source, self.name, self.token, self.endpoint = source, name, token, endpoint
+        self.asked = name
         self.revision = None
         if source == "huggingface":
             from huggingface_hub import HfApi
@@ -291,13 +325,14 @@ class _Hub:
         # With a folder that is not empty the client returns *normally* when the hub cannot be reached: the caller
         # compares with the listing afterwards. And since its version 1 it deletes a partial file when a download
         # fails: the weights therefore go through its `http_get`, which resumes, into a partial file that stays.
-        weights = sorted(path for path in files if path.endswith((".safetensors", ".bin")))
-        small = sorted(set(files) - set(weights))
-        snapshot_download(self.name, local_dir=folder, allow_patterns=small, revision=self.revision, **where)
+        weights = sorted(path for path in files if path.endswith(CHECKPOINTS))
+        if small := sorted(set(files) - set(weights)):
+            snapshot_download(self.name, local_dir=folder, allow_patterns=small, revision=self.revision, **where)
         for path in weights:
             size, sha256 = files[path]
             part = folder / ".cache" / f"{path}.{self.revision}.part"
-            part.parent.mkdir(exist_ok=True)
+            for parent in (part.parent, (folder / path).parent):
+                parent.mkdir(parents=True, exist_ok=True)
             with WeakFileLock(part.with_suffix(".lock")):
                 if not _wrong(folder / path, size, sha256):
                     continue
@@ -336,24 +371,57 @@ def download(name, root=".", source="modelscope", token=None, endpoint=None, wai
         return folder
     except InputError:
         pass
-    hub = _Hub(source, name, token, endpoint)
-    try:
-        listing = hub.files()
-    except Exception as error:
-        raise InputError(_explain(error, name, source, hub.host, folder)[0]) from error
+    hub, listing = _listed(name, folder, source, token, endpoint)
     chosen = choose_files({path: size for path, (size, _) in listing.items()})
     if "config.json" not in chosen or not any(path.endswith((".safetensors", ".bin")) for path in chosen):
-        raise InputError(f"{name} on {hub.host} is not a transformers model: it has no config.json or no weights")
-    _check_space(folder, chosen)
+        reason = f"{name} on {hub.host} is not a transformers model: it has no config.json or no weights"
+        if found := sorted(path for path in listing if path.endswith((".pt", ".pth"))):
+            reason += f"; {found[0]} in it may be a checkpoint of open_clip: `python load.py {name}/{found[0]}`"
+        raise InputError(reason)
+    _bring(hub, folder, {path: listing[path] for path in chosen}, waits)
+    convert_bin(folder)
+    try:
+        verify_model(folder)
+    except InputError as error:  # every listed file is here with its right checksum: the repository lacks something
+        reason = str(error).rpartition(": ")[0]
+        raise InputError(f"{reason}, and {hub.host} does not list it: try another --source") from None
+    return folder
+
+
+def download_file(name, root=".", source="modelscope", token=None, endpoint=None, waits=WAITS) -> Path:
+    """Bring one file, "org/model/path", into `root/org/model/path`. Raises InputError as `download` does."""
+    model, path = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    folder = Path(root) / model
+    hub, listing = _listed(model, folder, source, token, endpoint)
+    if path not in listing:
+        there = ", ".join(sorted(p for p in listing if p.endswith(CHECKPOINTS))) or "no weights"
+        raise InputError(f"{model} on {hub.host} has no {path}; it has {there}")
+    _bring(hub, folder, {path: listing[path]}, waits)
+    return folder / path
+
+
+def _listed(name, folder, source, token, endpoint) -> tuple[_Hub, dict[str, tuple[int, str | None]]]:
+    """The hub of a model, and what it lists."""
+    hub = _Hub(source, name, token, endpoint)
+    try:
+        return hub, hub.files()
+    except Exception as error:
+        raise InputError(_explain(error, name, source, hub.host, folder)[0]) from error
+
+
+def _bring(hub: _Hub, folder: Path, listing: dict[str, tuple[int, str | None]], waits) -> None:
+    """Bring the files {path: (bytes, sha256)} and prove that they are whole; `waits` seconds before each next attempt."""
+    name, source = hub.asked, hub.source
+    _check_space(folder, {path: size for path, (size, _) in listing.items()})
     checked: set[str] = set()
     for attempt in range(len(waits) + 1):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            hub.fetch(folder, {path: listing[path] for path in chosen})
-            bad = [p for p in sorted(set(chosen) - checked) if _wrong(folder / p, *listing[p])]
-            checked |= set(chosen) - set(bad)
+            hub.fetch(folder, listing)
+            bad = [p for p in sorted(set(listing) - checked) if _wrong(folder / p, *listing[p])]
+            checked |= set(listing) - set(bad)
             if not bad:
-                break
+                return
             line, retry = f"{name}: {', '.join(bad)} did not arrive whole from {hub.host}: run the command again", True
             for path in bad:  # the client takes a file that is there for a finished one
                 (folder / path).unlink(missing_ok=True)
@@ -364,13 +432,6 @@ def download(name, root=".", source="modelscope", token=None, endpoint=None, wai
             raise InputError(line) from cause
         print(f"{line}\n  attempt {attempt + 2} of {len(waits) + 1} in {waits[attempt]} s", file=sys.stderr)
         time.sleep(waits[attempt])
-    convert_bin(folder)
-    try:
-        verify_model(folder)
-    except InputError as error:  # every listed file is here with its right checksum: the repository lacks something
-        reason = str(error).rpartition(": ")[0]
-        raise InputError(f"{reason}, and {hub.host} does not list it: try another --source") from None
-    return folder
 
 
 # -----------------------------------------------------------------------------
@@ -428,6 +489,109 @@ def copy_model(name: str, source: Path, root=".", only: bool = True) -> Path:
     return folder
 
 
+# -----------------------------------------------------------------------------
+# From a checkpoint of open_clip
+
+_FIXED = {  # open_clip's name -> transformers'
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre": "vision_model.pre_layrnorm",
+    "visual.ln_post": "vision_model.post_layernorm",
+    "visual.proj": "visual_projection.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final": "text_model.final_layer_norm",
+    "text_projection": "text_projection.weight",
+    "logit_scale": "logit_scale",
+}
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
+_IN_BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
+             "mlp.c_proj": "mlp.fc2"}  # fmt: skip
+
+
+def from_open_clip(state: dict) -> dict:
+    """The tensors of open_clip's CLIP with a ViT under the names of transformers' `CLIPModel`. What has no name there keeps
+    its own."""
+    made = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("module.").removeprefix("text.")  # of training on several GPUs; of CustomTextCLIP
+        module, _, kind = name.rpartition(".")
+        if block := _BLOCK.fullmatch(name):
+            visual, number, module, kind = block.groups()
+            layer = f"{'vision' if visual else 'text'}_model.encoder.layers.{number}"
+            if module == "attn.in_proj":
+                made |= {f"{layer}.self_attn.{k}_proj.{kind}": part for k, part in zip("qkv", tensor.chunk(3))}
+            else:
+                made[f"{layer}.{_IN_BLOCK.get(module, module)}.{kind}"] = tensor
+        elif name in _FIXED:
+            made[_FIXED[name]] = tensor.T if name in ("visual.proj", "text_projection") else tensor
+        elif module in _FIXED:
+            made[f"{_FIXED[module]}.{kind}"] = tensor
+        elif name != "attn_mask":  # a buffer
+            made[name] = tensor
+    return made
+
+
+def convert_open_clip(path: Path, folder: Path, like: str | None = None, root=".") -> Path:
+    """Write the open_clip checkpoint `path` to `folder` in transformers' layout, with the settings and the tokenizer of
+    `like`, the base that it was trained from: ORG/NAME below `root`, or a folder; by default by its shape (`LIKE`).
+
+    Raises InputError if it is no CLIP with a ViT, or does not fit `like`."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    state = from_open_clip(read_state(path))
+    conv = state.get("vision_model.embeddings.patch_embedding.weight")
+    places = state.get("vision_model.embeddings.position_embedding.weight")
+    if conv is None or places is None or "text_model.embeddings.token_embedding.weight" not in state:
+        which = "its image tower is a ResNet" if any("layer4" in name for name in state) else "names are missing"
+        raise InputError(
+            f"{path} is no checkpoint of open_clip's CLIP with a ViT ({which}, e.g. {next(iter(state), 'none')})"
+        )
+    width, patch = conv.shape[0], conv.shape[-1]
+    pixels = round((len(places) - 1) ** 0.5) * patch
+    like = like or LIKE.get((patch, width, pixels))
+    shape = f"a ViT of width {width} with patches of {patch} pixels, {pixels} a side"
+    if like is None:
+        raise InputError(f"{path} is {shape}: name the base that it was trained from with --like")
+    base = next((place for place in (Path(root) / like, Path(like)) if place.is_dir()), None)
+    if base is None:
+        raise InputError(f"{path} is {shape}, so it needs the settings of {like}: run `python load.py {like}` first")
+    verify_model(base)
+    wanted = {}
+    for file in sorted(base.glob("model*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            wanted |= {k: tensors.get_slice(k).get_shape() for k in tensors.keys() if not k.endswith("position_ids")}  # noqa: SIM118
+    found = {name: list(tensor.shape) for name, tensor in state.items()}
+    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        said = f"{wrong[0]} is {found.get(wrong[0], 'missing')} in it and {wanted.get(wrong[0], 'missing')} there"
+        raise InputError(
+            f"{path} does not fit {base} in {len(wrong)} tensors ({said}): give the base that it was trained from with --like"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as temp:
+            new = Path(temp) / "new" / folder.name
+            new.mkdir(parents=True)
+            for name in choose_files({file.name: 0 for file in base.iterdir() if file.is_file()}):
+                if ".safetensors" not in name:
+                    shutil.copyfile(base / name, new / name)
+            save_file(
+                {k: v.clone().contiguous() for k, v in state.items()},
+                new / "model.safetensors",
+                metadata={"format": "pt"},
+            )
+            verify_model(new)
+            if folder.exists():
+                folder.rename(Path(temp) / "old")
+            new.rename(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
+    print(f"{path}: {shape}, with the settings of {like}")
+    return folder
+
+
 def build_demo_bases(data_dir="data/demo", output_dir="models/demo", seed: int = 0, more=None) -> dict:
     """The small bases of preset demo: see `demo_bases.build`. Returns what was measured."""
     return demo_bases.build(data_dir, output_dir, seed, verify_model, more)
@@ -438,13 +602,21 @@ def build_demo_bases(data_dir="data/demo", output_dir="models/demo", seed: int =
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="ORG/NAME", help="models to bring (default: those of the preset)")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="ORG/NAME",
+        help="models to bring (default: those of the preset), or checkpoints of open_clip: ORG/NAME/FILE.pt, FILE.pt",
+    )
     parser.add_argument("--preset", choices=["full", "demo"], default="full", help="which bases (default: full)")
     parser.add_argument(
         "--source",
         default="modelscope",
         metavar="modelscope|huggingface|DIR",
         help="where from: a hub, or a folder copied from elsewhere (default: modelscope)",
+    )
+    parser.add_argument(
+        "--like", metavar="ORG/NAME|DIR", help="base of an open_clip checkpoint (default: by its shape)"
     )
     parser.add_argument("--root", default=".", metavar="DIR", help="<org>/<name> and models/demo go here (default: .)")
     parser.add_argument("--check", action="store_true", help="only verify what is here; exit code 1 if not whole")
@@ -457,11 +629,16 @@ def main(argv=None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of preset demo (default: 0)")
     args = parser.parse_args(argv)
     root = Path(args.root)
+    files = [name for name in args.models if name.endswith(CHECKPOINTS)]
+    for name in files:
+        if not Path(name).is_file() and (name.count("/") < 2 or ".." in name or args.source not in HUBS):
+            raise InputError(f"{name}: no such file; on a hub it is ORG/NAME/{Path(name).name}")
+    args.models = [name for name in args.models if name not in files]
     for name in args.models:
         if name.count("/") != 1 or not all(name.split("/")) or ".." in name:
             raise InputError(f"{name!r} is not a model's name: expected ORG/NAME, such as {FULL[0]}")
-    demo = args.preset == "demo" and not args.models
-    names = args.models or ([f"models/demo/{name}" for name in DEMO] if demo else FULL)
+    demo = args.preset == "demo" and not args.models and not files
+    names = args.models or ([] if files else [f"models/demo/{name}" for name in DEMO] if demo else FULL)
 
     if args.check:
         broken = 0
@@ -490,7 +667,7 @@ def main(argv=None) -> None:
                 print(f"{name:10s} land cover named in {found['cover_accuracy']:.0%} of validation scenes")
         print(f"built in {built['seconds']} s" if built["rebuilt"] else "already built from the same texts and seed")
     for name in names:
-        if not demo and args.source in ("modelscope", "huggingface"):
+        if not demo and args.source in HUBS:
             print(f"{name} from {args.source} ...", flush=True)
             download(name, root, args.source, args.token, args.endpoint)
         elif not demo:
@@ -498,6 +675,14 @@ def main(argv=None) -> None:
                 raise InputError(f"--source {args.source} is neither modelscope, huggingface nor a folder")
             copy_model(name, Path(args.source), root, only=len(names) == 1)
         print(f"whole    {root / name}")
+    for name in files:
+        path, folder = Path(name), root / "models" / Path(name).stem
+        if not path.is_file():
+            print(f"{name} from {args.source} ...", flush=True)
+            path = download_file(name, root, args.source, args.token, args.endpoint)
+            folder = root / name.split("/")[0] / path.stem
+        convert_open_clip(path, folder, args.like, root)
+        print(f"whole    {folder}")
 
 
 if __name__ == "__main__":

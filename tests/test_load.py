@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 # Before a client is imported: nothing of these tests belongs in the user's caches, and no proxy is asked.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
@@ -19,9 +22,10 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 import demo_bases
 import load
 from config import InputError
+from model import DualEncoder
 from tests.conftest import free_port
 from tests.hub_server import Hub
-from tests.official_layout import TEXT, write_qwen_vl
+from tests.official_layout import TEXT, write_clip, write_qwen_vl
 
 HUBS = ["huggingface", "modelscope"]
 SHARD = "model-00002-of-00002.safetensors"
@@ -169,9 +173,6 @@ def test_full_download_and_a_second_run_asks_nothing(tiny, tmp_path, source):
 @pytest.fixture(scope="session")
 def big(tiny, tmp_path_factory) -> Path:
     """The same with a shard of 24 MB: Hugging Face's client writes in pieces of 10 MB."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
     folder = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("big") / "Tiny"))
     save_file(load_file(folder / SHARD) | {"filler": torch.arange(6_000_000)[::1].float()}, folder / SHARD)
     return folder
@@ -241,9 +242,6 @@ def test_wrong_bytes_and_missing_shards_on_the_hub(tiny, tmp_path, source, no_wa
 
 @pytest.mark.parametrize("source", HUBS)
 def test_a_repository_with_only_pytorch_bins(tiny, tmp_path, source):
-    import torch
-    from safetensors.torch import load_file
-
     old = Path(shutil.copytree(tiny, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors*")))
     state = {k: v for shard in sorted(tiny.glob("*.safetensors")) for k, v in load_file(shard).items()}
     tied = state["model.embed_tokens.weight"]
@@ -417,8 +415,6 @@ def test_joined_quarters():
 
 
 def test_muon_steps_are_orthogonal_and_the_same_in_a_batch():
-    import torch
-
     torch.manual_seed(0)
     starts = [torch.randn(shape) for shape in [(8, 24), (24, 8), (8, 24), (8, 8)]]
     gradients = [torch.randn(start.shape) for start in starts]
@@ -516,3 +512,143 @@ def test_help_imports_nothing_heavy_and_mistakes_are_one_line(tmp_path):
     }.items():
         done = run(*arguments)
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+# --- checkpoints of open_clip ---
+
+
+class OpenClip(torch.nn.Module):
+    """open_clip's CLIP with a ViT, in its own names and with torch's own attention, as plainly as can be written."""
+
+    def __init__(self, width=32, layers=3, patch=14, side=56, words=160, out=24):
+        super().__init__()
+        self.visual = torch.nn.Module()
+        self.visual.conv1 = torch.nn.Conv2d(3, width, patch, patch, bias=False)
+        self.visual.class_embedding = torch.nn.Parameter(torch.randn(width))
+        self.visual.positional_embedding = torch.nn.Parameter(torch.randn((side // patch) ** 2 + 1, width))
+        self.visual.ln_pre, self.visual.ln_post = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.visual.transformer, self.transformer = (self.blocks(width, layers) for _ in range(2))
+        self.visual.proj = torch.nn.Parameter(torch.randn(width, out))
+        self.token_embedding = torch.nn.Embedding(words, width)
+        self.positional_embedding = torch.nn.Parameter(torch.randn(77, width))
+        self.ln_final = torch.nn.LayerNorm(width)
+        self.text_projection = torch.nn.Parameter(torch.randn(width, out))
+        self.logit_scale = torch.nn.Parameter(torch.tensor(3.0))
+        self.register_buffer("attn_mask", torch.full((77, 77), float("-inf")).triu(1))
+        for weight in self.parameters():  # norms and biases are ones and zeros otherwise, and would prove nothing
+            torch.nn.init.normal_(weight, std=0.3)
+
+    @staticmethod
+    def blocks(width, layers):
+        tower = torch.nn.Module()
+        tower.resblocks = torch.nn.ModuleList()
+        for _ in range(layers):
+            block = torch.nn.Module()
+            block.ln_1, block.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+            block.attn = torch.nn.MultiheadAttention(width, 2, batch_first=True)
+            block.mlp = torch.nn.Module()
+            block.mlp.c_fc, block.mlp.c_proj = torch.nn.Linear(width, 2 * width), torch.nn.Linear(2 * width, width)
+            tower.resblocks.append(block)
+        return tower
+
+    @staticmethod
+    def run(tower, x, mask=None):
+        for block in tower.resblocks:
+            y = block.ln_1(x)
+            x = x + block.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+            y = block.mlp.c_fc(block.ln_2(x))
+            x = x + block.mlp.c_proj(y * torch.sigmoid(1.702 * y))  # QuickGELU
+        return x
+
+    def encode_image(self, pixels):
+        v = self.visual
+        x = v.conv1(pixels).flatten(2).mT
+        x = torch.cat([v.class_embedding.expand(len(x), 1, -1), x], 1) + v.positional_embedding
+        return v.ln_post(self.run(v.transformer, v.ln_pre(x))[:, 0]) @ v.proj
+
+    def encode_text(self, ids):
+        x = self.token_embedding(ids) + self.positional_embedding
+        x = self.ln_final(self.run(self.transformer, x, self.attn_mask))
+        return x[torch.arange(len(ids)), ids.argmax(-1)] @ self.text_projection
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """(an open_clip model, its state dict in a file, the base it fits)"""
+    torch.manual_seed(0)
+    model = OpenClip().eval()
+    torch.save(model.state_dict(), tmp_path / "Remote-ViT.pt")
+    return model, tmp_path / "Remote-ViT.pt", write_clip(tmp_path / "org" / "clip-base")
+
+
+def test_an_open_clip_checkpoint_gives_the_same_vectors(checkpoint, tmp_path, capsys):
+    model, path, _ = checkpoint
+    load.main([str(path), "--like", "org/clip-base", "--root", str(tmp_path)])
+    folder = tmp_path / "models" / "Remote-ViT"
+    assert "width 32 with patches of 14" in capsys.readouterr().out
+    towers, report = transformers.CLIPModel.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    pixels, ids = torch.randn(2, 3, 56, 56), torch.randint(3, 150, (2, 77))
+    ids[0, 9], ids[1, 76] = 159, 159  # the end of the text
+    with torch.no_grad():
+        images = towers.get_image_features(pixel_values=pixels).pooler_output
+        texts = towers.get_text_features(input_ids=ids).pooler_output
+        torch.testing.assert_close(images, model.encode_image(pixels), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(texts, model.encode_text(ids), rtol=1e-4, atol=1e-4)
+    assert towers.logit_scale == model.logit_scale
+    encoder = DualEncoder.from_pretrained(folder)
+    assert encoder.embed_texts(["a farm field"]).shape == (1, 24)
+
+
+def test_a_training_checkpoint_of_several_gpus_and_safetensors(checkpoint, tmp_path):
+    model, path, base = checkpoint
+    load.convert_open_clip(path, tmp_path / "plain", str(base))
+    training = {"epoch": 5, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}
+    torch.save(training, tmp_path / "epoch_5.pt")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
+    for name in ("epoch_5.pt", "open_clip_model.safetensors"):
+        load.convert_open_clip(tmp_path / name, tmp_path / "other", str(base))
+        assert (tmp_path / "other/model.safetensors").read_bytes() == (
+            tmp_path / "plain/model.safetensors"
+        ).read_bytes()
+
+
+@pytest.mark.parametrize("source", HUBS)
+def test_a_checkpoint_on_a_hub_is_brought_and_converted(checkpoint, tmp_path, source):
+    _, path, base = checkpoint
+    (tmp_path / "published" / "ckpt").mkdir(parents=True)
+    path.rename(tmp_path / "published" / "ckpt" / "RS_ViT.pt")
+    with Hub({"Org/GeoCLIP": tmp_path / "published"}) as hub:
+        where = ["--source", source, "--endpoint", hub.url, "--root", str(tmp_path / "here")]
+        refused(lambda: load.main(["Org/GeoCLIP", *where]), "python load.py Org/GeoCLIP/ckpt/RS_ViT.pt")
+        refused(lambda: load.main(["Org/GeoCLIP/none.pt", *where]), "no none.pt", "ckpt/RS_ViT.pt")
+        load.main(["Org/GeoCLIP/ckpt/RS_ViT.pt", "--like", str(base), *where])
+    load.verify_model(tmp_path / "here" / "Org" / "RS_ViT")
+
+
+def test_checkpoints_that_cannot_be_converted(checkpoint, tmp_path):
+    model, _, base = checkpoint
+
+    def convert(state, like=str(base)):
+        torch.save(state, tmp_path / "x.pt")
+        return lambda: load.convert_open_clip(tmp_path / "x.pt", tmp_path / "out", like, tmp_path)
+
+    state = model.state_dict()
+    resnet = {k: v for k, v in state.items() if "visual" not in k} | {
+        "visual.layer4.0.conv1.weight": state["logit_scale"]
+    }
+    refused(convert(resnet), "x.pt", "a ResNet")
+    refused(convert({"a": state["logit_scale"]}), "no checkpoint of open_clip's CLIP")
+    refused(convert(state, None), "name the base", "--like")
+    large = state | {
+        "visual.conv1.weight": torch.zeros(768, 3, 32, 32),
+        "visual.positional_embedding": torch.zeros(50, 768),
+    }
+    refused(convert(large, None), "224 a side", "run `python load.py openai/clip-vit-base-patch32` first")
+    refused(convert(large), "does not fit", "--like")
+    refused(convert(state | {"extra": state["logit_scale"]}), "in 1 tensors", "extra is [] in it and missing there")
+    refused(convert({"epoch": 3}), "x.pt cannot be read", "epoch in it is no tensor")
+    (tmp_path / "x.pt").write_bytes(b"PK nonsense")
+    refused(lambda: load.convert_open_clip(tmp_path / "x.pt", tmp_path / "out", str(base)), "x.pt cannot be read")
+    refused(lambda: load.main([str(tmp_path / "none.pt"), "--source", str(tmp_path)]), "none.pt: no such file")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".converting*"))
