@@ -505,6 +505,7 @@ _FIXED = {  # open_clip's name -> transformers'
     "text_projection": "text_projection.weight",
     "logit_scale": "logit_scale",
 }
+_NO_WEIGHTS = {"attn_mask", "input_resolution", "context_length", "vocab_size"}  # buffers, some of OpenAI's own code
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
 _IN_BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
              "mlp.c_proj": "mlp.fc2"}  # fmt: skip
@@ -528,7 +529,7 @@ def from_open_clip(state: dict) -> dict:
             made[_FIXED[name]] = tensor.T if name in ("visual.proj", "text_projection") else tensor
         elif module in _FIXED:
             made[f"{_FIXED[module]}.{kind}"] = tensor
-        elif name != "attn_mask":  # a buffer
+        elif name not in _NO_WEIGHTS:
             made[name] = tensor
     return made
 
@@ -578,7 +579,7 @@ def convert_open_clip(path: Path, folder: Path, like: str | None = None, root=".
                 if ".safetensors" not in name:
                     shutil.copyfile(base / name, new / name)
             save_file(
-                {k: v.clone().contiguous() for k, v in state.items()},
+                {k: v.clone().float().contiguous() for k, v in state.items()},
                 new / "model.safetensors",
                 metadata={"format": "pt"},
             )

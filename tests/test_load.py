@@ -600,17 +600,23 @@ def test_an_open_clip_checkpoint_gives_the_same_vectors(checkpoint, tmp_path, ca
     assert encoder.embed_texts(["a farm field"]).shape == (1, 24)
 
 
-def test_a_training_checkpoint_of_several_gpus_and_safetensors(checkpoint, tmp_path):
-    model, path, base = checkpoint
-    load.convert_open_clip(path, tmp_path / "plain", str(base))
-    training = {"epoch": 5, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}
-    torch.save(training, tmp_path / "epoch_5.pt")
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
-    for name in ("epoch_5.pt", "open_clip_model.safetensors"):
+def test_other_forms_of_the_same_checkpoint(checkpoint, tmp_path):
+    """Of training on several GPUs; in safetensors; in half precision with the buffers of OpenAI's own code."""
+    model, _, base = checkpoint
+    model.half()
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    numbers = {name: torch.tensor(77) for name in ("input_resolution", "context_length", "vocab_size")}
+    torch.save(state | numbers, tmp_path / "plain.pt")
+    torch.save({"epoch": 5, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "epoch_5.pt")
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    made = []
+    for name in ("plain.pt", "epoch_5.pt", "open_clip_model.safetensors"):
         load.convert_open_clip(tmp_path / name, tmp_path / "other", str(base))
-        assert (tmp_path / "other/model.safetensors").read_bytes() == (
-            tmp_path / "plain/model.safetensors"
-        ).read_bytes()
+        made.append((tmp_path / "other" / "model.safetensors").read_bytes())
+    assert made[0] == made[1] == made[2]
+    got = load_file(tmp_path / "other" / "model.safetensors")
+    assert {tensor.dtype for tensor in got.values()} == {torch.float32}, "what the base's config says"
+    assert torch.equal(got["visual_projection.weight"], model.visual.proj.T.float())
 
 
 @pytest.mark.parametrize("source", HUBS)
