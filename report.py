@@ -6,6 +6,7 @@ Functions that return `str` of HTML return a fragment for a section of `page`.
 """
 
 import base64
+import contextlib
 import html
 import io
 import itertools
@@ -70,12 +71,26 @@ def _smooth(values: np.ndarray, spread: float) -> np.ndarray:
     return total / weight
 
 
+def _chinese_fonts() -> list[str]:
+    """Those of CJK_FONTS that are installed. matplotlib keeps the list of its first start: a font that was installed since,
+    as `save_figure` advises, is looked for anew."""
+    from matplotlib import font_manager
+
+    fonts = font_manager.fontManager
+    installed = {font.name for font in fonts.ttflist}
+    if not installed.intersection(CJK_FONTS):
+        for path in set(font_manager.findSystemFonts()) - {font.fname for font in fonts.ttflist}:
+            with contextlib.suppress(OSError, RuntimeError):  # a font that matplotlib cannot read
+                fonts.addfont(path)
+        installed = {font.name for font in fonts.ttflist}
+    return [name for name in CJK_FONTS if name in installed]
+
+
 def plot_style():
     """Context in which every plot is drawn: fonts that have Chinese where some are installed, pale lines."""
-    from matplotlib import font_manager, rc_context
+    from matplotlib import rc_context
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
+    fonts = ["DejaVu Sans", *_chinese_fonts()]
     style = {"font.family": fonts, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     grey = {"text.color": "#333", "axes.edgecolor": "#999", "xtick.color": "#555", "ytick.color": "#555"}
     return rc_context(style | grey)
@@ -598,8 +613,8 @@ code, pre { font: .875em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
 th, td { padding: .4rem 1.4rem .4rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--dim); font-weight: 500; white-space: nowrap; } th:last-child, td:last-child { padding-right: 0; }
-td:first-child { min-width: 9rem; } .n { text-align: right; white-space: nowrap; }
+th { color: var(--dim); font-weight: 500; vertical-align: bottom; } th:last-child, td:last-child { padding-right: 0; }
+td:first-child { min-width: 9rem; } .n { text-align: right; } td.n { white-space: nowrap; }
 .plot { display: block; max-width: 100%; height: auto; margin: .5rem 0; background: #fff; border-radius: 6px; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18.5rem), 1fr)); gap: 1.25rem; }
 .card { margin: 0; border: 1px solid var(--line); border-radius: 8px; overflow: hidden; background: var(--card); }

@@ -8,11 +8,13 @@ import warnings
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
 from report import (
+    CJK_FONTS,
     FLIPS,
     caption_sections,
     curves_figure,
@@ -22,6 +24,7 @@ from report import (
     gallery_html,
     in_turn,
     page,
+    plot_style,
     sample_rows,
     samples_html,
     samples_text,
@@ -187,6 +190,19 @@ def test_curves_are_a_png_with_lines_in_it(tmp_path):
     width = Image.open(io.BytesIO(curves_figure(HISTORY, {"loss": "loss"}))).width
     assert width < Image.open(path).width  # one panel, not two
     assert f"width:{width * 0.65:.0f}px" in figure_html(curves_figure(HISTORY, {"loss": "loss"}), "a")
+
+
+def test_a_chinese_font_that_matplotlib_has_not_listed_is_found(monkeypatch):
+    """It lists the fonts once; who installs one because we said so has to see Chinese in the next plot."""
+    from matplotlib import font_manager
+
+    with plot_style():
+        if not set(matplotlib.rcParams["font.family"]) & set(CJK_FONTS):
+            pytest.skip("no Chinese font here")
+    old = [font for font in font_manager.fontManager.ttflist if font.name not in CJK_FONTS]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", old)
+    with plot_style():
+        assert set(matplotlib.rcParams["font.family"]) & set(CJK_FONTS)
 
 
 def test_curves_take_what_a_resumed_or_broken_run_left():
