@@ -538,10 +538,12 @@ def convert_open_clip(path: Path, folder: Path, like: str | None = None, root=".
     """Write the open_clip checkpoint `path` to `folder` in transformers' layout, with the settings and the tokenizer of
     `like`, the base that it was trained from: ORG/NAME below `root`, or a folder; by default by its shape (`LIKE`).
 
-    Raises InputError if it is no CLIP with a ViT, or does not fit `like`."""
+    Raises InputError if it is no CLIP with a ViT, or does not fit `like`, or `folder` is there already."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
+    if folder.exists():  # of another file of that name, for all we know
+        raise InputError(f"{folder} is there already: remove it to convert {path} anew")
     state = from_open_clip(read_state(path))
     conv = state.get("vision_model.embeddings.patch_embedding.weight")
     places = state.get("vision_model.embeddings.position_embedding.weight")
@@ -584,8 +586,6 @@ def convert_open_clip(path: Path, folder: Path, like: str | None = None, root=".
                 metadata={"format": "pt"},
             )
             verify_model(new)
-            if folder.exists():
-                folder.rename(Path(temp) / "old")
             new.rename(folder)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
@@ -679,9 +679,10 @@ def main(argv=None) -> None:
     for name in files:
         path, folder = Path(name), root / "models" / Path(name).stem
         if not path.is_file():
-            print(f"{name} from {args.source} ...", flush=True)
-            path = download_file(name, root, args.source, args.token, args.endpoint)
             folder = root / name.split("/")[0] / path.stem
+            if not folder.exists():  # else there is no need to bring it
+                print(f"{name} from {args.source} ...", flush=True)
+                path = download_file(name, root, args.source, args.token, args.endpoint)
         convert_open_clip(path, folder, args.like, root)
         print(f"whole    {folder}")
 

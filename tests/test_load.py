@@ -611,10 +611,10 @@ def test_other_forms_of_the_same_checkpoint(checkpoint, tmp_path):
     save_file(state, tmp_path / "open_clip_model.safetensors")
     made = []
     for name in ("plain.pt", "epoch_5.pt", "open_clip_model.safetensors"):
-        load.convert_open_clip(tmp_path / name, tmp_path / "other", str(base))
-        made.append((tmp_path / "other" / "model.safetensors").read_bytes())
+        folder = load.convert_open_clip(tmp_path / name, tmp_path / "from" / name, str(base))
+        made.append((folder / "model.safetensors").read_bytes())
     assert made[0] == made[1] == made[2]
-    got = load_file(tmp_path / "other" / "model.safetensors")
+    got = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in got.values()} == {torch.float32}, "what the base's config says"
     assert torch.equal(got["visual_projection.weight"], model.visual.proj.T.float())
 
@@ -629,6 +629,9 @@ def test_a_checkpoint_on_a_hub_is_brought_and_converted(checkpoint, tmp_path, so
         refused(lambda: load.main(["Org/GeoCLIP", *where]), "python load.py Org/GeoCLIP/ckpt/RS_ViT.pt")
         refused(lambda: load.main(["Org/GeoCLIP/none.pt", *where]), "no none.pt", "ckpt/RS_ViT.pt")
         load.main(["Org/GeoCLIP/ckpt/RS_ViT.pt", "--like", str(base), *where])
+        hub.log.clear()
+        refused(lambda: load.main(["Org/GeoCLIP/ckpt/RS_ViT.pt", *where]), "RS_ViT is there already")
+        assert not hub.log
     load.verify_model(tmp_path / "here" / "Org" / "RS_ViT")
 
 
@@ -657,4 +660,6 @@ def test_checkpoints_that_cannot_be_converted(checkpoint, tmp_path):
     (tmp_path / "x.pt").write_bytes(b"PK nonsense")
     refused(lambda: load.convert_open_clip(tmp_path / "x.pt", tmp_path / "out", str(base)), "x.pt cannot be read")
     refused(lambda: load.main([str(tmp_path / "none.pt"), "--source", str(tmp_path)]), "none.pt: no such file")
+    (tmp_path / "kept").mkdir()
+    refused(lambda: load.convert_open_clip(tmp_path / "x.pt", tmp_path / "kept", str(base)), "kept is there already")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".converting*"))
