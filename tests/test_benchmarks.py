@@ -1,5 +1,6 @@
 """The benchmarks run and compare equal work. Nothing here is timed: speed is measured, not asserted."""
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -8,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from official_layout import write_clip, write_qwen3, write_qwen_vl
 from PIL import Image
+
+from config import InputError
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 BENCH = FOLDER / "bench_match.py"
@@ -44,14 +48,20 @@ def run(*arguments: str, script: Path = BENCH) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.fixture
+def load_benchmark(monkeypatch):
+    """A benchmark as a module: a mistake needs no process of its own, and must not change the threads of this one."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    return importlib.import_module
+
+
 @pytest.mark.skipif(has_peer(), reason="sentence-transformers is installed")
-def test_match_names_the_missing_peer():
-    done = run()
-    assert done.returncode == 2
-    assert done.stderr.startswith(
-        "error: sentence-transformers is not installed; run `pip install sentence-transformers=="
-    )
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_match_names_the_missing_peer(load_benchmark):
+    with pytest.raises(
+        InputError, match=r"^sentence-transformers is not installed; run `pip install sentence-transformers=="
+    ):
+        load_benchmark("bench_match").main([])
 
 
 @pytest.mark.skipif(not has_peer(), reason="sentence-transformers is not installed (a benchmark's peer)")
@@ -172,9 +182,9 @@ def test_caption_training_compares_equal_work(frozen, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bench_vqa", "bench_vqa_eval"])
-def test_vqa_names_missing_data(name):
-    done = run("--data", "nowhere", script=FOLDER / f"{name}.py")
-    assert done.returncode == 2 and done.stderr.startswith("error: --data nowhere: not there")
+def test_vqa_names_missing_data(name, load_benchmark):
+    with pytest.raises(InputError, match=r"^--data nowhere: not there"):
+        load_benchmark(name).main(["--data", "nowhere"])
 
 
 def test_search_is_exact_where_it_says_so(tmp_path):
@@ -216,12 +226,8 @@ def test_search_is_exact_where_it_says_so(tmp_path):
     assert other.returncode == 2 and other.stderr.startswith(f"error: --folder {folder}: holds data and builds of")
 
 
-def test_search_names_missing_peers(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import bench_search
-
-    from config import InputError
-
+def test_search_names_missing_peers(monkeypatch, load_benchmark):
+    bench_search = load_benchmark("bench_search")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"run `pip install faiss-cpu==[\d.]+ scikit-learn==[\d.]+`"):
         bench_search.main(["--sides", "ours,faiss flat,faiss hnsw,sklearn", "--threads", "1"])
