@@ -227,6 +227,14 @@ def answerer(vqa_settings):
     return make
 
 
+@pytest.fixture(scope="module")
+def no_java():
+    """METEOR takes ten seconds to start; tests/test_caption_scores.py runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("caption_scores.shutil.which", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def clip_base(tmp_path_factory) -> Path:
     """A tiny CLIP with random weights: 4 x 4 patches."""

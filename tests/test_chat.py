@@ -143,6 +143,7 @@ def flags(base, data, run) -> list[str]:
             "--dataloader_num_workers", "0", "--bf16", "False"]  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_java")
 def test_chat_trains_scores_and_reports(base, talk, tmp_path, call_main, monkeypatch):
     import train_vqa
 

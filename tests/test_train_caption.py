@@ -19,12 +19,7 @@ SMALL = ["--preset=demo", "--stretch=auto", "--num_epochs=2", "--batch_size=4", 
          "--max_rejected=0.2", "--max_caption_tokens=32", "--freeze_language_model_except_layers=1"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_java():
-    """METEOR takes ten seconds to start; tests/test_caption_scores.py runs it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("caption_scores.shutil.which", lambda _: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_java")
 
 
 @pytest.fixture
