@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,8 +108,9 @@ def test_compiled_layers_end_alike(run, tmp_path, monkeypatch):
         assert torch.allclose(a[name], b[name], rtol=1e-3, atol=2e-5), name
 
 
-def test_two_processes_equal_one_with_twice_the_batch(run, bases, drawn, tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch(run, bases, drawn, tmp_path, monkeypatch):
     """Through both stages: what wrapped the model for the first must be gone in the second."""
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # no Java there either
     flags = ["--language=en", "--eval_strategy=no", "--save_strategy=no", "--load_best_model_at_end=false", "--optim=sgd",
              "--learning_rate=0.05", "--projector_stage_learning_rate=0.05", "--max_grad_norm=0", "--num_epochs=1"]  # fmt: skip
     run(*flags, output="one")
