@@ -177,9 +177,22 @@ def test_the_readme_path_from_captions_to_a_described_image(
         "--max_caption_tokens",
         "32",
     ]
-    train_caption.main(
-        ["--data_path", "./data", "--output_dir", "./outputs", "--batch_size", "4", "--num_epochs", "3", *bases, *small]
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr("caption_scores.shutil.which", lambda _: None)  # Java starts once, in eval
+        train_caption.main(
+            [
+                "--data_path",
+                "./data",
+                "--output_dir",
+                "./outputs",
+                "--batch_size",
+                "4",
+                "--num_epochs",
+                "3",
+                *bases,
+                *small,
+            ]
+        )
     out = ["--output_file", "./eval_results.json", "--references", "captions.json"]
     assert caption.main(["eval", "--model_path", "./outputs/final", "--test_dir", "./test_images", *out]) == 0
     image = next((tmp_path / "test_images").iterdir())
