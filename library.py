@@ -908,9 +908,12 @@ def _grid_notes(before: list[dict], after: list[dict], overlaps: list[float]) ->
 
 def _match_names(before: list[dict], after: list[dict]) -> list[tuple[int, int, float]]:
     """As `match_footprints` finds them, where path and window are all that is known of a place."""
-    known = {(payload["path"], tuple(payload["window"] or ())): n for n, payload in enumerate(after)}
-    keys = [(payload["path"], tuple(payload["window"] or ())) for payload in before]
-    return [(n, known[key], 1.0) for n, key in enumerate(keys) if key in known]
+
+    def key(payload):
+        return payload["path"], tuple(payload["window"] or ())
+
+    known = {key(payload): n for n, payload in enumerate(after)}
+    return [(n, known[key(payload)], 1.0) for n, payload in enumerate(before) if key(payload) in known]
 
 
 def _bounds_text(payloads: list[dict]) -> str:

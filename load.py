@@ -15,6 +15,7 @@ the same command again; a model counts as present only after `verify_model` has 
 """
 
 import argparse
+import contextlib
 import errno
 import fnmatch
 import hashlib
@@ -453,6 +454,20 @@ def find_copy(source: Path, name: str, only: bool) -> Path:
     raise InputError(f"no {name} in {source}: expected {places[0]} or {places[1]} with a config.json")
 
 
+@contextlib.contextmanager
+def _made_whole(folder: Path):
+    """A new folder to fill; it is verified and takes the place of `folder`, or nothing is changed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".copying-", dir=folder.parent) as temp:
+        new = Path(temp) / "new" / folder.name
+        new.mkdir(parents=True)
+        yield new
+        verify_model(new)
+        if folder.exists():
+            folder.rename(Path(temp) / "old")
+        new.rename(folder)
+
+
 def copy_model(name: str, source: Path, root=".", only: bool = True) -> Path:
     """Copy `name` from a folder into `root/org/model`, whole or not at all; at once if it is there and whole.
 
@@ -473,17 +488,10 @@ def copy_model(name: str, source: Path, root=".", only: bool = True) -> Path:
         raise InputError(f"{str(error).rpartition(': ')[0]}: copy that folder again") from None
     _check_space(folder.with_name(f".{folder.name}.new"), sizes)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".copying-", dir=folder.parent) as temp:
-            new = Path(temp) / "new" / folder.name
-            new.mkdir(parents=True)
+        with _made_whole(folder) as new:
             for path in sizes:
                 shutil.copyfile(place / path, new / path)
             convert_bin(new)
-            verify_model(new)
-            if folder.exists():
-                folder.rename(Path(temp) / "old")
-            new.rename(folder)
     except OSError as error:
         raise InputError(_explain(error, name, "modelscope", str(place), folder)[0]) from error
     return folder
@@ -573,10 +581,7 @@ def convert_open_clip(path: Path, folder: Path, like: str | None = None, root=".
             f"{path} does not fit {base} in {len(wrong)} tensors ({said}): give the base that it was trained from with --like"
         )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as temp:
-            new = Path(temp) / "new" / folder.name
-            new.mkdir(parents=True)
+        with _made_whole(folder) as new:
             for name in choose_files({file.name: 0 for file in base.iterdir() if file.is_file()}):
                 if ".safetensors" not in name:
                     shutil.copyfile(base / name, new / name)
@@ -585,8 +590,6 @@ def convert_open_clip(path: Path, folder: Path, like: str | None = None, root=".
                 new / "model.safetensors",
                 metadata={"format": "pt"},
             )
-            verify_model(new)
-            new.rename(folder)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
     print(f"{path}: {shape}, with the settings of {like}")

@@ -503,9 +503,8 @@ class DualEncoder(Encoder):
             values, vectors = values.flip(0), vectors.flip(1)
             rank = min(linear.out_features, linear.in_features, len(x) - 1)
             # Directions below 1% of the largest variance are mostly noise; they are not blown up to full scale.
-            scale = (
-                (values[:rank].clamp(min=0) + 0.01 * values[0]).clamp(min=1e-12).rsqrt()
-            )  # of equal pictures: nothing
+            # Pictures that are all alike have no directions at all: 1e-12 keeps their scale finite.
+            scale = (values[:rank].clamp(min=0) + 0.01 * values[0]).clamp(min=1e-12).rsqrt()
             weight = torch.zeros_like(linear.weight, dtype=torch.double)
             weight[:rank] = (vectors[:, :rank] * scale).T
             linear.weight.copy_(weight)

@@ -254,6 +254,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         read_config(config.base_model)  # a missing base is said before the data is read
     read = read_chat if config.task == "chat" else read_conversations
     splits = load_splits(config, args.seed, rejected, read=read)
+    if config.max_test_scenes:
+        splits["test"] = sample_scenes(splits["test"], config.max_test_scenes)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     options = {"dtype": dtype, "device": str(args.device)}
     chat = config.task == "chat"
@@ -281,10 +283,6 @@ def main(argv: list[str] | None = None) -> dict | None:
     splits = drop_too_long(splits, model.tokenizer, config.max_rejected, rejected, advice, **limits)
     store = pixel_store(model, config.cache_dir)
     splits = drop_unreadable(splits, store, config.max_rejected, rejected)
-    tested = "test" if splits["test"] else "val"
-    held = splits[tested]
-    if config.max_test_scenes and tested == "test":
-        held = splits["test"] = sample_scenes(held, config.max_test_scenes)
     say(f"data: {describe(splits)}")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -300,6 +298,8 @@ def main(argv: list[str] | None = None) -> dict | None:
             model.prepare_tokens(tokens, store, paths, args.eval_batch_size)
         if args.world_size > 1:
             torch.distributed.barrier()
+    tested = "test" if splits["test"] else "val"
+    held = splits[tested]
 
     collator = QuestionCollator(
         config.pack_tokens, packing=config.packing, pad_id=model.tokenizer.pad_token_id, align=row_align(args.device)

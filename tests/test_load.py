@@ -662,4 +662,4 @@ def test_checkpoints_that_cannot_be_converted(checkpoint, tmp_path):
     refused(lambda: load.main([str(tmp_path / "none.pt"), "--source", str(tmp_path)]), "none.pt: no such file")
     (tmp_path / "kept").mkdir()
     refused(lambda: load.convert_open_clip(tmp_path / "x.pt", tmp_path / "kept", str(base)), "kept is there already")
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".converting*"))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".copying*"))
