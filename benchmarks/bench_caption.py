@@ -13,6 +13,7 @@ loss divided by the target tokens of the whole step:
               patch features from the cache of the frozen tower, the head on the positions that predict a word of a caption
     compiled  ours with `train_caption.py --torch_compile` (only with --torch_compile here: a minute of compiling first)
     rows      a plain PyTorch loop with a row for every (image, caption), as captioners are commonly trained
+    rows, compiled  the same over layers compiled in the same way (only with --torch_compile)
 
 What "rows" does, and from whom. Both LLaVA and nanoVLM (its first version): open, cut and encode the image of every row, so
 that five captions cost five runs of the tower; project; put the patches in front of the words; head and cross entropy over
@@ -85,11 +86,12 @@ SIDES = {  # name: (packed, features from the cache, head on the predicting posi
     "compiled": (True, True, True),
     "ours, no cache": (True, False, True),
     "rows": (False, False, False),
+    "rows, compiled": (False, False, False),
     "rows, cache": (False, True, False),
     "rows, head": (False, False, True),
     "rows, cache, head": (False, True, True),
 }
-PARTS = [name for name in SIDES if name not in ("ours", "compiled", "rows")]
+PARTS = [name for name in SIDES if "compiled" not in name and name not in ("ours", "rows")]
 
 # Random weights in these shapes; full: the config.json of clip-vit-base-patch16 and of Qwen3-0.6B.
 SHAPES = {
@@ -269,7 +271,7 @@ class Bench(bench_vqa.Bench):
         packed, cached, head = SIDES[side]
         cached = cached and self.options.freeze_vision_model
         scenes, rows = self.work(steps) if after_step is None else (self.train, None)
-        stance = torch.compiler.set_stance("default" if side == "compiled" else "force_eager")
+        stance = torch.compiler.set_stance("default" if "compiled" in side else "force_eager")
         if packed:
             images, captions = shape or (self.options.images, self.options.captions)
             data = self.dataset(scenes, cached, captions, share=True)
@@ -417,11 +419,19 @@ def check_equal(bench: Bench, sides: list[str]) -> dict:
 
 def tune(bench: Bench, sides: list[str]) -> dict[str, dict[int, float]]:
     """{side: {rows a micro-batch: captions a second}} of the sides that run rows."""
-    per_step = bench.options.images * bench.options.captions
+    per_step, found = bench.options.images * bench.options.captions, {}
     usable = sorted({min(rows, per_step) for rows in bench.options.rows})
     warm = warm_steps(bench.options.device)
-    return {side: {size: per_step / bench.run(side, 1, size, warm=warm)["seconds"] for size in usable}
-            for side in sides if not SIDES[side][0]}  # fmt: skip
+    for side in (side for side in sides if not SIDES[side][0]):
+        found[side] = {}
+        for size in usable:
+            try:
+                found[side][size] = per_step / bench.run(side, 1, size, warm=warm)["seconds"]
+            except torch.OutOfMemoryError:
+                if not found[side]:
+                    raise
+                say(f"{side}: {size} rows do not fit")
+    return found
 
 
 def compare(bench: Bench, sides: dict[str, int]) -> dict:
@@ -505,7 +515,9 @@ def main(argv: list[str] | None = None) -> dict:
         return {}
     if options.target_loss is not None and not bench.held:
         raise InputError(f"{options.data}: no image with {options.captions} captions is held out (split val)")
-    sides = ["ours", *(["compiled"] if options.torch_compile else []), "rows", *options.parts]
+    sides = ["ours", "rows", *options.parts]
+    if options.torch_compile:
+        sides[1:2] = ["compiled", "rows", "rows, compiled"]
     model, per_step = bench.model, options.images * options.captions
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
     say(f"command: python benchmarks/bench_caption.py {shlex.join(argv)}")

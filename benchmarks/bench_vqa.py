@@ -14,6 +14,8 @@ threads and dtype, and a frozen vision tower:
     rows    transformers.Trainer with one padded row per question, as popular fine-tuning repositories write it: the
             processor opens and cuts the image of every row, model(**inputs) with labels, logits of every position
     swift   ms-swift `swift sft` in a process of its own (benchmarks/swift_worker.py), stopped between rounds
+    swift, flash  the same with flash attention and `--padding_free true`: the rows of a micro-batch one behind the other,
+            which is what its `--packing true` does with as many rows as fit (only with --swift_flash, on CUDA)
 
 That ours and rows do the same work is shown first: loss and LoRA gradient of one step are equal. Of ms-swift it is shown
 what it trains, what its first rows look like and that their loss is that of our base. Rows a micro-batch are tuned for the
@@ -127,6 +129,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--rows", type=int, nargs="+", default=[1, 5, 10, 25], help="rows a micro-batch to choose from, for each peer")
     add("--pack_tokens", type=int, default=VQAConfig.pack_tokens)
     add("--swift", help="python of a venv with ms-swift; without it that side is left out")
+    add("--swift_flash", action="store_true", help="ms-swift with flash attention, without padding, too (CUDA)")
     add("--workers", type=int, default=0, help="DataLoader workers on all sides")
     add("--gradient_checkpointing", action="store_true", help="on all sides")
     add("--torch_compile", action="store_true", help="measure ours with compiled layers too")
@@ -148,6 +151,8 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--measure", choices=["ours", "tower", "rows"], help=argparse.SUPPRESS)  # a child that prints its peak memory
     options = parser.parse_args(argv)
     check(options, "rounds", "scenes", "texts", "steps", "our_steps", "threads", "seeds")
+    if options.swift_flash and (options.device != "cuda" or options.dtype != "bfloat16"):
+        raise InputError("--swift_flash: flash attention needs --device cuda and --dtype bfloat16")
     return options
 
 
@@ -448,7 +453,7 @@ def in_language_model(name: str) -> str:
 class Swift:
     """`swift sft` on `listed` rows, `per_step` of them a step, held still between rounds (benchmarks/swift_worker.py)."""
 
-    def __init__(self, bench: Bench, listed: list[dict], per_step: int, rows: int, steps: int):
+    def __init__(self, bench: Bench, listed: list[dict], per_step: int, rows: int, steps: int, *, flash: bool = False):
         options, folder = bench.options, Path(bench.folder.name)
         self.bench, self.warm = bench, warm_steps(options.device)
         bench.reset()  # on a GPU the two processes share its memory
@@ -461,7 +466,8 @@ class Swift:
         flags = {
             "model": bench.base, "model_type": bench.model.qwen.config.model_type, "dataset": file, "max_steps": steps,
             "template": bench.model.qwen.config.model_type, "tuner_type": "lora", "torch_dtype": options.dtype,
-            "attn_impl": "sdpa", "lora_rank": options.lora_rank, "lora_alpha": 2 * options.lora_rank, "lora_dropout": 0,
+            "attn_impl": "flash_attention_2" if flash else "sdpa", "padding_free": str(flash).lower(),
+            "lora_rank": options.lora_rank, "lora_alpha": 2 * options.lora_rank, "lora_dropout": 0,
             "target_modules": "all-linear", "freeze_vit": "true", "freeze_aligner": "true", "max_grad_norm": 1.0,
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": per_step // rows,
             "learning_rate": options.learning_rate, "lr_scheduler_type": "constant", "warmup_ratio": 0, "weight_decay": 0,
@@ -477,7 +483,7 @@ class Swift:
             "MAX_PIXELS": str(options.max_pixels), "MIN_PIXELS": str(bench.config.min_pixels), "USE_HF": "1",
             "MODELSCOPE_CACHE": str(folder / "modelscope"), "HF_HOME": str(folder / "hf"),
         }  # fmt: skip
-        self.log = (folder / f"swift_{rows}.log").open("w+")
+        self.log = (folder / f"swift_{rows}{'_flash' * flash}.log").open("w+")
         self.process = subprocess.Popen(
             command + [part for name, value in flags.items() for part in (f"--{name}", str(value))], env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=folder,
@@ -600,15 +606,17 @@ def tune(bench: Bench, work: Work) -> dict:
 def compare(bench: Bench, work: Work, best: dict) -> dict:
     """Interleaved rounds of all sides: questions a second, and the ratio of ours to each peer in each round."""
     options = bench.options
-    swift = None
+    peers = {}
     if options.swift:
-        swift = Swift(bench, work.rows, work.per_step, best["swift"], swift_steps(options))
-    rates, memory = {side: [] for side in (*bench.packed, "rows", *(["swift"] if swift else []))}, {}
+        for side in ("swift", "swift, flash")[: 1 + options.swift_flash]:
+            flash = side != "swift"
+            peers[side] = Swift(bench, work.rows, work.per_step, best["swift"], swift_steps(options), flash=flash)
+    rates, memory = {side: [] for side in (*bench.packed, "rows", *peers)}, {}
     for number in range(options.rounds):
         for side, kept in rates.items():
             steps = options.steps * (options.our_steps if side in bench.packed else 1)
-            if side == "swift":
-                seconds = swift.run(steps)
+            if side in peers:
+                seconds = peers[side].run(steps)
             else:
                 made = bench.run(side, work, steps, best["rows"])
                 seconds, memory[side] = made["seconds"], made["memory"]
@@ -621,9 +629,14 @@ def compare(bench: Bench, work: Work, best: dict) -> dict:
     for peer in list(rates)[len(bench.packed) :]:
         for side in bench.packed:
             result["ratios"][f"{side}/{peer}"] = [a / b for a, b in zip(rates[side], rates[peer])]
-    if swift:
-        result["swift"] = check_swift(bench, work, swift.first) | {"peak": swift.peak}
-        swift.close()
+    if peers:
+        result["swift"] = check_swift(bench, work, peers["swift"].first) | {
+            "peaks": {side: peer.peak for side, peer in peers.items()},
+            "first": {side: (peer.first["loss_rows"], sum(map(len, peer.first["input_ids"])))
+                      for side, peer in peers.items()},
+        }  # fmt: skip
+    for peer in peers.values():
+        peer.close()
     return result
 
 
@@ -945,7 +958,8 @@ def table(results: dict) -> str:
         ratios = ", ".join(f"{name} {sides[peer] / sides['ours']:.1f}" for name, sides in totals.items())
         lines.append(f"  {peer} / ours in counted work, by shape: {ratios}")
     if settings["device"] == "cuda":
-        for side, done in (("ours", "ours"), ("compiled", "ours"), ("rows", "rows"), ("swift", "swift")):
+        for side, done in (("ours", "ours"), ("compiled", "ours"), ("rows", "rows"), ("swift", "swift"),
+                           ("swift, flash", "swift")):  # fmt: skip
             if side not in found["rates"]:
                 continue
             used = statistics.median(found["rates"][side]) * totals["measured"][done] / 1000 / settings["peak_tflops"]
@@ -954,8 +968,8 @@ def table(results: dict) -> str:
         grown = (memory["peak"] - memory["loaded"]) / 2**20
         lines.append(f"{f'peak memory, {side}':28}{memory['peak'] / 2**20:.0f} MiB, {grown:.0f} of it in training")
     if swift := found.get("swift"):
+        lines += [f"{f'peak memory, {side}':28}{peak / 2**20:.0f} MiB" for side, peak in swift["peaks"].items()]
         lines += [
-            f"{'peak memory, swift':28}{swift['peak'] / 2**20:.0f} MiB",
             "",
             f"ms-swift {swift['version']}: trains {swift['trained']} LoRA tensors, the same modules as ours: "
             f"{swift['same_modules']}; dtypes {swift['dtypes']}; logits {swift['logits']}",
@@ -964,6 +978,10 @@ def table(results: dict) -> str:
             f"  loss of that micro-batch before training: {swift['loss_swift']:.5f}; our weights on its tokens "
             f"{swift['loss_ours_on_its_tokens']:.5f}, on our tokens {swift['loss_ours']:.5f}",
         ]
+        if "swift, flash" in swift["first"]:
+            loss, length = swift["first"]["swift, flash"]
+            lines.append(f"  with flash attention, without padding: loss {loss:.5f}, {length} instead of "
+                         f"{swift['first']['swift'][1]} positions")  # fmt: skip
     return "\n".join(lines)
 
 

@@ -3,12 +3,18 @@
 Its arguments are those of `swift sft`. After the first optimizer step, which is not timed, it prints what it trained and
 read; then for each {"steps": N, "warm": W, "weights": FILE} on stdin it runs W steps off the clock and N on it, prints their
 seconds and the peak memory, and writes what it trains to FILE where one is named. Such lines begin with @@.
+
+With `--attn_impl flash_attention_2` and no package flash_attn (it is published as source that takes long to build), torch's
+own FlashAttention-2 kernels stand in under its name.
 """
 
 import functools
+import importlib.machinery
+import importlib.util
 import json
 import sys
 import time
+import types
 from importlib.metadata import version
 
 import torch
@@ -20,6 +26,39 @@ from transformers import TrainerCallback
 
 def reply(**found) -> None:
     print("@@" + json.dumps(found), flush=True)
+
+
+def flash_attention_of_torch() -> None:
+    """A module `flash_attn`, as far as transformers calls it, of `torch.ops.aten._flash_attention_forward`."""
+
+    def call(q, k, v, cu_q, cu_k, longest_q, longest_k, dropout_p, softmax_scale, causal):
+        lengths = (cu_q, cu_k, int(longest_q), int(longest_k))
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, *lengths, dropout_p, causal, return_debug_mask=False, scale=softmax_scale
+        )[0]
+
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+        return call(q, k, v, None, None, q.shape[1], k.shape[1], dropout_p, softmax_scale, causal)
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+    ):
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return call(q, k, v, *lengths, dropout_p, softmax_scale, causal)
+
+    from transformers import modeling_flash_attention_utils as flash
+    from transformers.utils import import_utils
+
+    made = {"flash_attn": types.ModuleType("flash_attn"), "flash_attn.bert_padding": types.ModuleType("bert_padding")}
+    for name, module in made.items():
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=name == "flash_attn")
+    package, padding = made.values()
+    package.__version__, package.__path__ = "2.8.3", []
+    package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    package.flash_attn_with_kvcache = None
+    padding.pad_input, padding.unpad_input = flash._pad_input, flash._unpad_input
+    sys.modules |= made
+    import_utils.PACKAGE_DISTRIBUTION_MAPPING["flash_attn"] = ["flash-attn"]
 
 
 class Rounds(TrainerCallback):
@@ -91,6 +130,8 @@ class Rounds(TrainerCallback):
 
 
 if __name__ == "__main__":
+    if "flash_attention_2" in sys.argv and importlib.util.find_spec("flash_attn") is None:
+        flash_attention_of_torch()
     from swift import sft_main
 
     prepare = transformers.Trainer.__init__
