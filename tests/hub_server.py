@@ -58,8 +58,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         url = urlsplit(self.path)
         parts, query = [unquote(part) for part in url.path.strip("/").split("/")], parse_qs(url.query)
-        if parts[:2] == ["api", "models"]:  # Hugging Face: the model, its tree
-            return self.listing("/".join(parts[2:4]), "tree" if "tree" in parts else "info")
+        if parts[0] == "datasets":  # Hugging Face: a dataset's files lie where a model's do, one folder down
+            parts = parts[1:]
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):  # Hugging Face: the model, its tree
+            under = "/".join(parts[6:]) if "tree" in parts else ""
+            return self.listing(
+                "/".join(parts[2:4]),
+                "tree" if "tree" in parts else "info",
+                under,
+                query.get("recursive", [""])[0].lower() == "true",
+            )
         if parts[:3] == ["api", "v1", "models"]:  # ModelScope: the listing, one file
             repository = "/".join(parts[3:5])
             if parts[5:] == ["repo", "files"]:
@@ -91,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             X_Error_Message=text,
         )
 
-    def listing(self, repository: str, form: str):
+    def listing(self, repository: str, form: str, under: str = "", deep: bool = True):
         self.hub.log.append((self.command, f"{repository} {form}", None))
         folder = self.hub.repositories.get(repository)
         code = self.hub.status.get(repository) or (0 if folder else 404)
@@ -109,7 +117,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(
                 200, {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": f["path"]} for f in hub]}
             )
-        self.answer(200, hub if form == "tree" else {"Code": 200, "Success": True, "Data": {"Files": files}})
+        folders = sorted({str(parent) for f in hub for parent in Path(f["path"]).parents} - {"."})
+        tree = hub + [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in folders]
+        tree = [entry for entry in tree if not under or entry["path"].startswith(f"{under}/")]
+        tree = [entry for entry in tree if deep or "/" not in entry["path"].removeprefix(f"{under}/")]
+        self.answer(200, tree if form == "tree" else {"Code": 200, "Success": True, "Data": {"Files": files}})
 
     def file(self, repository: str, name: str):
         span = self.headers.get("Range")

@@ -22,7 +22,7 @@ TIERS = [
 ]
 TRAINING = ["train_match", "train_vqa", "train_caption"]
 USE = ["inference_script", "compare_before_after", "caption", "search", "cli_demo", "web_demo"]
-MAKE = ["load", "demo_data", "data2csv", "csv2json", "translation_en2zh"]
+MAKE = ["load", "hub2data", "demo_data", "data2csv", "csv2json", "translation_en2zh"]
 TIER = {name: i for i, names in enumerate(TIERS) for name in names}
 SCRIPTS = {name: len(TIERS) for name in TRAINING + USE + MAKE}
 KNOWN = TIER | SCRIPTS

@@ -1,0 +1,294 @@
+"""A dataset of the Hugging Face Hub, or a folder of its parquet files, to images and the files that the other scripts read.
+
+    python hub2data.py arampacha/rsicd                     # -> data/rsicd: images/ and captions.json
+    python hub2data.py ./eurosat --output data/eurosat     # parquet files that are here
+    python hub2data.py ORG/NAME --question q --answer a    # where a column is not found by its name
+
+What a dataset has beside its images says what is written next to images/:
+
+    captions                captions.json         train_match.py, train_caption.py, caption.py eval
+    questions and answers   rsvqa-dataset.csv     csv2json.py, then train_vqa.py
+    class labels            labels.csv            search.py index --attributes, classify --truth label
+
+Images keep their bytes: nothing is decoded and compressed again. One that stands in several rows is written once; one that
+stands in several splits stays in the one that is held out (test, then val), and its rows of the others are left out.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+
+from config import InputError, user_errors
+from imagery import ImageError, image_size
+
+NAMES = {  # what is looked for, and the names of columns that hold it, best first
+    "image": ("image", "img", "picture", "jpg", "png", "tif"),
+    "name": ("filename", "file_name", "image_name", "image_id", "img_id", "name", "__key__"),
+    "caption": ("captions", "caption", "sentences", "text", "raw", "description"),
+    "question": ("question", "questions"),
+    "answer": ("answer", "answers"),
+    "type": ("type", "question_type", "category"),
+    "label": ("label", "labels", "class", "class_name", "scene"),
+}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+          "test": "test", "testing": "test"}  # fmt: skip
+HELD_OUT = ("test", "val", "train", "")  # of an image in several splits, the first of these is its split
+ENDINGS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"II*\x00": ".tif", b"MM\x00*": ".tif", b"II+\x00": ".tif",
+           b"RIFF": ".webp", b"BM": ".bmp"}  # fmt: skip
+QUESTION_COLUMNS = ("image_path", "question", "answer", "type", "split")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="ORG/NAME on the hub, or a folder of parquet files")
+    parser.add_argument("--output", help="new folder to write (default: data/NAME)")
+    parser.add_argument("--config", help="configuration of a dataset that has several")
+    for what, names in NAMES.items():
+        parser.add_argument(f"--{what}", metavar="COLUMN", help=f"column of it (default: {', '.join(names)})")
+    return parser
+
+
+def read_splits(source: str, config: str | None) -> dict:
+    """{split as the dataset calls it: its rows}. A folder is read as it lies; from the hub all is fetched first, and a
+    second run takes what is there. Raises InputError."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    local = Path(source).is_dir()
+    if local and not any(Path(source).rglob("*.parquet")):
+        raise InputError(f"{source}: no parquet file in this folder; images in folders need no conversion")
+    if not local and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(f"{source}: neither a folder nor ORG/NAME of a dataset")
+    try:
+        return dict(datasets.load_dataset(source, config, streaming=local))
+    except (
+        Exception
+    ) as error:  # datasets raises its own, the hub client's, ValueError and RuntimeError for a user's mistakes
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{source}: cannot be loaded as a dataset: {type(error).__name__}: {reason}") from None
+
+
+def find_columns(features: dict, given: dict[str, str | None]) -> dict[str, str]:
+    """{"image": column, ...} of what there is. Raises InputError: no image, nothing to learn, a column that is not there."""
+    import datasets
+
+    listed = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
+    found = {}
+    for what, names in NAMES.items():
+        if given.get(what):
+            if given[what] not in features:
+                raise InputError(f"--{what} {given[what]}: no such column; there are: {listed}")
+            found[what] = given[what]
+        elif column := next((name for name in names if name in features), None):
+            found[what] = column
+    pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    if not given.get("image"):
+        if len(pictures) != 1 and found.get("image") not in pictures:
+            what = f"{len(pictures)} columns of images" if pictures else "no column of images"
+            raise InputError(f"{what}; give one with --image. There are: {listed}")
+        found["image"] = found["image"] if found.get("image") in pictures else pictures[0]
+    elif found["image"] not in pictures:
+        raise InputError(f"--image {given['image']}: not a column of images; there are: {listed}")
+    if found.get("name") and not _holds_texts(features[found["name"]]):
+        del found["name"]  # a number is no file name
+    if ("question" in found) != ("answer" in found):
+        missing = "answer" if "question" in found else "question"
+        raise InputError(f"no column of {missing}s; give --{missing}. There are: {listed}")
+    if not {"caption", "question", "label"} & set(found):
+        raise InputError(
+            f"no captions, questions or labels; give --caption, --question and --answer, or --label. There are: {listed}"
+        )
+    return found
+
+
+def _holds_texts(kind) -> bool:
+    return getattr(kind, "dtype", "") in ("string", "large_string")
+
+
+class Folder:
+    """The images of a dataset, each under one name in `root`."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        root.mkdir(parents=True)
+        self.names: dict[bytes, str] = {}  # hash of the content -> name
+        self.taken: set[str] = set()  # in lower case: some file systems know no other
+
+    def put(self, image: dict, wanted: str) -> str:
+        """The name in `root` of this image, {"bytes", "path"}, written if it is new. Raises ImageError."""
+        data = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        if digest in self.names:
+            return self.names[digest]
+        stem, ending = os.path.splitext(re.split(r"[/\\]", wanted)[-1])
+        stem = re.sub(r"[^\w.-]", "_", stem).lstrip(".") or "image"
+        name = stem + next((known for start, known in ENDINGS.items() if data.startswith(start)), ending.lower())
+        if name.lower() in self.taken:
+            name = f"{Path(name).stem}_{digest.hex()[:8]}{Path(name).suffix}"
+        path = self.root / name
+        path.write_bytes(data)
+        try:
+            image_size(path)
+        except ImageError:
+            path.unlink()
+            raise
+        self.names[digest] = name
+        self.taken.add(name.lower())
+        return name
+
+
+def texts_of(value) -> list[str]:
+    """The texts of a caption's column: a text, a list of them, or COCO's [{"raw": text}]."""
+    values = value if isinstance(value, list) else [value]
+    values = [v.get("raw", v.get("caption")) if isinstance(v, dict) else v for v in values]
+    return [" ".join(v.split()) for v in values if isinstance(v, str) and v.strip()]
+
+
+def collect(splits: dict, columns: dict[str, str], folder: Folder) -> tuple[dict[str, dict], list[str]]:
+    """({image: {"captions", "questions", "label", "split"}}, reasons why rows were left out). The split "" is any other name
+    than those of SPLITS: what is written then has none."""
+    import datasets
+    from tqdm import tqdm
+
+    images, refused = {}, []
+    for split, rows in splits.items():
+        rows = rows.cast_column(columns["image"], datasets.Image(decode=False))
+        label = rows.features.get(columns.get("label"))
+        bar = tqdm(rows, desc=split, unit="row", leave=False, disable=not sys.stderr.isatty())
+        for number, row in enumerate(bar):
+            image = row[columns["image"]] or {}
+            wanted = row.get(columns.get("name")) or image.get("path") or f"{split}_{number:06d}"
+            try:
+                if image.get("bytes") is None and not os.path.isfile(image.get("path") or ""):
+                    raise ImageError("there is no image in it")
+                name = folder.put(image, wanted)
+            except ImageError as error:
+                refused.append(f"{split}, row {number}: {error}")
+                continue
+            found = {"split": SPLITS.get(split, ""), "captions": [], "questions": [], "label": None, "rows": 0}
+            known = images.setdefault(name, found)
+            if known["split"] != found["split"]:
+                first, last = sorted((known, found), key=lambda one: HELD_OUT.index(one["split"]))
+                reason = f"{name}: a row of split {last['split'] or split}: the image is in {first['split']} too"
+                if first is known:
+                    refused.append(reason)
+                    continue
+                refused += [reason] * known["rows"]
+                known = images[name] = found
+            known["rows"] += 1
+            known["captions"] += texts_of(row.get(columns.get("caption")))
+            if "question" in columns:
+                known["questions"] += questions_of(row, columns)
+            value = row.get(columns.get("label"))
+            if isinstance(label, datasets.ClassLabel) and isinstance(value, int) and value >= 0:
+                value = label.int2str(value)
+            if isinstance(value, (str, int)) and str(value).strip():
+                known["label"] = str(value).strip()
+    return images, refused
+
+
+def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
+    """A row's questions: one, or a list with a list of as many answers."""
+    asked, answers = row[columns["question"]], row[columns["answer"]]
+    asked, answers = ([v] if not isinstance(v, list) else v for v in (asked, answers))
+    if (
+        len(answers) > len(asked) == 1
+    ):  # several people's answers to one question: the most frequent, the first of equals
+        answers = [Counter(map(str, answers)).most_common(1)[0][0]]
+    kind = row.get(columns.get("type"))
+    return [{"question": str(q).strip(), "answer": str(a).strip(), "type": kind if isinstance(kind, str) else ""}
+            for q, a in zip(asked, answers) if q is not None and a is not None]  # fmt: skip
+
+
+def files_of(images: dict[str, dict], place: Path) -> dict[str, str]:
+    """{file name: text} for what the images have; `place`: the folder that all will stand in."""
+    files = {}
+    if any(found["captions"] for found in images.values()):
+        scenes = []
+        for name, found in images.items():
+            if found["captions"]:
+                scene = {"image": name, "captions": found["captions"]}
+                scene |= {"split": found["split"]} if found["split"] else {}
+                scenes.append(scene | ({"class": found["label"]} if found["label"] else {}))
+        files["captions.json"] = json.dumps(scenes, ensure_ascii=False, indent=1) + "\n"
+    if any(found["questions"] for found in images.values()):
+        rows = [{**asked, "image_path": str(place / "images" / name), "split": found["split"]}
+                for name, found in images.items() for asked in found["questions"]]  # fmt: skip
+        whole = all(row["split"] for row in rows)  # else csv2json.py splits by image
+        files["rsvqa-dataset.csv"] = _table(QUESTION_COLUMNS if whole else QUESTION_COLUMNS[:-1], rows)
+    if any(found["label"] for found in images.values()):
+        rows = [
+            {"path": name, "label": found["label"] or "", "split": found["split"]} for name, found in images.items()
+        ]
+        files["labels.csv"] = _table(("path", "label", "split"), rows)
+    return files
+
+
+def _table(columns: tuple[str, ...], rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    output = Path(args.output or Path("data") / Path(args.dataset).resolve().name)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: is there already; give another --output, or remove it")
+    splits = read_splits(args.dataset, args.config)
+    features = next(iter(splits.values())).features
+    if features is None:
+        raise InputError(f"{args.dataset}: its files do not say what their columns are")
+    columns = find_columns(features, {what: getattr(args, what) for what in NAMES})
+    print("columns: " + ", ".join(f"{what} = {column}" for what, column in columns.items()))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as partial:
+            made = Path(partial) / "made"
+            images, refused = collect(splits, columns, Folder(made / "images"))
+            files = files_of(images, output)
+            if not files:
+                raise InputError(
+                    f"{args.dataset}: no row has an image with a text" + (f"; {refused[0]}" if refused else "")
+                )
+            for name, text in files.items():
+                (made / name).write_text(text, encoding="utf-8")
+            if refused:
+                (made / "rejected.txt").write_text("\n".join(refused) + "\n", encoding="utf-8")
+            if output.exists():
+                output.rmdir()  # empty, as seen above
+            shutil.move(made, output)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
+    except pyarrow.ArrowException as error:
+        raise InputError(
+            f"{args.dataset}: a parquet file of it is not whole: {str(error).rstrip('.')}; fetch it again"
+        ) from None
+    count = Counter(found["split"] or "no split" for found in images.values())
+    print(f"{output / 'images'}: {len(images)} images ({', '.join(f'{split} {n}' for split, n in count.items())})")
+    said = {"captions.json": ("captions", "captions"), "rsvqa-dataset.csv": ("questions", "questions")}
+    for name in files:
+        part, word = said.get(name, ("label", "labels"))
+        total = sum(len(found[part]) if part != "label" else bool(found[part]) for found in images.values())
+        print(f"{output / name}: {total} {word}")
+    if refused:
+        print(f"left out: {len(refused)} rows, listed in {output / 'rejected.txt'}; the first: {refused[0]}")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

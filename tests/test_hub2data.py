@@ -1,0 +1,179 @@
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from hub_server import Hub
+from PIL import Image
+
+import csv2json
+import hub2data
+from config import InputError
+from data import read_conversations, read_scenes
+from library import read_attributes
+
+ROOT = Path(__file__).parents[1]
+
+
+def png(n: int, form: str = "PNG") -> bytes:
+    """A picture of its own for each n."""
+    made = io.BytesIO()
+    Image.fromarray(np.random.default_rng(n).integers(0, 256, (32, 32, 3), np.uint8)).save(made, form)
+    return made.getvalue()
+
+
+def write(folder: Path, split: str, columns: dict, kinds: dict | None = None) -> Path:
+    """A parquet file in the layout that `push_to_hub` gives: images as {"bytes", "path"}."""
+    rows = datasets.Dataset.from_dict(columns)
+    for name, kind in ({"image": datasets.Image()} | (kinds or {})).items():
+        rows = rows.cast_column(name, kind)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def image(n: int, path: str | None = None, form: str = "PNG") -> dict:
+    return {"bytes": png(n, form), "path": path}
+
+
+@pytest.fixture
+def captions(tmp_path) -> Path:
+    """Captions in the form of RSICD on the hub; the second training image is the second of the test split too."""
+    folder = tmp_path / "rsicd"
+    said = {"train": (0, 1, 2), "valid": (3,), "test": (4, 1)}
+    for split, numbers in said.items():
+        write(folder, split, {
+            "filename": [f"rsicd_images/{split}_{n}.jpg" for n in numbers],
+            "captions": [[f"ship {n} .", f"two  ships {n} ."] for n in numbers],
+            "image": [image(n, form="JPEG") for n in numbers],
+        })  # fmt: skip
+    return folder
+
+
+def test_captions(captions, tmp_path, capsys):
+    out = tmp_path / "out"
+    hub2data.main([str(captions), "--output", str(out)])
+    found = read_scenes(out)
+    assert not found.rejected and {Path(s.image).name: (s.split, s.texts) for s in found.scenes} == {
+        "train_0.jpg": ("train", ["ship 0 .", "two ships 0 ."]),
+        "train_1.jpg": ("test", ["ship 1 .", "two ships 1 ."]),  # held out, under the name it came with first
+        "train_2.jpg": ("train", ["ship 2 .", "two ships 2 ."]),
+        "valid_3.jpg": ("val", ["ship 3 .", "two ships 3 ."]),
+        "test_4.jpg": ("test", ["ship 4 .", "two ships 4 ."]),
+    }
+    assert (out / "images/train_0.jpg").read_bytes() == png(0, "JPEG")  # not compressed again
+    printed = capsys.readouterr().out
+    assert "5 images (train 2, test 2, val 1)" in printed and "10 captions" in printed
+    assert "left out: 1 rows" in printed and (out / "rejected.txt").read_text() == (
+        "train_1.jpg: a row of split train: the image is in test too\n"
+    )
+
+
+def test_questions_an_image_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = write(tmp_path / "vqa", "train", {
+        "image": [image(0), image(0), image(1), {"bytes": b"no picture", "path": "bad.png"}],
+        "question": ["Is there a road?", "How many ships?", "Is there a road?", "What?"],
+        "answer": ["yes", "2", "no", "x"],
+        "question_type": ["presence", "count", "presence", "presence"],
+    })  # fmt: skip
+    hub2data.main([str(source), "--output", "out"])
+    assert sorted(os.listdir("out/images")) == ["train_000000.png", "train_000002.png"]
+    assert "left out: 1 rows" in capsys.readouterr().out and "train, row 3" in Path("out/rejected.txt").read_text()
+    csv2json.main(["--csv", "out/rsvqa-dataset.csv", "--output", "out/data_vl.json"])
+    scenes = read_conversations("out/data_vl.json").scenes
+    asked = {Path(s.image).name: [(q.text, q.answer, q.kind) for q in s.questions] for s in scenes}
+    assert asked == {
+        "train_000000.png": [("Is there a road?", "yes", "presence"), ("How many ships?", "2", "count")],
+        "train_000002.png": [("Is there a road?", "no", "presence")],
+    }
+
+
+def test_questions_in_lists_and_several_answers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = write(tmp_path / "vqa", "all", {"image": [image(0)], "q": [["a?", "b?"]], "a": [["1", "2"]]})
+    hub2data.main([str(source), "--output", "lists", "--question", "q", "--answer", "a"])
+    rows = Path("lists/rsvqa-dataset.csv").read_text().splitlines()
+    assert rows[1:] == ["lists/images/all_000000.png,a?,1,", "lists/images/all_000000.png,b?,2,"]
+    source = write(tmp_path / "many", "all", {"image": [image(0)], "question": ["c?"], "answers": [["x", "y", "y"]]})
+    hub2data.main([str(source), "--output", "several"])
+    assert Path("several/rsvqa-dataset.csv").read_text().splitlines()[1] == "several/images/all_000000.png,c?,y,"
+
+
+def test_labels(tmp_path):
+    source = write(
+        tmp_path / "eurosat", "train", {"image": [image(0, "a/x.png"), image(1, "b/x.png")], "label": [1, 0]},
+        {"label": datasets.ClassLabel(names=["River", "Sea Lake"])},
+    )  # fmt: skip
+    hub2data.main([str(source), "--output", str(tmp_path / "out")])
+    names = sorted(os.listdir(tmp_path / "out/images"))
+    assert names[0] == "x.png" and names[1].startswith("x_") and len(names) == 2  # two pictures of one name
+    found = read_attributes(tmp_path / "out/labels.csv")
+    assert found["x.png"] == {"label": "Sea Lake", "split": "train"} and found[names[1]]["label"] == "River"
+
+
+def test_a_parquet_file_cut_short(captions, tmp_path):
+    file = captions / "data/test-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:-500])
+    made = subprocess.run([sys.executable, ROOT / "hub2data.py", captions, "--output", "out"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    said = made.stderr.splitlines()  # before it, datasets' own line names the file
+    assert made.returncode == 2 and said[-1].startswith(f"error: {captions}: a parquet file of it is not whole"), said
+    assert "Traceback" not in made.stderr and "test-00000" in made.stderr and sorted(os.listdir(tmp_path)) == ["rsicd"]
+
+
+def test_names_stay_inside(tmp_path):
+    columns = {
+        "image": [image(0), image(1)],
+        "filename": ["../../up.png", "..\\.hidden?.tif"],
+        "caption": ["one", "two"],
+    }
+    hub2data.main([str(write(tmp_path / "evil", "train", columns)), "--output", str(tmp_path / "out")])
+    assert sorted(os.listdir(tmp_path / "out/images")) == ["hidden_.png", "up.png"]  # the ending is the content's
+    assert sorted(os.listdir(tmp_path)) == ["evil", "out"]
+
+
+def test_mistakes(captions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = write(tmp_path / "text", "train", {"image": [image(0)], "caption": ["a"]}, {"image": {
+        "bytes": datasets.Value("binary"), "path": datasets.Value("string")}})  # fmt: skip
+    two = write(
+        tmp_path / "two", "train", {"before": [image(0)], "image": [image(1)], "x": ["a"]}, {"before": datasets.Image()}
+    )
+    half = write(tmp_path / "half", "train", {"image": [image(0)], "question": ["a"]})
+    (tmp_path / "none").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/a").touch()
+    for argv, message in (
+        ([text], "no column of images"),
+        ([two], "no captions, questions or labels"),
+        ([two, "--image", "x"], "not a column of images"),
+        (
+            [captions, "--caption", "said"],
+            "--caption said: no such column; there are: filename (Value), captions (List)",
+        ),
+        ([half], "no column of answers"),
+        (["none"], "no parquet file"),
+        (["nothing/at/all"], "neither a folder nor ORG/NAME"),
+        ([captions, "--output", "full"], "full: is there already"),
+    ):
+        with pytest.raises(InputError, match="^.*" + message.replace("(", r"\(").replace(")", r"\)")):
+            hub2data.main([str(part) for part in (argv if "--output" in argv else [*argv, "--output", "new"])])
+    assert not (tmp_path / "new").exists() and not [f for f in os.listdir(tmp_path) if f.startswith(".")]
+
+
+def test_from_the_hub(captions, tmp_path):
+    """The real clients against a hub on the loopback; what is not there is one line and exit code 2."""
+    with Hub({"org/rsicd": captions}) as hub:
+        known = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        runs = [subprocess.run([sys.executable, ROOT / "hub2data.py", name], cwd=tmp_path, env=os.environ | known,
+                               capture_output=True, text=True, timeout=120) for name in ("org/rsicd", "org/absent")]  # fmt: skip
+    assert runs[0].returncode == 0, runs[0].stderr
+    assert len(json.loads((tmp_path / "data/rsicd/captions.json").read_text())) == 5
+    assert runs[1].returncode == 2 and runs[1].stderr.startswith("error: org/absent: cannot be loaded as a dataset")
+    assert "Traceback" not in runs[1].stderr and not (tmp_path / "data/absent").exists()
