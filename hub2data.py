@@ -8,7 +8,7 @@ What a dataset has beside its images says what is written next to images/:
 
     captions                captions.json         train_match.py, train_caption.py, caption.py eval
     questions and answers   rsvqa-dataset.csv     csv2json.py, then train_vqa.py
-    class labels            labels.csv            search.py index --attributes, classify --truth label
+    class labels            labels.csv            search.py index --attributes, classify --truth labels.csv
 
 Images keep their bytes: nothing is decoded and compressed again. One that stands in several rows is written once; one that
 stands in several splits stays in the one that is held out (test, then val), and its rows of the others are left out.
@@ -35,7 +35,7 @@ from imagery import ImageError, image_size
 NAMES = {  # what is looked for, and the names of columns that hold it, best first
     "image": ("image", "img", "picture", "jpg", "png", "tif"),
     "name": ("filename", "file_name", "image_name", "image_id", "img_id", "name", "__key__"),
-    "caption": ("captions", "caption", "sentences", "text", "raw", "description"),
+    "caption": ("captions", "caption", "sentences", "text", "raw", "txt", "description"),
     "question": ("question", "questions"),
     "answer": ("answer", "answers"),
     "type": ("type", "question_type", "category"),
