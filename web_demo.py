@@ -67,6 +67,7 @@ TEXT = {
     "nothing": ("Nothing passes these filters.", "没有符合条件的图像。"),
     "no_place": ("None of these images has a georeference.", "这些图像没有地理坐标。"),
     "texts": ("Descriptions, one a line", "描述，每行一条"),
+    "texts_hint": ("two ships in a harbour\nfarmland beside a river", "港口里的两艘船\n河边的农田"),
     "go_match": ("Score", "评分"),
     "scores": ("Cosine, -1 to 1; higher is a better match", "余弦相似度，-1 到 1，越高越匹配"),
     "classes": ("Classes", "类别"),
@@ -74,15 +75,18 @@ TEXT = {
     "go_classify": ("Classify", "分类"),
     "probability": ("Probability", "概率"),
     "queries": ("What to watch for, one a line", "关注的内容，每行一条"),
+    "queries_hint": ("new buildings\nships in the harbour", "新建的建筑物\n港口里的船只"),
     "go_monitor": ("Compare", "比较"),
     "go_describe": ("Describe", "描述"),
     "prompt": ("Prompt", "提示词"),
     "question": ("Questions, one a line", "问题，每行一个"),
+    "question_hint": ("Is there a river?\nHow many ships are there?", "图中有河流吗？\n有多少艘船？"),
     "go_ask": ("Ask", "提问"),
     "converse": ("Converse", "对话"),
     "talk": ("Conversation", "对话"),
     "plain": ("The same without the adapter", "同样的问题，未加适配器"),
     "message": ("Your question", "你的问题"),
+    "message_hint": ("Are there any ships in the image?", "图中有船吗？"),
     "send": ("Send", "发送"),
     "halt": ("Stop", "停止"),
     "retry": ("Again", "重答"),
@@ -607,7 +611,7 @@ def build(page: Page):
                 with gr.Row():
                     told = put(gr.Chatbot, {"label": "talk"}, **look)
                     plain = put(gr.Chatbot, {"label": "plain"}, visible=False, **look)
-                message = put(gr.Textbox, {"label": "message"}, max_length=MOST_TEXT)
+                message = put(gr.Textbox, {"label": "message", "placeholder": "message_hint"}, max_length=MOST_TEXT)
                 with gr.Row():
                     send = put(gr.Button, {"value": "send"}, variant="primary")
                     halt, again, clear = (put(gr.Button, {"value": key}) for key in ("halt", "retry", "clear"))
@@ -654,7 +658,11 @@ def build(page: Page):
                 about["model"] = Path(page.library.index.record["model"]).name
                 with put(gr.Tab, {"label": "search"}):
                     described = search_tab()
-                picture_tab("match", page.match, lambda: put(gr.Textbox, {"label": "texts"}, lines=5))
+                picture_tab(
+                    "match",
+                    page.match,
+                    lambda: put(gr.Textbox, {"label": "texts", "placeholder": "texts_hint"}, lines=5),
+                )
                 lists = sorted(path.stem for path in CLASS_LISTS.glob("*.json"))
                 picture_tab(
                     "classify", page.classify,
@@ -664,7 +672,7 @@ def build(page: Page):
             if page.after:
                 with put(gr.Tab, {"label": "monitor"}):
                     lines, place, out = (
-                        put(gr.Textbox, {"label": "queries"}, lines=3),
+                        put(gr.Textbox, {"label": "queries", "placeholder": "queries_hint"}, lines=3),
                         gr.Column(),
                         gr.HTML(padding=False),
                     )
@@ -674,7 +682,11 @@ def build(page: Page):
                 first_prompt = page.captioner.default_prompt
                 picture_tab("describe", page.describe, lambda: put(gr.Textbox, {"label": "prompt"}, value=first_prompt))
             if page.vqa:
-                picture_tab("ask", page.ask, lambda: put(gr.Textbox, {"label": "question"}, lines=3))
+                picture_tab(
+                    "ask",
+                    page.ask,
+                    lambda: put(gr.Textbox, {"label": "question", "placeholder": "question_hint"}, lines=3),
+                )
             if page.chatter:
                 with put(gr.Tab, {"label": "converse"}):
                     converse_tab()
