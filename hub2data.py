@@ -11,7 +11,8 @@ What a dataset has beside its images says what is written next to images/:
     class labels            labels.csv            search.py index --attributes, classify --truth labels.csv
 
 Images keep their bytes: nothing is decoded and compressed again. One that stands in several rows is written once; one that
-stands in several splits stays in the one that is held out (test, then val), and its rows of the others are left out.
+stands in several splits stays in the one that is held out (test, then val), and its rows of the others are left out. A
+dataset of one split has none: the other scripts hold images out by themselves.
 """
 
 import argparse
@@ -73,9 +74,7 @@ def read_splits(source: str, config: str | None) -> dict:
         raise InputError(f"{source}: neither a folder nor ORG/NAME of a dataset")
     try:
         return dict(datasets.load_dataset(source, config, streaming=local))
-    except (
-        Exception
-    ) as error:  # datasets raises its own, the hub client's, ValueError and RuntimeError for a user's mistakes
+    except Exception as error:  # for a user's mistakes: its own, the hub client's, ValueError and RuntimeError
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{source}: cannot be loaded as a dataset: {type(error).__name__}: {reason}") from None
 
@@ -157,8 +156,8 @@ def texts_of(value) -> list[str]:
 
 
 def collect(splits: dict, columns: dict[str, str], folder: Folder) -> tuple[dict[str, dict], list[str]]:
-    """({image: {"captions", "questions", "label", "split"}}, reasons why rows were left out). The split "" is any other name
-    than those of SPLITS: what is written then has none."""
+    """({image: {"captions", "questions", "label", "split"}}, reasons why rows were left out). The split is "", and what is
+    written has none, where there is only one (the hub calls all of a dataset "train") or its name is not in SPLITS."""
     import datasets
     from tqdm import tqdm
 
@@ -177,7 +176,13 @@ def collect(splits: dict, columns: dict[str, str], folder: Folder) -> tuple[dict
             except ImageError as error:
                 refused.append(f"{split}, row {number}: {error}")
                 continue
-            found = {"split": SPLITS.get(split, ""), "captions": [], "questions": [], "label": None, "rows": 0}
+            found = {
+                "split": SPLITS.get(split, "") if len(splits) > 1 else "",
+                "captions": [],
+                "questions": [],
+                "label": None,
+                "rows": 0,
+            }
             known = images.setdefault(name, found)
             if known["split"] != found["split"]:
                 first, last = sorted((known, found), key=lambda one: HELD_OUT.index(one["split"]))
@@ -203,9 +208,7 @@ def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
     """A row's questions: one, or a list with a list of as many answers."""
     asked, answers = row[columns["question"]], row[columns["answer"]]
     asked, answers = ([v] if not isinstance(v, list) else v for v in (asked, answers))
-    if (
-        len(answers) > len(asked) == 1
-    ):  # several people's answers to one question: the most frequent, the first of equals
+    if len(answers) > len(asked) == 1:  # several people's: the most frequent, the first of equals
         answers = [Counter(map(str, answers)).most_common(1)[0][0]]
     kind = row.get(columns.get("type"))
     return [{"question": str(q).strip(), "answer": str(a).strip(), "type": kind if isinstance(kind, str) else ""}
@@ -232,7 +235,8 @@ def files_of(images: dict[str, dict], place: Path) -> dict[str, str]:
         rows = [
             {"path": name, "label": found["label"] or "", "split": found["split"]} for name, found in images.items()
         ]
-        files["labels.csv"] = _table(("path", "label", "split"), rows)
+        split = ("split",) if any(row["split"] for row in rows) else ()
+        files["labels.csv"] = _table(("path", "label", *split), rows)
     return files
 
 

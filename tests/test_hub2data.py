@@ -85,7 +85,9 @@ def test_questions_an_image_once(tmp_path, capsys, monkeypatch):
     hub2data.main([str(source), "--output", "out"])
     assert sorted(os.listdir("out/images")) == ["train_000000.png", "train_000002.png"]
     assert "left out: 1 rows" in capsys.readouterr().out and "train, row 3" in Path("out/rejected.txt").read_text()
-    csv2json.main(["--csv", "out/rsvqa-dataset.csv", "--output", "out/data_vl.json"])
+    csv2json.main(
+        ["--csv", "out/rsvqa-dataset.csv", "--output", "out/data_vl.json", "--val_fraction=0", "--test_fraction=0"]
+    )
     scenes = read_conversations("out/data_vl.json").scenes
     asked = {Path(s.image).name: [(q.text, q.answer, q.kind) for q in s.questions] for s in scenes}
     assert asked == {
@@ -114,7 +116,7 @@ def test_labels(tmp_path):
     names = sorted(os.listdir(tmp_path / "out/images"))
     assert names[0] == "x.png" and names[1].startswith("x_") and len(names) == 2  # two pictures of one name
     found = read_attributes(tmp_path / "out/labels.csv")
-    assert found["x.png"] == {"label": "Sea Lake", "split": "train"} and found[names[1]]["label"] == "River"
+    assert found["x.png"] == {"label": "Sea Lake"} and found[names[1]]["label"] == "River"
 
 
 def test_a_parquet_file_cut_short(captions, tmp_path):
