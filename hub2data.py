@@ -16,13 +16,10 @@ dataset of one split has none: the other scripts hold images out by themselves.
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -31,7 +28,8 @@ from pathlib import Path
 import pyarrow
 
 from config import InputError, user_errors
-from imagery import ImageError, image_size
+from imagery import ImageError, image_format, image_size
+from report import csv_text
 
 NAMES = {  # what is looked for, and the names of columns that hold it, best first
     "image": ("image", "img", "picture", "jpg", "png", "tif"),
@@ -45,9 +43,7 @@ NAMES = {  # what is looked for, and the names of columns that hold it, best fir
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
           "test": "test", "testing": "test"}  # fmt: skip
 HELD_OUT = ("test", "val", "train", "")  # of an image in several splits, the first of these is its split
-ENDINGS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"II*\x00": ".tif", b"MM\x00*": ".tif", b"II+\x00": ".tif",
-           b"RIFF": ".webp", b"BM": ".bmp"}  # fmt: skip
-QUESTION_COLUMNS = ("image_path", "question", "answer", "type", "split")
+ENDINGS = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}  # of the others: their name
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,11 +89,11 @@ def find_columns(features: dict, given: dict[str, str | None]) -> dict[str, str]
         elif column := next((name for name in names if name in features), None):
             found[what] = column
     pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    if not given.get("image"):
-        if len(pictures) != 1 and found.get("image") not in pictures:
+    if not given.get("image") and found.get("image") not in pictures:
+        if len(pictures) != 1:
             what = f"{len(pictures)} columns of images" if pictures else "no column of images"
             raise InputError(f"{what}; give one with --image. There are: {listed}")
-        found["image"] = found["image"] if found.get("image") in pictures else pictures[0]
+        found["image"] = pictures[0]
     elif found["image"] not in pictures:
         raise InputError(f"--image {given['image']}: not a column of images; there are: {listed}")
     if found.get("name") and not _holds_texts(features[found["name"]]):
@@ -127,22 +123,27 @@ class Folder:
 
     def put(self, image: dict, wanted: str) -> str:
         """The name in `root` of this image, {"bytes", "path"}, written if it is new. Raises ImageError."""
+        if image.get("bytes") is None and not os.path.isfile(image.get("path") or ""):
+            raise ImageError("there is no image in it")
         data = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
         digest = hashlib.blake2b(data, digest_size=16).digest()
         if digest in self.names:
             return self.names[digest]
-        stem, ending = os.path.splitext(re.split(r"[/\\]", wanted)[-1])
+        stem = os.path.splitext(re.split(r"[/\\]", wanted)[-1])[0]
         stem = re.sub(r"[^\w.-]", "_", stem).lstrip(".") or "image"
-        name = stem + next((known for start, known in ENDINGS.items() if data.startswith(start)), ending.lower())
-        if name.lower() in self.taken:
-            name = f"{Path(name).stem}_{digest.hex()[:8]}{Path(name).suffix}"
-        path = self.root / name
-        path.write_bytes(data)
+        new = self.root / f"{stem}.new"
+        new.write_bytes(data)
         try:
-            image_size(path)
-        except ImageError:
-            path.unlink()
-            raise
+            form = image_format(new)
+            image_size(new)
+        except ImageError as error:  # it names the file, which was never there for the user
+            new.unlink()
+            raise ImageError(str(error).replace(str(new), wanted)) from None
+        ending = ENDINGS.get(form, f".{form.lower()}")
+        name = f"{stem}{ending}"
+        if name.lower() in self.taken:
+            name = f"{stem}_{digest.hex()[:8]}{ending}"
+        new.rename(self.root / name)
         self.names[digest] = name
         self.taken.add(name.lower())
         return name
@@ -170,8 +171,6 @@ def collect(splits: dict, columns: dict[str, str], folder: Folder) -> tuple[dict
             image = row[columns["image"]] or {}
             wanted = row.get(columns.get("name")) or image.get("path") or f"{split}_{number:06d}"
             try:
-                if image.get("bytes") is None and not os.path.isfile(image.get("path") or ""):
-                    raise ImageError("there is no image in it")
                 name = folder.put(image, wanted)
             except ImageError as error:
                 refused.append(f"{split}, row {number}: {error}")
@@ -215,37 +214,24 @@ def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
             for q, a in zip(asked, answers) if q is not None and a is not None]  # fmt: skip
 
 
-def files_of(images: dict[str, dict], place: Path) -> dict[str, str]:
-    """{file name: text} for what the images have; `place`: the folder that all will stand in."""
-    files = {}
-    if any(found["captions"] for found in images.values()):
-        scenes = []
-        for name, found in images.items():
-            if found["captions"]:
-                scene = {"image": name, "captions": found["captions"]}
-                scene |= {"split": found["split"]} if found["split"] else {}
-                scenes.append(scene | ({"class": found["label"]} if found["label"] else {}))
-        files["captions.json"] = json.dumps(scenes, ensure_ascii=False, indent=1) + "\n"
-    if any(found["questions"] for found in images.values()):
-        rows = [{**asked, "image_path": str(place / "images" / name), "split": found["split"]}
-                for name, found in images.items() for asked in found["questions"]]  # fmt: skip
-        whole = all(row["split"] for row in rows)  # else csv2json.py splits by image
-        files["rsvqa-dataset.csv"] = _table(QUESTION_COLUMNS if whole else QUESTION_COLUMNS[:-1], rows)
-    if any(found["label"] for found in images.values()):
-        rows = [
-            {"path": name, "label": found["label"] or "", "split": found["split"]} for name, found in images.items()
-        ]
-        split = ("split",) if any(row["split"] for row in rows) else ()
-        files["labels.csv"] = _table(("path", "label", *split), rows)
+def files_of(images: dict[str, dict], place: Path) -> dict[str, tuple[str, str]]:
+    """{file name: (text, what is in it)} for what the images have; `place`: the folder that all will stand in."""
+    files, split = {}, {name: {"split": found["split"]} if found["split"] else {} for name, found in images.items()}
+    scenes = [{"image": name, "captions": found["captions"]} | split[name] | ({"class": found["label"]} if found["label"] else {})
+              for name, found in images.items() if found["captions"]]  # fmt: skip
+    if scenes:
+        count = sum(len(scene["captions"]) for scene in scenes)
+        files["captions.json"] = (json.dumps(scenes, ensure_ascii=False, indent=1) + "\n", f"{count} captions")
+    asked = [{"image_path": str(place / "images" / name)} | question | split[name]
+             for name, found in images.items() for question in found["questions"]]  # fmt: skip
+    if asked:
+        if not all("split" in row for row in asked):  # then csv2json.py splits by image
+            asked = [{key: value for key, value in row.items() if key != "split"} for row in asked]
+        files["rsvqa-dataset.csv"] = (csv_text(asked), f"{len(asked)} questions")
+    labels = [{"path": name, "label": found["label"] or ""} | split[name] for name, found in images.items()]
+    if count := sum(bool(row["label"]) for row in labels):
+        files["labels.csv"] = (csv_text(labels), f"{count} labels")
     return files
-
-
-def _table(columns: tuple[str, ...], rows: list[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -269,13 +255,13 @@ def main(argv: list[str] | None = None) -> None:
                 raise InputError(
                     f"{args.dataset}: no row has an image with a text" + (f"; {refused[0]}" if refused else "")
                 )
-            for name, text in files.items():
+            for name, (text, _) in files.items():
                 (made / name).write_text(text, encoding="utf-8")
             if refused:
                 (made / "rejected.txt").write_text("\n".join(refused) + "\n", encoding="utf-8")
             if output.exists():
                 output.rmdir()  # empty, as seen above
-            shutil.move(made, output)
+            made.rename(output)
     except OSError as error:
         raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
     except pyarrow.ArrowException as error:
@@ -284,11 +270,8 @@ def main(argv: list[str] | None = None) -> None:
         ) from None
     count = Counter(found["split"] or "no split" for found in images.values())
     print(f"{output / 'images'}: {len(images)} images ({', '.join(f'{split} {n}' for split, n in count.items())})")
-    said = {"captions.json": ("captions", "captions"), "rsvqa-dataset.csv": ("questions", "questions")}
-    for name in files:
-        part, word = said.get(name, ("label", "labels"))
-        total = sum(len(found[part]) if part != "label" else bool(found[part]) for found in images.values())
-        print(f"{output / name}: {total} {word}")
+    for name, (_, said) in files.items():
+        print(f"{output / name}: {said}")
     if refused:
         print(f"left out: {len(refused)} rows, listed in {output / 'rejected.txt'}; the first: {refused[0]}")
 

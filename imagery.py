@@ -691,6 +691,11 @@ def _acquisition_time(tags: dict) -> str | None:
 # Reading
 
 
+def image_format(path) -> str:
+    """What a file is by its first bytes, as Pillow names it: "PNG", "TIFF" ... Raises ImageError."""
+    return _sniff(path)[0]
+
+
 def image_size(path) -> tuple[int, int]:
     """(H, W) from the header, as `read_image` will return it. Raises ImageError."""
     with _open(path) as scene:

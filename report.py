@@ -7,6 +7,7 @@ Functions that return `str` of HTML return a fragment for a section of `page`.
 
 import base64
 import contextlib
+import csv
 import html
 import io
 import itertools
@@ -34,6 +35,15 @@ def write_atomic(path, data: str | bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def csv_text(rows: list[dict]) -> str:
+    """Rows as CSV; the header is the keys of all of them, and what a row lacks stays empty."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
 def _is_number(value) -> bool:

@@ -14,9 +14,7 @@ scenes and the matcher of `make demo`. Exit code 0: done; 1: done, but some imag
 
 import argparse
 import colorsys
-import csv
 import html
-import io
 import json
 import os
 import sys
@@ -205,15 +203,6 @@ def output_folder(path: str) -> Path:
     return Path(path)
 
 
-def csv_text(rows: list[dict]) -> str:
-    """Rows as CSV; the header is the keys of all of them, and what a row lacks stays empty."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
-
-
 def put(target: str, text: str) -> None:
     """Write a text to a file, or to standard output for `-`."""
     from report import write_atomic
@@ -331,7 +320,7 @@ def run_query(args) -> int:
             refuse_unwritable_file(getattr(args, flag), f"--{flag}")
     from imagery import read_image
     from library import geojson, result_row
-    from report import contact_sheet, table_text
+    from report import contact_sheet, csv_text, table_text
 
     context = ", ".join(
         [*([f"in {args.season}"] if args.season else []), *([f"{args.weather} weather"] if args.weather else [])]
@@ -410,7 +399,7 @@ def run_classify(args) -> int:
     limit = filter_of(args)
     out = output_folder(args.out) if args.out else None
     from library import read_classes
-    from report import table_text, write_atomic
+    from report import csv_text, table_text, write_atomic
     from trainer import write_json
 
     classes = read_classes(args.labels)
@@ -532,7 +521,7 @@ def run_monitor(args) -> int:
     out = output_folder(args.out)
     queries = read_lines(args.queries, "--queries", "queries")
     from library import CHANGE, geojson, match_places
-    from report import page, table_html, table_text, write_atomic
+    from report import csv_text, page, table_html, table_text, write_atomic
 
     threshold = CHANGE if args.threshold is None else args.threshold
     args.library = None
@@ -630,7 +619,7 @@ def run_landuse(args) -> int:
     out = output_folder(args.out)
     from library import geojson, read_classes
     from places import land_use_areas, map_figure, read_regions, shares_figure
-    from report import figure_html, page, table_html, table_text, write_atomic
+    from report import csv_text, figure_html, page, table_html, table_text, write_atomic
     from trainer import write_json
 
     classes = read_classes(args.classes)

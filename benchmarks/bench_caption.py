@@ -515,9 +515,8 @@ def main(argv: list[str] | None = None) -> dict:
         return {}
     if options.target_loss is not None and not bench.held:
         raise InputError(f"{options.data}: no image with {options.captions} captions is held out (split val)")
-    sides = ["ours", "rows", *options.parts]
-    if options.torch_compile:
-        sides[1:2] = ["compiled", "rows", "rows, compiled"]
+    sides = ["ours", "compiled", "rows", "rows, compiled"] if options.torch_compile else ["ours", "rows"]
+    sides += options.parts
     model, per_step = bench.model, options.images * options.captions
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
     say(f"command: python benchmarks/bench_caption.py {shlex.join(argv)}")

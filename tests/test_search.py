@@ -13,6 +13,7 @@ import search
 from data import Rejected
 from library import IndexReport, index_library
 from model import DualEncoder
+from report import csv_text
 from tests.test_library import SMALL, write_tif
 
 
@@ -77,7 +78,7 @@ def test_rejected_files_of_a_server_have_a_list_of_their_own(ask, two_dates, mat
 
 
 def test_rows_of_different_attributes_make_one_table():
-    assert search.csv_text([{"a": 1}, {"a": 2, "b": 3}]) == "a,b\n1,\n2,3\n"
+    assert csv_text([{"a": 1}, {"a": 2, "b": 3}]) == "a,b\n1,\n2,3\n"
 
 
 def test_every_class_has_a_colour_of_its_own():
