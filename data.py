@@ -428,10 +428,11 @@ def read_conversations(
 
     Forms: conversations `[{"id", "conversations": [{"from": "user", "value": "Q <|vision_start|>image<|vision_end|>"},
     {"from": "assistant", "value": "A"}], "type", "split"}]` (csv2json.py writes them), the same with LLaVA's names (`"image"`,
-    `"from": "human"` and `"gpt"`, `<image>` in the first value), chat `[{"img", "prompt", "label"}]` and VRSBench's
-    `[{"image_id", "question", "ground_truth", "type"}]`. A conversation may go on, user and assistant by turns: each answer
-    makes a question of its own, with what was said before as its `history`; a chat row may bring
-    `"history": [[question, answer], ...]`.
+    `"from": "human"` and `"gpt"`, `<image>` in the first value), messages as ms-swift, LLaMA-Factory and TRL have them
+    `[{"messages": [{"role", "content"}], "images": ["image"]}]` (a system message is left out: `--prompt` says how to
+    answer), chat `[{"img", "prompt", "label"}]` and VRSBench's `[{"image_id", "question", "ground_truth", "type"}]`.
+    A conversation may go on, user and assistant by turns: each answer makes a question of its own, with what was said
+    before as its `history`; a chat row may bring `"history": [[question, answer], ...]`.
 
     Returns a `SceneFile` of `QuestionScene`s. Raises InputError as `read_scenes` does.
     """
@@ -483,12 +484,16 @@ def read_chat(path: str | Path, **options) -> SceneFile:
     """`read_conversations`; or a file of captions in any form of `read_scenes`, as answers to their own prompts or to a
     request for a description. options: those of both."""
     rows = load_rows(Path(path)) if Path(path).is_file() else None
-    known = {"img", "conversations", "ground_truth"}
+    known = {"img", *(form[0] for form in CONVERSATIONS), "ground_truth"}
     if isinstance(rows, list) and rows and isinstance(rows[0], dict) and known & set(rows[0]):
         return read_conversations(path, **options)
     found = read_scenes(path, **options)
     found.scenes = captions_as_answers(found.scenes, "Describe the image.", "描述这幅图像。")
     return found
+
+
+# (list of turns, who speaks, what is said): ours and LLaVA's; that of chat templates, as ms-swift and others train on.
+CONVERSATIONS = (("conversations", "from", "value"), ("messages", "role", "content"))
 
 
 def _questions_of(entry) -> tuple[str, list[Question]]:
@@ -499,25 +504,38 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
     if not (kind is None or isinstance(kind, str)):
         raise InputError(f"field 'type': expected a text, found {type(kind).__name__}")
     number = None if number is None else str(number)
-    if "conversations" not in entry:
+    form = next((form for form in CONVERSATIONS if form[0] in entry), None)
+    if form is None:
         return _asked(entry, kind, number)
-    turns = entry["conversations"]
+    listed, role, content = form
+    turns = entry[listed]
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and turns[0].get(role) == "system":
+        turns = turns[1:]
     if not isinstance(turns, list) or not turns or len(turns) % 2 or not all(isinstance(turn, dict) for turn in turns):
         have = f"found {len(turns)}" if isinstance(turns, list) else f"found {type(turns).__name__}"
-        raise InputError(f"field 'conversations': expected turns of the user and the assistant by turns, {have}")
-    roles = [turn.get("from") for turn in turns]
+        raise InputError(f"field {listed!r}: expected turns of the user and the assistant by turns, {have}")
+    roles = [turn.get(role) for turn in turns]
     if roles not in (["user", "assistant"] * (len(turns) // 2), ["human", "gpt"] * (len(turns) // 2)):
-        raise InputError("field 'from': expected 'user' and then 'assistant'")
-    said = [_text(turn, "value") for turn in turns]
-    images, named = VISION.findall(" ".join(said)), entry.get("image")
-    if not images and isinstance(named, str):  # LLaVA's form
-        images, said[0] = [named], said[0].replace("<image>", " ")
+        raise InputError(f"field {role!r}: expected 'user' and then 'assistant'")
+    named = entry.get("images", entry.get("image", []))  # LLaVA's one, or the list of ms-swift and others
+    images = list(named) if isinstance(named, list) else [named]
+    said = []
+    for turn in turns:
+        if isinstance(turn.get(content), list):  # parts, as transformers' chat templates take them
+            parts = [part for part in turn[content] if isinstance(part, dict)]
+            images += [part["image"] for part in parts if part.get("type") == "image" and part.get("image")]
+            turn = {content: " ".join(part["text"] for part in parts if isinstance(part.get("text"), str))}
+        said.append(_text(turn, content))
+    inside = VISION.findall(" ".join(said))
+    if not inside:
+        said[0] = said[0].replace("<image>", " ")
+    images = inside or [image.get("path") if isinstance(image, dict) else image for image in images]
     said[0] = re.sub(" {2,}", " ", VISION.sub(" ", said[0]).strip())
-    if len(images) != 1 or not images[0].strip() or not said[0] or any(VISION.search(text) for text in said):
-        shown = _text(turns[0], "value")[:80]
+    one = len(images) == 1 and isinstance(images[0], str) and images[0].strip()
+    if not one or not said[0] or any(VISION.search(text) for text in said):
         raise InputError(
-            f"field 'value': expected a question and one <|vision_start|>image path<|vision_end|> (or a field 'image'),"
-            f" found {shown!r}"
+            f"field {content!r}: expected a question and one <|vision_start|>image path<|vision_end|> (or a field 'image'),"
+            f" found {len(images)} images and {str(turns[0].get(content))[:80]!r}"
         )
     pairs = tuple(zip(said[::2], said[1::2]))
     return images[0].strip(), [Question(q, a, kind, number, pairs[:n]) for n, (q, a) in enumerate(pairs)]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train_vqa
 from config import InputError, refuse_unwritable
-from data import read_conversations
+from data import read_chat, read_conversations
 from model import VQA
 from tests.conftest import conversation, draw, relative, run_on_two_processes
 
@@ -294,6 +294,28 @@ def test_chat_rows_and_llava_names_are_read(tmp_path):
     assert first.text == "What is it?" and second.history == (("What is it?", "A farm."),)
 
 
+def test_messages_of_other_trainers_are_read(tmp_path):
+    draw(tmp_path / "a.png", 1)
+    told = {"role": "system", "content": "You are helpful."}
+    asked, said = {"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": "A farm."}
+    more = [{"role": "user", "content": "How large?"}, {"role": "assistant", "content": "Two fields."}]
+    picture, text = {"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}
+    parts = [{"role": "user", "content": [picture, text]}, said]
+    for row in (
+        {"messages": [told, asked, said, *more], "images": ["a.png"]},  # ms-swift, LLaMA-Factory
+        {"messages": [asked, said, *more], "images": [{"path": "a.png", "bytes": None}]},
+        {"messages": [*parts, *more]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}, text]}, said, *more], "images": ["a.png"]},  # TRL
+    ):
+        for read_rows in (read_conversations, read_chat):
+            (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+            first, second = read_rows(tmp_path / "rows.jsonl").scenes[0].questions
+            assert (first.text, first.answer, first.history) == ("What is it?", "A farm.", ())
+            assert (second.text, second.answer, second.history) == (
+                "How large?", "Two fields.", (("What is it?", "A farm."),)
+            )  # fmt: skip
+
+
 def turn(asked="Q? <|vision_start|>a.png<|vision_end|>", said="A"):
     return {"conversations": [{"from": "user", "value": asked}, {"from": "assistant", "value": said}]}
 
@@ -307,6 +329,14 @@ def turn(asked="Q? <|vision_start|>a.png<|vision_end|>", said="A"):
     (turn(asked="<|vision_start|>a.png<|vision_end|>"), "one <|vision_start|>"),
     (turn(asked="Q? <|vision_start|>a.png<|vision_end|><|vision_start|>b.png<|vision_end|>"), "one <|vision_start|>"),
     (turn(asked="Q? <|vision_start|>none.png<|vision_end|>"), "no such image"),
+    ({"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A"}]}, "found 0 images"),
+    ({"messages": [{"role": "user", "content": "Q?"}] * 2, "images": ["a.png"]}, "'role'"),
+    ({"messages": turn()["conversations"], "images": ["a.png"]}, "'role'"),
+    ({"messages": {"role": "user"}}, "'messages'"),
+    (
+        {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A"}], "images": ["a.png", "b.png"]},
+        "found 2 images",
+    ),
     (turn(said=""), "'value' is empty"),
     (turn(said=3), "expected a text"),
     (turn() | {"type": ["count"]}, "'type'"),
