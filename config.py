@@ -424,7 +424,8 @@ PRESETS: dict[str, dict[str, dict]] = {
             "val_file": "data/demo/triplets_val.json",
             "test_file": "data/demo/triplets_test.json",
             "image_root": "data/demo/images",
-            "max_pixels": 112 * 112,
+            "max_pixels": 128
+            * 128,  # every drawn scene becomes 112 x 112, which the base knows; 112 * 112 cuts to 84: mR 0.446
             "stretch": "percentile",  # drawn haze and light differ from scene to scene
             "image_tower": "full",  # towers of 2 M parameters: LoRA would save nothing
             "text_tower": "full",
@@ -468,7 +469,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             "per_device_train_batch_size": 2,  # many small steps: a fresh adapter needs steps, not questions per step
             "per_device_eval_batch_size": 64,
             "learning_rate": 2e-3,
-            "num_train_epochs": 1,
+            "num_train_epochs": 1.25,  # bucketed 0.861 instead of 0.843; 1.5: 0.863, and more than 3 minutes
             "logging_steps": 50,
             "metric_for_best_model": "accuracy",
             "dataloader_num_workers": 0,

@@ -861,12 +861,12 @@ class PixelStore:
 
     @staticmethod
     def identity(path: str) -> str:
-        """A text that changes when the file at `path` does. Raises ImageError."""
+        """A text that changes when the file at `path` does, the same through links to it. Raises ImageError."""
         try:
             stat = os.stat(path)
         except OSError as error:
             raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
-        return f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"
+        return f"{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}"
 
     def _entry(self, path: str) -> Path | None:
         if self.folder is None:

@@ -44,7 +44,7 @@ class SceneTrainer(Trainer):
             eval_dataset=train_dataset,  # the Trainer asks for one; `evaluate` below leaves evaluation to the task
         )  # fmt: skip
         self.can_return_loss = True
-        self.saved_step = None
+        self.saved_step = self.trained = None
         if self.args.n_gpu > 1:  # one process would split scene batches with DataParallel, which cannot know how
             raise InputError(
                 f"{self.args.n_gpu} GPUs are visible to one process: start it with `accelerate launch --config_file"
@@ -109,6 +109,15 @@ class SceneTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         return self.task.step(self, model, self._prepare_inputs(inputs), num_items_in_batch).detach()
+
+    def _clip_grad_norm(self, model):
+        # Listing a model's parameters visits all of its modules: 14 ms of a step of some 300 of Qwen2-VL-2B on an H100, where
+        # a tenth of them is trained. Whether a sharded model's gradients are to be gathered, accelerate tells by that list.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        if self.trained is None:
+            self.trained = [p for p in model.parameters() if p.requires_grad]
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs):
         return 0  # the Trainer's estimate is for one text model, not for two towers

@@ -490,6 +490,10 @@ def test_pixel_cache_hit_change_and_corruption(tmp_path, monkeypatch):
     assert len(reads) == 8  # another stretch is another entry
     PixelStore(lambda_resize(), ImageSettings())[path]
     assert len(reads) == 9  # no folder: nothing kept
+    link = tmp_path / "other" / "0.png"
+    link.parent.mkdir()
+    link.symlink_to(Path("..", "a.png"))
+    assert np.array_equal(store[str(link)], store[path]) and len(reads) == 9  # the same file by another name
 
 
 def test_prepare_reads_each_image_once_and_reports(folder, monkeypatch):

@@ -279,7 +279,9 @@ def test_questions_have_the_rsvqa_schema_and_true_answers(data, truths):
         (reply,) = (by_id[i] for i in q["answers_ids"])
         assert reply["question_id"] == q["id"] and reply["active"] is True
         t = of_image[q["img_id"]]
-        assert q["split"] == t["split"] and (data / "rsvqa_images" / f"{q['img_id']}.tif").exists()
+        assert q["split"] == t["split"] and (data / "rsvqa_images" / f"{q['img_id']}.tif").samefile(
+            data / "images" / t["image"]
+        )
         assert reply["answer"] == answer(t, q["question"], q["type"]), (q, reply, t)
     assert {q["type"] for q in asked} == {"presence", "count", "comp", "rural_urban", "area"}
     per_image = np.bincount([q["img_id"] for q in asked])
