@@ -181,6 +181,15 @@ def scripted(monkeypatch):
     return script
 
 
+def test_clipping_what_is_trained_is_clipping_all(train, tmp_path, monkeypatch):
+    words = "--max_steps 3 --max_grad_norm 0.01"
+    train(tmp_path / "trained", words)
+    assert all(row["grad_norm"] > 0.01 for row in read_history(tmp_path / "trained") if "grad_norm" in row)
+    monkeypatch.delattr(SceneTrainer, "_clip_grad_norm")  # what transformers does
+    train(tmp_path / "all", words)
+    assert_identical(*(weights(tmp_path / name / "best_model") for name in ("trained", "all")))
+
+
 def test_early_stopping_and_the_best_model(train, tmp_path, scripted):
     scripted([0.1, 0.5, 0.3, 0.2, 0.9, 0.9])
     results = train(tmp_path / "run", "--num_train_epochs 6 --early_stopping_patience 2")
