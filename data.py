@@ -517,19 +517,19 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
     roles = [turn.get(role) for turn in turns]
     if roles not in (["user", "assistant"] * (len(turns) // 2), ["human", "gpt"] * (len(turns) // 2)):
         raise InputError(f"field {role!r}: expected 'user' and then 'assistant'")
-    named = entry.get("images", entry.get("image", []))  # LLaVA's one, or the list of ms-swift and others
-    images = list(named) if isinstance(named, list) else [named]
-    said = []
+    named = entry.get("images") or entry.get("image") or []  # the list of ms-swift and others, LLaVA's one
+    said, shown = [], []
     for turn in turns:
         if isinstance(turn.get(content), list):  # parts, as transformers' chat templates take them
             parts = [part for part in turn[content] if isinstance(part, dict)]
-            images += [part["image"] for part in parts if part.get("type") == "image" and part.get("image")]
+            shown += [part["image"] for part in parts if part.get("type") == "image" and part.get("image")]
             turn = {content: " ".join(part["text"] for part in parts if isinstance(part.get("text"), str))}
         said.append(_text(turn, content))
-    inside = VISION.findall(" ".join(said))
-    if not inside:
+    images = VISION.findall(" ".join(said))
+    if not images:
         said[0] = said[0].replace("<image>", " ")
-    images = inside or [image.get("path") if isinstance(image, dict) else image for image in images]
+        images = shown or (named if isinstance(named, list) else [named])
+        images = [image.get("path") if isinstance(image, dict) else image for image in images]
     said[0] = re.sub(" {2,}", " ", VISION.sub(" ", said[0]).strip())
     one = len(images) == 1 and isinstance(images[0], str) and images[0].strip()
     if not one or not said[0] or any(VISION.search(text) for text in said):

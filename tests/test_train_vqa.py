@@ -305,6 +305,7 @@ def test_messages_of_other_trainers_are_read(tmp_path):
         {"messages": [told, asked, said, *more], "images": ["a.png"]},  # ms-swift, LLaMA-Factory
         {"messages": [asked, said, *more], "images": [{"path": "a.png", "bytes": None}]},
         {"messages": [*parts, *more]},
+        {"messages": [*parts, *more], "images": ["a.png"]},
         {"messages": [{"role": "user", "content": [{"type": "image"}, text]}, said, *more], "images": ["a.png"]},  # TRL
     ):
         for read_rows in (read_conversations, read_chat):
