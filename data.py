@@ -517,18 +517,13 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
     roles = [turn.get(role) for turn in turns]
     if roles not in (["user", "assistant"] * (len(turns) // 2), ["human", "gpt"] * (len(turns) // 2)):
         raise InputError(f"field {role!r}: expected 'user' and then 'assistant'")
-    named = entry.get("images") or entry.get("image") or []  # the list of ms-swift and others, LLaVA's one
-    said, shown = [], []
-    for turn in turns:
-        if isinstance(turn.get(content), list):  # parts, as transformers' chat templates take them
-            parts = [part for part in turn[content] if isinstance(part, dict)]
-            shown += [part["image"] for part in parts if part.get("type") == "image" and part.get("image")]
-            turn = {content: " ".join(part["text"] for part in parts if isinstance(part.get("text"), str))}
-        said.append(_text(turn, content))
+    parts = [_said(turn, content) for turn in turns]
+    said = [text for text, _ in parts]
     images = VISION.findall(" ".join(said))
     if not images:
         said[0] = said[0].replace("<image>", " ")
-        images = shown or (named if isinstance(named, list) else [named])
+        named = entry.get("images") or entry.get("image") or []  # the list of ms-swift and others, LLaVA's one
+        images = [image for _, found in parts for image in found] or (named if isinstance(named, list) else [named])
         images = [image.get("path") if isinstance(image, dict) else image for image in images]
     said[0] = re.sub(" {2,}", " ", VISION.sub(" ", said[0]).strip())
     one = len(images) == 1 and isinstance(images[0], str) and images[0].strip()
@@ -539,6 +534,16 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
         )
     pairs = tuple(zip(said[::2], said[1::2]))
     return images[0].strip(), [Question(q, a, kind, number, pairs[:n]) for n, (q, a) in enumerate(pairs)]
+
+
+def _said(turn: dict, content: str) -> tuple[str, list]:
+    """The text of a turn, and the images in it where it comes in parts, as transformers' chat templates take them."""
+    if not isinstance(turn.get(content), list):
+        return _text(turn, content), []
+    parts = [part for part in turn[content] if isinstance(part, dict)]
+    text = " ".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+    images = [part["image"] for part in parts if part.get("type") == "image" and part.get("image")]
+    return _text({content: text}, content), images
 
 
 def _asked(entry: dict, kind: str | None, number: str | None) -> tuple[str, list[Question]]:
