@@ -115,7 +115,21 @@ def load_json(path: str | Path):
 
 
 IMAGE_COLUMNS = ("image", "image_name", "image_path", "filepath", "file_path", "filename", "file_name", "path")
-TEXT_COLUMNS = ("caption", "title", "text", "sentence")
+IMAGE_FIELDS = (*IMAGE_COLUMNS, "img", "image_id")
+TEXT_FIELDS = (
+    "caption",
+    "captions",
+    "sentences",
+    "sentence",
+    "title",
+    "text",
+    "description",
+    "text_output",
+    "ground_truth",
+)
+QUESTION_FIELDS = ("question", "prompt")
+ANSWER_FIELDS = ("answer", "ground_truth", "label")
+TYPE_FIELDS = ("type", "question_type")
 
 
 def read_table(path: str | Path, delimiter: str | None = ",") -> list[list[str]]:
@@ -131,20 +145,18 @@ def read_table(path: str | Path, delimiter: str | None = ",") -> list[list[str]]
 
 
 def load_rows(path: Path):
-    """What `load_json` gives; of a CSV or TSV file with a header its captions, as rows {image, caption, split}. Raises
-    InputError."""
+    """What `load_json` gives; of a CSV or TSV file its rows by the names in its first line. Raises InputError."""
     if path.suffix.lower() not in (".csv", ".tsv"):
         return load_json(path)
     header, *rows = read_table(path, delimiter=None) or [[]]
-    image, text = (next((name for name in known if name in header), None) for known in (IMAGE_COLUMNS, TEXT_COLUMNS))
-    if not image or not text:
-        raise InputError(
-            f"{path}: expected a header with a column of images ({', '.join(IMAGE_COLUMNS)}) and one of captions"
-            f" ({', '.join(TEXT_COLUMNS)}), found {header}"
-        )
-    names = {image: "image", text: "caption"} | ({"split": "split"} if "split" in header else {})
-    found = [dict(zip(header, row)) for row in rows if row]
-    return [{name: row.get(column) for column, name in names.items()} for row in found]
+    return [dict(zip(map(str.strip, header), row)) for row in rows if row]
+
+
+def _field(row: dict, known: tuple[str, ...], kinds=str) -> str | None:
+    """Which name in `row` is one of `known`, in whatever case: the first that holds one of `kinds`, else the first."""
+    names = {str(name).lower(): name for name in row}
+    found = [names[name] for name in known if name in names]
+    return next((name for name in found if isinstance(row[name], kinds)), found[0] if found else None)
 
 
 def read_scenes(
@@ -156,11 +168,11 @@ def read_scenes(
     Forms: triplets `[{"image_name", "positive", "negative"}]`; captions `[{"image", "caption"}]`; Karpathy
     `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`; COCO `{"images": [{"id", "file_name"}], "annotations":
     [{"image_id", "caption"}]}`; NWPU-Captions `{class: [{"filename", "raw", "raw_1", ...}]}`, its images in a folder for each
-    class or in one; CSV and TSV with a column of images and one of captions; scenes `[{"image", "captions": [...]}]`, with an
-    optional Chinese `zh_answer` to a `zh_prompt`. Rows may have a `split`, captions the `prompt` they answer. `path` may also be
-    a folder with images/ and captions.json. Images are looked for in `image_root`, else beside the file, in its images/ and in
-    `more_roots`. `among`: of these images alone, found by their path or else by their file name, where only one of them has it;
-    rows of others are passed over.
+    class or in one; scenes `[{"image", "captions": [...]}]`, with an optional Chinese `zh_answer` to a `zh_prompt`; CSV, TSV
+    and rows of an image and its text or texts under any of `IMAGE_FIELDS` and `TEXT_FIELDS`. Rows may have a `split`, captions
+    the `prompt` they answer. `path` may also be a folder with images/ and captions.json. Images are looked for in
+    `image_root`, else beside the file, in its images/ and in `more_roots`. `among`: of these images alone, found by their
+    path or else by their file name, where only one of them has it; rows of others are passed over.
 
     Returns a `SceneFile`. Raises InputError when the file is of no known form, or when more than `max_rejected` of its
     rows are bad: a missing field, a wrong type, an empty text, an image that is missing or not readable.
@@ -170,7 +182,7 @@ def read_scenes(
         path = path / "captions.json"
     content = load_rows(path)
     roots = [Path(image_root)] if image_root else [path.parent, path.parent / "images", *map(Path, more_roots)]
-    form, entries = _form_of(path, content, roots)
+    form, entries, fields = _form_of(path, content, roots)
     result = SceneFile([], [], rows=len(entries))
     scenes: dict[str, Scene] = {}
     found: dict[str, str | None] = {}  # image name -> path, or None with its reason in `bad`
@@ -179,7 +191,7 @@ def read_scenes(
     find = _find_image if among is None else _Among(among)
     for number, entry in enumerate(entries):
         try:
-            name, rows, split, empty = _rows_of(form, entry)
+            name, rows, split, empty = _rows_of(form, entry, fields)
             if name not in found:
                 found[name] = None
                 try:
@@ -262,17 +274,18 @@ def _refuse_rejected(path: Path, result: SceneFile, max_rejected: float) -> None
         )
 
 
-def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list]:
-    """The form of a file and its entries, one for each row or image."""
+def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list, tuple[str, str]]:
+    """The form of a file, its entries, one for each row or image, and the fields of image and texts in them."""
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         if not isinstance(content.get("annotations"), list):
-            return "karpathy", content["images"]
+            return "karpathy", content["images"], ("filename", "sentences")
         captions: dict[str, list] = {}
         for row in content["annotations"]:
             if isinstance(row, dict):
                 captions.setdefault(str(row.get("image_id")), []).append(row.get("caption"))
         images = [image if isinstance(image, dict) else {} for image in content["images"]]
-        return "coco", [{**image, "captions": captions.get(str(image.get("id")), [])} for image in images]
+        entries = [{**image, "captions": captions.get(str(image.get("id")), [])} for image in images]
+        return "coco", entries, ("file_name", "captions")
     if isinstance(content, dict) and content and all(map(_is_nwpu, content.values())):
         entries = []
         for label, rows in content.items():
@@ -282,28 +295,30 @@ def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list]:
                 keys = [key for key in row if re.fullmatch(r"raw(_\d+)?", key)] or ["raw"]
                 texts = [{"raw": row.get(key)} for key in keys]
                 entries.append({**row, "class": label, "filepath": label if folder else "", "sentences": texts})
-        return "karpathy", entries
+        return "karpathy", entries, ("filename", "sentences")
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        content = content["annotations"]
     if isinstance(content, list):
-        keys = next((set(entry) for entry in content if isinstance(entry, dict)), set())
-        for form, needed in (
-            ("triplets", {"image_name", "positive"}),
-            ("scenes", {"image", "captions"}),
-            ("captions", {"image", "caption"}),
-        ):
-            if needed <= keys:
-                return form, content
+        first = next((entry for entry in content if isinstance(entry, dict)), {})
+        image, text = _field(first, IMAGE_FIELDS), _field(first, TEXT_FIELDS, (str, list))
+        asked = text == "ground_truth" and "type" in first  # VRSBench's answers, boxes
+        if image and "positive" in first:
+            return "triplets", content, (image, "positive")
+        if image and text and not asked:
+            return "captions", content, (image, text)
         if not content:
             raise InputError(f"{path}: the list is empty")
-        have = f"its first row has {sorted(keys)}" if keys else "its rows are not objects"
-        if "conversations" in keys:
-            have += " (conversations are for train_vqa.py --task chat)"
+        have = f"its first row has {sorted(first)}" if first else "its rows are not objects"
+        if "conversations" in first or "question" in first:
+            have += " (questions and conversations are for train_vqa.py, the latter with --task chat)"
     else:
         have = f"its top level is {type(content).__name__}"
         if isinstance(content, dict):
             have += f" with {list(content)[:5]}"
     raise InputError(
-        f"{path}: expected a list of {{image_name, positive, negative}}, {{image, caption}} or {{image, captions}},"
-        f' {{"images": [...]}} of Karpathy or COCO, or {{class: [...]}} of NWPU-Captions; {have}'
+        f"{path}: expected rows of an image ({', '.join(IMAGE_FIELDS)}) and its text or texts ({', '.join(TEXT_FIELDS)}) or of"
+        f' {{image_name, positive, negative}}; or {{"images": [...]}} of Karpathy or COCO, or {{class: [...]}} of NWPU-Captions;'
+        f" {have}"
     )
 
 
@@ -313,34 +328,30 @@ def _is_nwpu(rows) -> bool:
     return isinstance(first, dict) and isinstance(first.get("filename"), str) and "raw" in first
 
 
-def _rows_of(form: str, entry) -> tuple[str, list[tuple[str, str | None]], str | None, int]:
+def _rows_of(form: str, entry, fields: tuple[str, str]) -> tuple[str, list[tuple[str, str | None]], str | None, int]:
     """One entry as (image name, [(text, negative)], split, how many of its texts say nothing and are left out). Raises
     InputError naming the field."""
     if not isinstance(entry, dict):
         raise InputError(f"expected an object, found {type(entry).__name__}")
-    split = entry.get("split")
+    (image, field), split = fields, entry.get("split") or None
     if form == "triplets":
         negative = _text(entry, "negative") if entry.get("negative") is not None else None
-        return _text(entry, "image_name"), [(_text(entry, "positive"), negative)], split, 0
-    if form == "captions":
-        name, text = _text(entry, "image"), _text(entry, "caption")
+        return _text(entry, image), [(_text(entry, field), negative)], split, 0
+    texts = entry.get(field)
+    if form == "captions" and not isinstance(texts, list):
+        name, text = _text(entry, image), _text(entry, field)
         return (name, [(text, None)], split, 0) if has_word(text) else (name, [], split, 1)
+    if not isinstance(texts, list) or (form == "karpathy" and not texts):
+        raise InputError(f'field {field!r}: expected a list with at least one {{"raw": text}}')
+    texts = [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in texts]
+    name = _text(entry, image)
     if form == "karpathy":
-        field, texts = "raw", entry.get("sentences")
-        if not isinstance(texts, list) or not texts:
-            raise InputError("field 'sentences': expected a list with at least one {\"raw\": text}")
         split = "train" if split == "restval" else split  # COCO's name for the extra training part
-        texts = [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in texts]
-    else:
-        field, texts = "captions", entry.get("captions")
-        if not isinstance(texts, list):
-            raise InputError("field 'captions': expected a list of texts")
-    name = _text(entry, {"scenes": "image", "coco": "file_name"}.get(form, "filename"))
-    if form == "karpathy" and isinstance(entry.get("filepath"), str):
-        name = str(Path(entry["filepath"]) / name)
+        if isinstance(entry.get("filepath"), str):
+            name = str(Path(entry["filepath"]) / name)
     said = [_text({field: text}, field) for text in texts if not _says_nothing(text)]
     empty = len(texts) - len(said)
-    if form == "scenes" and isinstance(entry.get("zh_answer"), str) and not _says_nothing(entry["zh_answer"]):
+    if form == "captions" and isinstance(entry.get("zh_answer"), str) and not _says_nothing(entry["zh_answer"]):
         said.append(_text(entry, "zh_answer"))
     if not said:
         raise InputError(
@@ -418,7 +429,7 @@ class QuestionScene:
     split: str | None = None
 
 
-OTHER_QUESTIONS = "from other sets write a CSV of image_path,question,answer[,type,split] and run csv2json.py"
+OTHER_QUESTIONS = "other sets: make rows of image, question, answer (and type, split), as JSON, JSONL or CSV"
 
 
 def read_conversations(
@@ -430,14 +441,16 @@ def read_conversations(
     {"from": "assistant", "value": "A"}], "type", "split"}]` (csv2json.py writes them), the same with LLaVA's names (`"image"`,
     `"from": "human"` and `"gpt"`, `<image>` in the first value), messages as ms-swift, LLaMA-Factory and TRL have them
     `[{"messages": [{"role", "content"}], "images": ["image"]}]` (a system message is left out: `--prompt` says how to
-    answer), chat `[{"img", "prompt", "label"}]` and VRSBench's `[{"image_id", "question", "ground_truth", "type"}]`.
+    answer), and rows of one question, `[{"image", "question", "answer", "type", "split"}]`, also as CSV, also under the names
+    of chat rows (`img`, `prompt`, `label`), of VRSBench (`image_id`, `ground_truth`), of EarthVQA (`{image: [{"Question",
+    "Answer", "Type"}]}`) and of FloodNet (`{"0": {"Image_ID", "Question", "Ground_Truth", "Question_Type"}}`).
     A conversation may go on, user and assistant by turns: each answer makes a question of its own, with what was said
     before as its `history`; a chat row may bring `"history": [[question, answer], ...]`.
 
     Returns a `SceneFile` of `QuestionScene`s. Raises InputError as `read_scenes` does.
     """
     path = Path(path)
-    content = load_json(path)
+    content = _listed(load_rows(path))
     if not isinstance(content, list) or not content:
         have = f"an object with {list(content)[:5]}" if isinstance(content, dict) else f"{json.dumps(content)[:20]}"
         raise InputError(
@@ -461,7 +474,7 @@ def read_conversations(
         except InputError as error:
             result.rejected.append(Rejected(str(path), number, str(error)))
             continue
-        split = entry.get("split")
+        split = entry.get("split") or None
         scene = scenes.setdefault(found[name], QuestionScene(found[name], split=split))
         if scene.split != split:
             raise InputError(f"{path}: row {number}: image {name!r} is in split {split!r} and in {scene.split!r}")
@@ -483,13 +496,23 @@ def read_conversations(
 def read_chat(path: str | Path, **options) -> SceneFile:
     """`read_conversations`; or a file of captions in any form of `read_scenes`, as answers to their own prompts or to a
     request for a description. options: those of both."""
-    rows = load_rows(Path(path)) if Path(path).is_file() else None
-    known = {"img", *(form[0] for form in CONVERSATIONS), "ground_truth"}
-    if isinstance(rows, list) and rows and isinstance(rows[0], dict) and known & set(rows[0]):
+    rows = _listed(load_rows(Path(path))) if Path(path).is_file() else None
+    first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
+    one = _field(first, QUESTION_FIELDS) and _field(first, ANSWER_FIELDS) and not _field(first, ("caption", "captions"))
+    if one or any(form[0] in first for form in CONVERSATIONS):
         return read_conversations(path, **options)
     found = read_scenes(path, **options)
     found.scenes = captions_as_answers(found.scenes, "Describe the image.", "描述这幅图像。")
     return found
+
+
+def _listed(content):
+    """Rows of questions that stand under their image (EarthVQA) or a number (FloodNet), as a list; others as they are."""
+    if not isinstance(content, dict) or not content:
+        return content
+    if all(isinstance(rows, list) and rows and isinstance(rows[0], dict) for rows in content.values()):
+        return [{"image": image, **row} for image, rows in content.items() for row in rows if isinstance(row, dict)]
+    return list(content.values()) if all(isinstance(row, dict) for row in content.values()) else content
 
 
 # (list of turns, who speaks, what is said): ours and LLaVA's; that of chat templates, as ms-swift and others train on.
@@ -500,7 +523,7 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
     """One row as (image name, a question for each of its answers). Raises InputError naming the field."""
     if not isinstance(entry, dict):
         raise InputError(f"expected an object, found {type(entry).__name__}")
-    kind, number = entry.get("type"), entry.get("id")
+    kind, number = entry.get(_field(entry, TYPE_FIELDS)), entry.get("id")
     if not (kind is None or isinstance(kind, str)):
         raise InputError(f"field 'type': expected a text, found {type(kind).__name__}")
     number = None if number is None else str(number)
@@ -548,17 +571,20 @@ def _said(turn: dict, content: str) -> tuple[str, list]:
 
 def _asked(entry: dict, kind: str | None, number: str | None) -> tuple[str, list[Question]]:
     """`_questions_of` a row that is one question and its answer."""
-    if "img" not in entry:
-        if not {"image_id", "question", "ground_truth"} <= set(entry):
-            raise InputError(f"field 'conversations' is missing (the row has {', '.join(entry)}); {OTHER_QUESTIONS}")
-        asked = Question(_text(entry, "question"), _text(entry, "ground_truth"), kind, number)
-        return _text(entry, "image_id"), [asked]
+    image, question, answer = (_field(entry, known) for known in (IMAGE_FIELDS, QUESTION_FIELDS, ANSWER_FIELDS))
+    if not (image and question and answer):
+        what = "an image" if not image else "a question" if not question else "an answer"
+        raise InputError(
+            f"there is neither 'conversations' nor {what} (the row has {', '.join(entry)}); {OTHER_QUESTIONS}"
+        )
+    if type(entry[answer]) is int:  # a count
+        entry = {**entry, answer: str(entry[answer])}
     history = entry.get("history") or []
     pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
     if not pairs or not all(isinstance(text, str) and text.strip() for pair in history for text in pair):
         raise InputError("field 'history': expected a list of [question, answer]")
     history = tuple(tuple(text.strip() for text in pair) for pair in history)
-    return _text(entry, "img"), [Question(_text(entry, "prompt"), _text(entry, "label"), kind, number, history)]
+    return _text(entry, image), [Question(_text(entry, question), _text(entry, answer), kind, number, history)]
 
 
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp", ".gif"}

@@ -101,7 +101,7 @@ def test_jsonl_lines_end_at_newlines_only(tmp_path):
 def test_unknown_form(tmp_path, content):
     path = save(tmp_path / "f.json", json.dumps(content))
     text = refused(lambda: read_scenes(path), path)
-    assert "expected a list of" in text or "is empty" in text
+    assert "expected rows of" in text or "is empty" in text
 
 
 @pytest.mark.parametrize(
@@ -667,7 +667,9 @@ def test_captions_of_a_table(tmp_path):
         ]  # fmt: skip
     assert [scene.split for scene in scenes] == ["test", "train"]
     (tmp_path / "pairs.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match="expected a header"):
+    with pytest.raises(
+        InputError, match=r"expected rows of an image.*filepath.* and its text.*title.*its first row has"
+    ):
         data.read_scenes(tmp_path / "pairs.csv")
 
 
@@ -684,10 +686,70 @@ def test_questions_of_vrsbench(tmp_path):
     for read in (data.read_conversations, data.read_chat):
         found = read(tmp_path / "eval.json").scenes[0].questions[0]
         assert (found.text, found.answer, found.kind) == ("How many?", "2", "object quantity")
-    for content in ([{"image": "a.png", "ques": "How many?"}], {"0": row}):
-        (tmp_path / "eval.json").write_text(json.dumps(content))
-        with pytest.raises(InputError, match=r"csv2json\.py"):
-            data.read_conversations(tmp_path / "eval.json")
+    with pytest.raises(InputError, match=r"questions and conversations are for train_vqa\.py"):
+        data.read_scenes(tmp_path / "eval.json")  # "2" is no caption
+    (tmp_path / "eval.json").write_text(json.dumps([{"image": "a.png", "ques": "How many?"}]))
+    with pytest.raises(
+        InputError, match=r"nor a question.*the row has image, ques.*make rows of image, question, answer"
+    ):
+        data.read_conversations(tmp_path / "eval.json")
+
+
+ONE_QUESTION = {
+    "plain.json": [{"image": "a.png", "question": "How many?", "answer": "2", "type": "count", "split": "test"}],
+    "plain.jsonl": [{"image_path": "a.png", "question": "How many?", "answer": "2", "type": "count", "split": "test"}],
+    "plain.csv": "image_path,question,answer,type,split\na.png,How many?,2,count,test\n",
+    "earthvqa.json": {"a.png": [{"Type": "count", "Question": "How many?", "Answer": "2", "split": "test"}]},
+    "floodnet.json": {
+        "0": {
+            "Image_ID": "a.png",
+            "Question": "How many?",
+            "Ground_Truth": 2,
+            "Question_Type": "count",
+            "split": "test",
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", ONE_QUESTION)
+def test_rows_of_one_question(tmp_path, name):
+    picture(tmp_path / "a.png")
+    content = ONE_QUESTION[name]
+    (tmp_path / name).write_text(content if name.endswith(".csv") else json.dumps(content))
+    if name.endswith(".jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    for read in (data.read_conversations, data.read_chat):
+        (scene,) = read(tmp_path / name).scenes
+        found = scene.questions[0]
+        assert (found.text, found.answer, found.kind, scene.split) == ("How many?", "2", "count", "test")
+
+
+OTHER_NAMES = {
+    "metadata.jsonl": lambda image, text: {"file_name": image, "text": text},
+    "lists.json": lambda image, text: {"filename": image, "sentences": [text]},
+    "raw.json": lambda image, text: {"filename": image, "sentences": [{"raw": text}]},
+    "rsicap.json": lambda image, text: {"filename": image, "text_output": text},
+    "vrsbench.json": lambda image, text: {"image_id": image, "question": "Describe it.", "ground_truth": text},
+    "table.csv": lambda image, text: {"Image": image, "Caption": text},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_captions_under_other_names(tmp_path, name):
+    rows = [OTHER_NAMES[name](*pair) for pair in (("a.png", "a farm"), ("b.png", "a lake"))]
+    content = {"annotations": rows} if name == "rsicap.json" else rows
+    if name.endswith(".csv"):
+        text = "Image,Caption\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows) if name.endswith("l") else json.dumps(content)
+    (tmp_path / name).write_text(text)
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    scenes = data.read_scenes(tmp_path / name).scenes
+    assert [(Path(scene.image).name, scene.texts, scene.split) for scene in scenes] == [
+        ("a.png", ["a farm"], None), ("b.png", ["a lake"], None)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [0, 255])
