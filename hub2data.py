@@ -77,8 +77,6 @@ def read_splits(source: str, config: str | None) -> dict:
 
 def find_columns(features: dict, given: dict[str, str | None]) -> dict[str, str]:
     """{"image": column, ...} of what there is. Raises InputError: no image, nothing to learn, a column that is not there."""
-    import datasets
-
     listed = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
     found = {}
     for what, names in NAMES.items():
@@ -88,7 +86,7 @@ def find_columns(features: dict, given: dict[str, str | None]) -> dict[str, str]
             found[what] = given[what]
         elif column := next((name for name in names if name in features), None):
             found[what] = column
-    pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    pictures = [name for name, kind in features.items() if _holds_pictures(kind)]
     if not given.get("image") and found.get("image") not in pictures:
         if len(pictures) != 1:
             what = f"{len(pictures)} columns of images" if pictures else "no column of images"
@@ -106,6 +104,15 @@ def find_columns(features: dict, given: dict[str, str | None]) -> dict[str, str]
             f"no captions, questions or labels; give --caption, --question and --answer, or --label. There are: {listed}"
         )
     return found
+
+
+def _holds_pictures(kind) -> bool:
+    """An image as the hub declares it, or its bytes, alone or with its path, as other writers of parquet leave them."""
+    import datasets
+
+    return isinstance(kind, datasets.Image) or "binary" in getattr(
+        kind.get("bytes") if isinstance(kind, dict) else kind, "dtype", ""
+    )
 
 
 def _holds_texts(kind) -> bool:

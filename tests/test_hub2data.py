@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 from hub_server import Hub
 from PIL import Image
@@ -119,6 +120,17 @@ def test_labels(tmp_path):
     assert found["x.png"] == {"label": "Sea Lake"} and found[names[1]]["label"] == "River"
 
 
+@pytest.mark.parametrize("cell", [png(0), {"bytes": png(0), "path": "a/0.png"}], ids=["bytes", "with path"])
+def test_parquet_by_others_than_the_hub(cell, tmp_path):
+    """pandas and pyarrow write the bytes of an image without saying that they are one."""
+    (tmp_path / "in").mkdir()
+    table = pyarrow.table({"jpg": [cell], "text": ["a farm"]})
+    pyarrow.parquet.write_table(table, tmp_path / "in/train.parquet")
+    hub2data.main([str(tmp_path / "in"), "--output", str(tmp_path / "out")])
+    (scene,) = read_scenes(tmp_path / "out").scenes
+    assert scene.texts == ["a farm"] and Path(scene.image).read_bytes() == png(0)
+
+
 def test_a_parquet_file_cut_short(captions, tmp_path):
     file = captions / "data/test-00000-of-00001.parquet"
     file.write_bytes(file.read_bytes()[:-500])
@@ -142,8 +154,9 @@ def test_names_stay_inside(tmp_path):
 
 def test_mistakes(captions, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = write(tmp_path / "text", "train", {"image": [image(0)], "caption": ["a"]}, {"image": {
-        "bytes": datasets.Value("binary"), "path": datasets.Value("string")}})  # fmt: skip
+    text = write(
+        tmp_path / "text", "train", {"image": ["a.png"], "caption": ["a"]}, {"image": datasets.Value("string")}
+    )
     two = write(
         tmp_path / "two", "train", {"before": [image(0)], "image": [image(1)], "x": ["a"]}, {"before": datasets.Image()}
     )
