@@ -59,6 +59,7 @@ _PTB = {"‘": "'", "’": "'", "‛": "'", "“": " ", "”": " ", '"': " ", "`
 _PTB |= {"(": " -lrb- ", ")": " -rrb- ", "[": " -lsb- ", "]": " -rsb- ", "{": " -lcb- ", "}": " -rcb- "}
 _PTB |= {"€": "$", "£": "#", "²": " ² ", "³": " ³ ", "°": " ° ", "\u00ad": "", "\u200b": "", "\ufeff": ""}
 _PTB = str.maketrans(_PTB)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SPLIT = [  # "houses' roofs" needs no rule: a lone apostrophe is punctuation
     (re.compile(r"(?<=[a-z])(n't)\b|(?<=\w)('(?:s|m|d|re|ve|ll))\b", re.I), r" \1\2"),
     (re.compile(r"\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b|\b(lem|gim)(me)\b", re.I), r"\1\3\5\7 \2\4\6\8"),
@@ -82,8 +83,7 @@ _TOKEN = re.compile(
 
 def one_line(text: str) -> str:
     """`text` with single spaces: PTBTokenizer reads one text a line, and takes \\v, U+2028 and others for its end."""
-    text = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
-    return " ".join(text.encode("utf-8", "replace").decode().split())
+    return " ".join(_CONTROL.sub(" ", text).encode("utf-8", "replace").decode().split())
 
 
 def english_tokens(text: str) -> list[str]:
@@ -468,6 +468,7 @@ def _flat(captions) -> list[str]:
     return [text for text in texts if text.strip()]
 
 
+@lru_cache(1 << 17)  # the training captions are the same for every model that is compared
 def _own_tokens(text: str) -> tuple[str, ...]:
     return tuple((chinese_characters if language_of(text) == "zh" else english_tokens)(text))
 
