@@ -223,8 +223,9 @@ def summary_lines(rows: list[dict], shown: list[dict], only: list[str] | None, w
     lines, low_high = [], change["difference_interval"]
     before, after = (sum(row[f"{key}_right"] for row in rows) / len(rows) for key in ("before", "after"))
     lines.append(
-        f"accuracy {before:.3f} before, {after:.3f} after: {change['gained']} gained, {change['lost']} lost, McNemar p "
-        f"{change['p']:.2g}; difference {change['difference']:+.3f}, 95% {low_high[0]:+.3f} to {low_high[1]:+.3f} by image"
+        f"accuracy {before:.3f} before, {after:.3f} after: {change['gained']} gained, {change['lost']} lost,"
+        f" McNemar p {report.p_text(change['p'])}; difference {change['difference']:+.3f}, 95%"
+        f" {low_high[0]:+.3f} to {low_high[1]:+.3f} by image"
     )
     scenes = len({row["image_path"] for row in rows})
     if only:

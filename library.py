@@ -811,6 +811,27 @@ def result_row(rank: int, hit: Hit) -> dict:
 # Two dates
 
 
+PAIR_NOTES = {
+    "no_place": "{date}: {n} of {all} images have no georeference, left out",
+    "by_name": "no image has a georeference: images of one path and size are taken as one place",
+    "alone": "{date}: {n} of {all} places have no counterpart, left out",
+    "empty": "{date}: {n} of {all} matched places hold data on less than {share:.0%} of their area, left out",
+    "settings": "the two indexes differ in how they show pictures ({listed}): part of the change may be that",
+    "resolution": "{n} of {all} places differ in resolution (a median of {first:.2f} m and {second:.2f} m a pixel): part of"
+    " their change may be that",
+    "grid": "matched tiles overlap by {share:.0%} on average: index both dates on one grid for better results",
+}
+
+
+class PairNote(str):
+    """A sentence of `PAIR_NOTES`, and what it was made of, so that the page can say it in another language."""
+
+    def __new__(cls, key: str, **values):
+        note = super().__new__(cls, PAIR_NOTES[key].format(**values))
+        note.key, note.values = key, values
+        return note
+
+
 @dataclass
 class Pairs:
     """Tiles of two libraries that show the same places; row n of each belongs to place n."""
@@ -820,7 +841,7 @@ class Pairs:
     before_vectors: np.ndarray
     """(N, D)"""
     after_vectors: np.ndarray
-    notes: list[str]
+    notes: list[PairNote]
     """What was left out, and why."""
 
     def changes(self, words: np.ndarray, alike: int = 32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -847,7 +868,7 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
                 f"{library.index.location}: none of its {len(payloads)} images has a georeference, those of the other index"
                 " have; monitor matches images by their place on Earth: give GeoTIFFs"
             )
-        notes.append(f"{name}: {int((~placed[side]).sum())} of {len(payloads)} images have no georeference, left out")
+        notes.append(PairNote("no_place", date=name, n=int((~placed[side]).sum()), all=len(payloads)))
         sides[side] = [p for p, there in zip(payloads, placed[side]) if there], vectors[placed[side]]
     (first, first_vectors), (second, second_vectors) = sides
     if by_place:
@@ -856,7 +877,7 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
         boxes = [_bounds_text(payloads) for payloads, _ in sides]
         remedy = f"overlaps by {min_overlap:.0%}: other places, or tiles of another size or grid"
     else:
-        notes.append("no image has a georeference: images of one path and size are taken as one place")
+        notes.append(PairNote("by_name"))
         found = _match_names(first, second)
         boxes = [f"{first[0]['path']}, ..." for first, _ in sides]
         remedy = (
@@ -869,15 +890,12 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
     i, j = (np.array(side) for side in list(zip(*found))[:2])
     for name, payloads, used in (("before", first, i), ("after", second, j)):
         if len(used) < len(payloads):
-            notes.append(f"{name}: {len(payloads) - len(used)} of {len(payloads)} places have no counterpart, left out")
+            notes.append(PairNote("alone", date=name, n=len(payloads) - len(used), all=len(payloads)))
     valid = [np.array([p["extra"].get("valid", 1) for p in side]) for side in (first, second)]
     empty = {"before": valid[0][i] < MIN_VALID, "after": valid[1][j] < MIN_VALID}
     for name, side in empty.items():
         if side.any():
-            notes.append(
-                f"{name}: {int(side.sum())} of {len(side)} matched places hold data on less than {MIN_VALID:.0%} of their"
-                " area, left out"
-            )
+            notes.append(PairNote("empty", date=name, n=int(side.sum()), all=len(side), share=MIN_VALID))
     kept = ~(empty["before"] | empty["after"])
     if not kept.any():
         raise InputError(f"none of the matched places can be compared: {'; '.join(notes)}")
@@ -885,24 +903,21 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
     ours, theirs = before.settings.to_dict(), after.settings.to_dict()
     if other := [name for name in ours if name != "max_pixels" and ours[name] != theirs[name]]:
         listed = ", ".join(f"{name} {ours[name]} and {theirs[name]}" for name in other)
-        notes.append(f"the two indexes differ in how they show pictures ({listed}): part of the change may be that")
+        notes.append(PairNote("settings", listed=listed))
     if by_place:
         notes += _grid_notes([first[n] for n in i], [second[n] for n in j], [overlap for _, _, overlap in found])
     return Pairs([first[n] for n in i], [second[n] for n in j], first_vectors[i], second_vectors[j], notes)
 
 
-def _grid_notes(before: list[dict], after: list[dict], overlaps: list[float]) -> list[str]:
+def _grid_notes(before: list[dict], after: list[dict], overlaps: list[float]) -> list[PairNote]:
     """What of the matched tiles' pixels and grids may look like a change."""
     notes = []
     sizes = [np.array([np.hypot(*p["extra"]["pixel_size_m"]) for p in side]) for side in (before, after)]
     if (off := np.abs(np.log(sizes[1] / sizes[0])) > np.log(1.25)).any():
         medians = [np.median(side[off]) / 2**0.5 for side in sizes]
-        notes.append(
-            f"{int(off.sum())} of {len(off)} places differ in resolution (a median of {medians[0]:.2f} m and {medians[1]:.2f} m"
-            " a pixel): part of their change may be that"
-        )
+        notes.append(PairNote("resolution", n=int(off.sum()), all=len(off), first=medians[0], second=medians[1]))
     if (mean := float(np.mean(overlaps))) < 0.9:
-        notes.append(f"matched tiles overlap by {mean:.0%} on average: index both dates on one grid for better results")
+        notes.append(PairNote("grid", share=mean))
     return notes
 
 

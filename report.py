@@ -315,6 +315,11 @@ def span_text(low_high) -> str:
     return f"{low_high[0]:.3f} to {low_high[1]:.3f}"
 
 
+def p_text(p: float) -> str:
+    """A p value: "= 0.031", "< 0.0001"."""
+    return "< 0.0001" if p < 1e-4 else f"= {p:.2g}"
+
+
 def table_text(rows: list[dict], columns: dict[str, str]) -> str:
     """The same table for a terminal. Control characters (a caption may hold any) become spaces."""
     lines: list[list[str]] = [[] for _ in range(len(rows) + 2)]

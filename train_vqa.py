@@ -142,7 +142,7 @@ def summary(results: dict, best) -> str:
     change = results["change"]
     lines.append(
         f"after against before: {change['gained']} gained, {change['lost']} lost, difference {change['difference']:+.3f}"
-        f" ({report.span_text(change['difference_interval'])} by image), McNemar p {change['p']:.2g}"
+        f" ({report.span_text(change['difference_interval'])} by image), McNemar p {report.p_text(change['p'])}"
     )
     if after.get("count_mae") is not None:
         errors = [f"{name} {results[name]['count_mae']:.2f}" for name, _ in ROWS
@@ -445,7 +445,7 @@ def write_report(run: Path, results: dict, samples: list[dict], settings: ImageS
     change = results["change"]
     flips = report.flips_by_type(samples)
     sections.append(("Before and after", report.table_html(*flips) + f"<p>{change['gained']} gained, {change['lost']} lost, "
-                     f"McNemar p {change['p']:.2g}. All answers are in samples.jsonl.</p>"))  # fmt: skip
+                     f"McNemar p {report.p_text(change['p'])}. All answers are in samples.jsonl.</p>"))  # fmt: skip
     curves = {"loss": "training loss", "eval_accuracy": "accuracy", "eval_accuracy_bucketed": "accuracy, bucketed"}
     history = read_history(run)
     if any(key in row for row in history for key in curves):

@@ -39,6 +39,16 @@ MOST_TEXT = 2000  # characters of a text that is encoded
 SIDE = 384  # pixels of pictures in the gallery
 
 # Every text of the page: English, Chinese.
+DATES_ZH = {"before": "前期", "after": "后期"}
+PAIR_NOTES_ZH = {  # library.PAIR_NOTES
+    "no_place": "{date}：{all} 幅图像中有 {n} 幅没有地理参考，未参与比较",
+    "by_name": "所有图像都没有地理参考：路径与尺寸相同的图像视为同一地点",
+    "alone": "{date}：{all} 个地点中有 {n} 个没有对应图像，未参与比较",
+    "empty": "{date}：{all} 个已匹配地点中有 {n} 个的有效数据不足面积的 {share:.0%}，未参与比较",
+    "settings": "两个索引显示图像的设置不同（{listed}）：部分变化可能由此而来",
+    "resolution": "{all} 个地点中有 {n} 个的分辨率不同（每像素中位数 {first:.2f} 米与 {second:.2f} 米）：部分变化可能由此而来",
+    "grid": "匹配的切片平均重叠 {share:.0%}：两个时期用同一网格建立索引，结果会更好",
+}
 TEXT = {
     "title": ("Remote-sensing images in plain words", "用自然语言检索和理解遥感图像"),
     "language": ("Language", "语言"),
@@ -402,7 +412,9 @@ class Page:
         pairs = self.pairs
         _, _, z = pairs.changes(self.library.text_vectors(lines))
         parts = [f"<p>{self.say('change_note', language, n=len(pairs.before))}</p>"]
-        parts += [f"<p>{html.escape(note)}</p>" for note in pairs.notes]
+        for note in pairs.notes:
+            said = PAIR_NOTES_ZH[note.key].format(**note.values | {"date": DATES_ZH.get(note.values.get("date"))})
+            parts.append(f"<p>{html.escape(said if language == 'zh' else note)}</p>")
         for line, row in zip(lines, z):
             parts.append(f"<h3>{html.escape(line)}</h3>")
             found = [n for n in np.argsort(-np.abs(row), kind="stable")[:8] if abs(row[n]) >= CHANGE]

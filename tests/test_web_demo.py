@@ -26,7 +26,7 @@ from rasterio.transform import from_origin
 
 import web_demo
 from config import InputError
-from library import Library, index_library
+from library import PAIR_NOTES, Library, index_library
 from tests.conftest import free_port
 from web_demo import TEXT, Page, bars_html, build_parser, map_svg
 
@@ -356,6 +356,19 @@ def test_monitor_finds_the_place_that_changed(page):
     assert "harbour/1.tif · " in made and "2020-09-15 → 2023-06-30" in made
     assert "1 of 13 images have no georeference" in made
     assert "farm/0.tif" not in made
+    made = page.monitor("fire\nwater", "zh")
+    assert (
+        "后期：13 幅图像中有 1 幅没有地理参考，未参与比较" in made
+        or "前期：13 幅图像中有 1 幅没有地理参考，未参与比较" in made
+    )
+    assert "georeference" not in made
+
+
+def test_notes_on_pairs_in_both_languages():
+    fields = lambda text: {name for _, name, _, _ in string.Formatter().parse(text) if name}  # noqa: E731
+    assert {key: fields(text) for key, text in web_demo.PAIR_NOTES_ZH.items()} == {
+        key: fields(text) for key, text in PAIR_NOTES.items()
+    }
 
 
 def test_describe_and_ask_escape_what_a_model_says(shown):
