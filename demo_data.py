@@ -1335,7 +1335,8 @@ def generate(
     """Write the data set into `output`, whole or not at all, and return its manifest.
 
     The same scenes and seed give the same bytes whatever the number of workers. A folder that already holds exactly
-    this is left as it is; any other folder is an `InputError`, unless `force` and the folder is one of ours.
+    this is left as it is, one that an older version of this script left and nobody touched is replaced; any other
+    folder is an `InputError`, unless `force` and the folder is one of ours.
     """
     output = Path(output)
     if not (isinstance(scenes, int) and 1 <= scenes <= 99999) or not (isinstance(seed, int) and seed >= 0):
@@ -1343,18 +1344,16 @@ def generate(
             f"demo data needs 1 to 99999 scenes and a seed of 0 or more, not scenes={scenes!r}, seed={seed!r}"
         )
     settings, found = {"scenes": scenes, "seed": seed, "version": VERSION}, _manifest(output)
-    if (
-        found
-        and found["settings"] == settings
-        and hashlib.sha256(json.dumps(_listing(output)).encode()).hexdigest() == found["listing"]
-    ):
+    intact = found and hashlib.sha256(json.dumps(_listing(output)).encode()).hexdigest() == found["listing"]
+    if intact and found["settings"] == settings:
         return found | {"fresh": False}
+    outdated = intact and found["settings"] | {"version": VERSION} == settings
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         if not found:
             raise InputError(
                 f"{output} exists and was not made by demo_data.py; it is left alone: choose another --output"
             )
-        if not force:
+        if not (force or outdated):
             raise InputError(
                 f"{output} holds other demo data or was altered ({found['settings']}): "
                 "--force replaces it, or choose another --output"

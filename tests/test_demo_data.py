@@ -438,6 +438,22 @@ def test_done_is_recognised_and_nothing_else_is_overwritten(data, tmp_path):
     with pytest.raises(InputError, match="--force"):
         demo_data.generate(out, 4, 0)
     assert demo_data.generate(out, 5, 0, force=True)["counts"]["scenes"] == 5
+
+
+def test_data_of_an_older_version_is_replaced_where_nobody_touched_it(tmp_path, monkeypatch):
+    out = tmp_path / "demo"
+    with monkeypatch.context() as older:
+        older.setattr(demo_data, "VERSION", demo_data.VERSION - 1)
+        demo_data.generate(out, 3, 0)
+    assert demo_data.generate(out, 3, 0)["fresh"] and not demo_data.generate(out, 3, 0)["fresh"]
+    with monkeypatch.context() as older:
+        older.setattr(demo_data, "VERSION", demo_data.VERSION - 1)
+        demo_data.generate(out, 3, 0)
+    (out / "images/mine.tif").touch()
+    with pytest.raises(InputError, match="--force"):
+        demo_data.generate(out, 3, 0)
+    assert (out / "images/mine.tif").exists()
+
     foreign = tmp_path / "mine"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
