@@ -395,7 +395,8 @@ def land_use_areas(polygons, scores, regions=(), cell: float | None = None) -> L
 
     Tiles that touch form a place. On a grid in an equal-area projection centred there each cell takes the mean scores
     of the tiles that cover its centre, and its class is the highest of them (of equals the first). A cell counts as
-    the exact area of the place divided by its cells, so totals do not depend on how the grid meets slanted edges.
+    the exact area of the place divided by its cells, in a region as the exact area of what it holds of the place divided by
+    the cells there, so totals do not depend on how the grid meets edges; where it holds no cell, it has one class.
     Edges are straight in longitude and latitude, and within 10 degrees of a pole in the projection.
     """
     rings, scores = _rings(polygons), np.asarray(scores, np.float32)
@@ -428,10 +429,14 @@ def land_use_areas(polygons, scores, regions=(), cell: float | None = None) -> L
             if mask is None or mask.area:
                 masks.append((index % len(regions), mask))
         counts, within = _count(flat, totals[tiles], [geometry for _, geometry in masks], cell)
-        one = shapely.union_all(flat).area / 1e6 / max(counts.sum(), 1)
-        areas += one * counts
-        for (index, _), counted in zip(masks, within):
-            by_region[index] += one * counted
+        ground = shapely.union_all(flat)
+        areas += ground.area / 1e6 * counts / max(counts.sum(), 1)
+        for (index, mask), counted in zip(masks, within):
+            part = ground if mask is None else shapely.intersection(ground, shapely.make_valid(mask))
+            if part.area and not counted.any():  # no cell has its centre in it
+                under = shapely.intersects(flat, shapely.point_on_surface(part))
+                counted[totals[tiles][under].sum(0).argmax()] = 1
+            by_region[index] += part.area / 1e6 * counted / max(counted.sum(), 1)
     return LandUse(areas, by_region, places[same])
 
 

@@ -556,23 +556,26 @@ class Store:
 
 
 class _Edge(Store):
-    """index.json (format, dim, record), shard/ (Edge's own files), in_use (pid of who has it open).
+    """index.json (format, dim, record), shard/ (Edge's own files), in_use (pid of who has it open, who holds a lock on it).
 
-    Edge locks its log, so one process at a time, reading or writing; the lock dies with its process."""
+    One process at a time, reading or writing; the lock dies with its process. Edge's own lock, on its log, is no help: by the
+    time it refuses, opening has rewritten files of the segments, and the process that writes them fails at its next flush."""
 
     def __init__(self, folder: Path, create: dict | None = None):
         import qdrant_edge as m
 
         self._m, self._range, self._date_range = m, m.RangeFloat, m.RangeDateTime
-        self.location, self._folder, self._shard = str(folder), folder, None
+        self.location, self._folder, self._shard, self._lock = str(folder), folder, None, None
         shard, header = folder / "shard", folder / "index.json"
         if create:
             if folder.exists() and (not folder.is_dir() or {f.name for f in folder.iterdir()} - {"shard", "in_use"}):
                 what = "an index already" if header.exists() else "no empty folder"
                 raise InputError(f"{folder}: is {what}; give another --store, or remove it first")
-            shutil.rmtree(shard, ignore_errors=True)  # a `create` that was killed: index.json is written last
             try:
-                shard.mkdir(parents=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                self._take()
+                shutil.rmtree(shard, ignore_errors=True)  # a `create` that was killed: index.json is written last
+                shard.mkdir()
             except OSError as error:
                 raise InputError(f"{folder}: cannot be made ({error.strerror}); give another --store") from None
             self._shard = self._start(lambda: m.EdgeShard.create(str(shard), _edge_config(m, create["dim"])))
@@ -589,6 +592,7 @@ class _Edge(Store):
             except (OSError, ValueError) as error:
                 raise InputError(f"{header}: cannot be read ({error}); index the library again") from None
             create = _header(create, str(folder))
+            self._take()
             self._shard = self._start(lambda: m.EdgeShard.load(str(shard)))
             # A killed `build` leaves its half-made segment here, which nothing reads: as large as the index, at worst.
             shutil.rmtree(shard / "temp_segments", ignore_errors=True)
@@ -600,32 +604,51 @@ class _Edge(Store):
         partial.write_text(json.dumps(header, indent=1), encoding="utf-8")
         os.replace(partial, self._folder / "index.json")
 
-    def _start(self, load):
-        """`load()`, with a clear error where another process has the folder open."""
+    def _take(self) -> None:
+        """Lock the folder. Raises InputError where another process has it open or it cannot be written."""
         note = self._folder / "in_use"
+        try:
+            self._lock = note.open("a+")
+        except OSError as error:
+            what = f"cannot be written ({error.strerror}), and an index is written to even to be read"
+            raise InputError(f"{self.location}: {what}: copy it to a folder that you may write") from None
         for attempt in range(30):
             try:
-                shard = load()
-                note.write_text(str(os.getpid()))
-                return shard
-            except Exception as error:  # Edge raises nothing narrower
-                if "WouldBlock" not in str(error):
-                    what = f"the index cannot be opened ({error}); index the library again into another --store"
-                    raise InputError(f"{self.location}: {what}") from None
-            owner = note.read_text() if note.is_file() else "unknown"
+                _flock(self._lock)
+                self._lock.truncate(0)
+                self._lock.write(str(os.getpid()))
+                self._lock.flush()
+                return
+            except BlockingIOError:
+                owner = note.read_text() or "unknown"
             if Path(f"/proc/{owner}").exists() or not Path("/proc").exists() or attempt == 29:
                 break
             time.sleep(0.2)  # its owner was killed, and worker processes hold the lock until they notice, in 5 s
+        self._lock.close()
         raise InputError(
             f"{self.location}: in use by another process (pid {owner}); close that, or keep the index on a Qdrant server"
             " (--store http://...), which many may use at once"
         )
 
+    def _release(self) -> None:
+        self._lock.truncate(0)
+        _flock(self._lock, free=True)  # closing would leave it to worker processes that have the file open too
+        self._lock.close()
+
+    def _start(self, load):
+        """`load()`, with a clear error where that fails."""
+        try:
+            return load()
+        except Exception as error:  # Edge raises nothing narrower
+            self._release()
+            what = f"the index cannot be opened ({error}); index the library again into another --store"
+            raise InputError(f"{self.location}: {what}") from None
+
     def close(self) -> None:
         if self._shard is not None:
             self._shard.close()  # flushes
             self._shard = None
-            (self._folder / "in_use").unlink(missing_ok=True)
+            self._release()
 
     def build(self) -> bool:
         """Put all vectors into one graph and drop what was removed; False if there was nothing to do. Searches are
@@ -692,6 +715,15 @@ class _Edge(Store):
 
     def _query(self, requests):
         return self._shard.query_batch(self._m.QueryBatchRequest(requests))
+
+
+def _flock(file, free: bool = False) -> None:
+    """Lock a file for this process, or free it. Raises BlockingIOError where another has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: Edge's own lock must do
+        return
+    fcntl.flock(file, fcntl.LOCK_UN if free else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _edge_config(m, dim: int):

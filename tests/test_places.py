@@ -299,10 +299,18 @@ def test_area_within_regions():
     assert found.areas.sum() == pytest.approx(km2(10, 45, 11, 46), rel=1e-3)
     hole = km2(10, 45, 11, 46) - km2(10.2, 45.2, 10.8, 45.8)
     assert found.by_region.sum(1)[:3] == pytest.approx(
-        [hole, km2(10.1, 45.1, 10.2, 45.3) + km2(10.8, 45.5, 11, 45.6), 0],
-        rel=0.05,  # the second is four cells wide
+        [hole, km2(10.1, 45.1, 10.2, 45.3) + km2(10.8, 45.5, 11, 45.6), 0], rel=1e-3
     )
     assert found.by_region[3] == pytest.approx(found.areas) and (found.by_region[1] > 0).all()
+
+
+def test_regions_smaller_than_a_cell():
+    tiles, scores = [box(10, 45, 10.1, 45.1), box(10.1, 45, 10.2, 45.1)], [[1.0, 0.0], [0.0, 1.0]]
+    parcels = [(x, 45.0501, x + 0.001, 45.0511) for x in (10.0301, 10.0333, 10.0366, 10.1312, 10.199, 10.1995)]
+    found = land_use_areas(tiles, scores, [shapely.box(*parcel) for parcel in parcels])
+    inside = [km2(*parcel) for parcel in parcels[:5]] + [km2(10.1995, 45.0501, 10.2, 45.0511)]
+    assert found.by_region[:3] == pytest.approx(np.array([[area, 0] for area in inside[:3]]), rel=1e-3)
+    assert found.by_region[3:] == pytest.approx(np.array([[0, area] for area in inside[3:]]), rel=1e-3)
 
 
 def test_a_region_on_both_sides_of_the_antimeridian():

@@ -5,6 +5,7 @@ calls and models are those a server takes.
 """
 
 import dataclasses
+import errno
 import http.server
 import json
 import os
@@ -352,6 +353,40 @@ def test_one_process_at_a_time(tmp_path):
         assert index.count() == 0
         with pytest.raises(InputError, match=f"pid {os.getpid()}"):
             store.open(tmp_path / "x")
+
+
+def test_a_refused_opener_leaves_the_writer_alone(tmp_path):
+    """Edge's own lock comes after it has rewritten files of the segments; the writer's next flush then fails."""
+    code = """
+rows = np.eye(64, dtype=np.float32)
+with store.create(sys.argv[1], record={}, dim=64) as index:
+    for b in range(8):
+        index.upsert([Point(f"{b}.tif", row, window=(n, 0, 1, 1), attributes={"label": "a"}) for n, row in enumerate(rows)])
+        print(b, flush=True)
+        time.sleep(0.2)
+    print(index.count())
+"""
+    writer = child(code, tmp_path / "x")
+    for _ in range(2):
+        writer.stdout.readline()
+    for _ in range(3):
+        with pytest.raises(InputError, match="in use by another process"):
+            store.open(tmp_path / "x")
+    assert writer.communicate(timeout=60)[0].split()[-1] == "512" and writer.returncode == 0
+
+
+def test_a_folder_that_cannot_be_written_says_so(tmp_path, monkeypatch):
+    store.create(tmp_path / "x", record={}, dim=4).close()
+    opened = Path.open
+
+    def read_only(path, mode="r", *rest, **options):
+        if mode != "r":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return opened(path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(InputError, match=r"Read-only file system.*copy it to a folder that you may write"):
+        store.open(tmp_path / "x")
 
 
 def test_unknown_attribute_is_named(tmp_path):
