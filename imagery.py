@@ -669,7 +669,10 @@ ACQUISITION_TAGS = """
     ACQUISITIONDATETIME ACQUISITION_DATETIME ACQUISITION_DATE ACQUISITION_TIME ACQUIRED SENSING_TIME
     DATATAKE_1_DATATAKE_SENSING_START PRODUCT_START_TIME START_TIME DATE_ACQUIRED EXIF_DATETIMEORIGINAL
     DATETIMEORIGINAL DATETIME DATE TIFFTAG_DATETIME"""
-_DATE = re.compile(r"\s*(\d{4})[-:/]?(\d\d)[-:/]?(\d\d)(?:[ T]?(\d\d:\d\d(?::\d\d)?)(?:\.\d+)?\s*(Z|[+-]\d\d:\d\d)?)?")
+_DATE = re.compile(
+    r"\s*(\d{4})[-:/]?(\d\d)[-:/]?(\d\d)"
+    r"(?:[ T]?(\d\d):?(\d\d)(?::?(\d\d))?(?:\.\d+)?\s*(?:(Z)|([+-]\d\d)(?::?(\d\d))?)?)?"
+)
 
 
 def _acquisition_time(tags: dict) -> str | None:
@@ -679,11 +682,14 @@ def _acquisition_time(tags: dict) -> str | None:
         match = _DATE.match(upper.get(tag, ""))
         if not match:
             continue
-        year, month, day, clock, zone = match.groups()
-        text = f"{year}-{month}-{day}" + (f"T{clock}" if clock else "")
-        with contextlib.suppress(ValueError):  # "0000:00:00 00:00:00" is what some cameras write
-            when = datetime.fromisoformat(text + ("+00:00" if zone == "Z" else zone or ""))
-            return when.isoformat() if clock else text
+        year, month, day, hour, minute, second, utc, ahead, minutes = match.groups()
+        text = f"{year}-{month}-{day}"
+        zone = "+00:00" if utc else f"{ahead}:{minutes or '00'}" if ahead else ""
+        clocks = [f"T{hour}:{minute}:{second or '00'}{zone}"] if hour else []
+        for clock in [*clocks, ""]:  # digits after a date may be no clock
+            with contextlib.suppress(ValueError):  # "0000:00:00 00:00:00" is what some cameras write
+                when = datetime.fromisoformat(text + clock)
+                return when.isoformat() if clock else text
     return None
 
 

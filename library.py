@@ -10,6 +10,7 @@ Reading runs in worker processes ahead of the model. Every FLUSH tiles go to dis
 loses seconds of work, and the next run takes up where it stopped, in the middle of a file too.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -50,6 +51,7 @@ CHECKED = 256  # files that a process looks at before it reports
 FLUSH, FLUSH_SECONDS = 1024, 20.0  # tiles, or time, after which what is encoded goes to disk
 HASHED = 64 * 2**20  # bytes of a file's content that are hashed: all of most, 64 pieces spread over a larger one
 DATE_IN_NAME = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?=(?:\d{6})?(?!\d))")
+DAY_OF_YEAR_IN_NAME = re.compile(r"^L[A-Z]\d{7}((?:19|20)\d{5})|[._]A?((?:19|20)\d{5})(?=[.T])")
 # Ensembles of prompts (Radford et al. 2021, section 3.1.4) in the words of the captions that remote-sensing models see.
 TEMPLATES = {
     "en": ("{}", "{}.", "a satellite image of {}.", "an aerial image of {}.", "a remote sensing image of {}."),
@@ -121,13 +123,17 @@ def content_hash(path: Path) -> str:
 
 
 def time_in_name(path: str) -> str | None:
-    """The date that a file's name holds, as 2020-06-30: names of Sentinel and Landsat scenes begin with theirs."""
-    for year, _, month, day in DATE_IN_NAME.findall(Path(path).name):
-        try:
-            return datetime.date(int(year), int(month), int(day)).isoformat()
-        except ValueError:
-            continue
-    return None
+    """The date that a file's name holds, as 2020-06-30: names of Sentinel and Landsat scenes begin with theirs; those of MODIS,
+    HLS and old Landsat scenes hold the day of the year. One that is still to come is a number like any other."""
+    name, found = Path(path).name, []
+    for year, _, month, day in DATE_IN_NAME.findall(name):
+        with contextlib.suppress(ValueError):
+            found.append(datetime.date(int(year), int(month), int(day)))
+    for text in filter(None, sum(DAY_OF_YEAR_IN_NAME.findall(name), ())):
+        with contextlib.suppress(ValueError):
+            found.append(datetime.datetime.strptime(text, "%Y%j").date())
+    latest = datetime.date.today() + datetime.timedelta(days=1)
+    return next((day.isoformat() for day in found if day <= latest), None)
 
 
 def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:

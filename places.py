@@ -198,8 +198,8 @@ def read_regions(path) -> list[tuple[str, shapely.Geometry]]:
         features = [top if kind == "Feature" else {"type": "Feature", "geometry": top}]
     if kind is None or not isinstance(features, list):
         raise wrong("is not a GeoJSON FeatureCollection, Feature or geometry", "export the regions as GeoJSON")
-    if _projected(top.get("crs")):
-        raise wrong("its crs is a projected one", export)
+    if _no_lonlat(top.get("crs")):
+        raise wrong("its crs is not one of longitude and latitude in degrees from Greenwich", export)
 
     regions = []
     for i, feature in enumerate(features):
@@ -229,10 +229,13 @@ def read_regions(path) -> list[tuple[str, shapely.Geometry]]:
     return regions
 
 
-def _projected(crs) -> bool:
-    """Whether the `crs` member of older GeoJSON names a projected system."""
+def _no_lonlat(crs) -> bool:
+    """Whether the `crs` member of older GeoJSON names a system that is projected, counts from Paris or in grads. That a datum
+    differs (NAD27 by 200 m at most) is let pass."""
     try:
-        return CRS.from_user_input(crs["properties"]["name"]).is_projected
+        found = CRS.from_user_input(crs["properties"]["name"])
+        text = found.to_wkt()
+        return found.is_projected or 'PRIMEM["Greenwich"' not in text or 'UNIT["degree"' not in text
     except (TypeError, KeyError, CRSError):  # absent or unknown: coordinates tell
         return False
 

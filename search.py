@@ -79,7 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
         made.add_argument("--from", dest="start", metavar="DATE", help="taken on this day or later, such as 2020-01-01")
         made.add_argument("--to", dest="end", metavar="DATE", help="taken on this day or earlier")
         made.add_argument(
-            "--where", nargs="+", default=[], metavar="NAME=VALUE", help="attributes, such as folder=harbour"
+            "--where",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="NAME=VALUE",
+            help="attributes, such as folder=harbour",
         )
         made.add_argument("--library", help="folder of the images, if it has moved since")
 
@@ -111,10 +116,18 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("-k", type=int, default=10, help="how many to find")
     ask.add_argument("--each", action="store_true", help="each of the words is a query of its own")
     ask.add_argument(
-        "--not", dest="without", nargs="+", default=[], metavar="WORDS", help="what it should not look like"
+        "--not",
+        dest="without",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="WORDS",
+        help="what it should not look like",
     )
     ask.add_argument("--not_weight", type=float, default=0.5, help="how much that counts")
-    ask.add_argument("--like", nargs="+", default=[], metavar="IMAGE", help="pictures of what to look for")
+    ask.add_argument(
+        "--like", nargs="+", action="extend", default=[], metavar="IMAGE", help="pictures of what to look for"
+    )
     ask.add_argument("--like_weight", type=float, default=0.5, help="0: words alone, 1: pictures alone")
     ask.add_argument("--template", help='prompt around the words, such as "a satellite image of {}" (default: several)')
     ask.add_argument("--season", choices=["spring", "summer", "autumn", "winter"], help="added to the words")
@@ -319,7 +332,7 @@ def run_query(args) -> int:
         if getattr(args, flag) not in (None, "-"):
             refuse_unwritable_file(getattr(args, flag), f"--{flag}")
     from imagery import read_image
-    from library import geojson, result_row
+    from library import RESULT, geojson, result_row
     from report import contact_sheet, csv_text, table_text
 
     context = ", ".join(
@@ -357,8 +370,8 @@ def run_query(args) -> int:
                 print(f"{title}\n{table_text(mine, filled)}\n" if mine else f"{title}\n")
         if args.json:
             put(args.json, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-        if args.csv and rows:
-            put(args.csv, csv_text(rows))
+        if args.csv:
+            put(args.csv, csv_text(rows) if rows else ",".join(RESULT) + "\n")
         if args.geojson:
             put(args.geojson, geojson([hit.payload for _, hits in results for hit in hits], rows))
         if args.sheet:

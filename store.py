@@ -59,6 +59,7 @@ SCAN_FEW = 6000
 MARGIN, AMONG = 2.5, 150
 GROWS_FROM = 100_000  # points; above, EF, EF_FILTERED and SCAN_FEW grow with the square root of the index's size
 RIM = 1e-3  # degrees; see `_inside`
+ROOM = 64 * 2**20  # bytes that are to be free on the disk before points are added: a shard of few takes 25 MB
 DAY = r"\d{4}-\d\d-\d\d"
 PAGE = 10_000  # points a scroll reads at once
 RANGES = ("west", "south", "east", "north", "half_width", "half_height")
@@ -190,7 +191,12 @@ def _inside(lon: float, lat: float, rim: float) -> dict:
 
 
 def moment(text: str, what: str) -> datetime:
-    try:  # Python 3.10 knows no Z
+    try:
+        if not re.match(
+            rf"{DAY}(T|\s|$)", text
+        ):  # newer Pythons read 20200630 and 2020-W26 too, `last_moment` does not
+            raise ValueError(text)
+        # Python 3.10 knows no Z
         return datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
     except (TypeError, ValueError):
         raise InputError(
@@ -678,6 +684,14 @@ class _Edge(Store):
         return self._shard.info().payload_schema
 
     def _write(self, ids, matrix, payloads):
+        free = shutil.disk_usage(self._folder).free
+        if free < max(
+            ROOM, 4 * matrix.nbytes
+        ):  # Edge maps its files: a disk that fills up ends the process with SIGBUS
+            raise InputError(
+                f"{self.location}: disk full: {free / 1e6:.0f} MB are left on it, too few to go on; make room and run the"
+                " same command again, what is written is kept"
+            )
         points = [self._m.Point(*point) for point in zip(ids, matrix.tolist(), payloads)]  # rows cost twice as much
         self._shard.update(self._m.UpdateOperation.upsert_points(points))  # one entry of the log: all or nothing
         self._shard.flush()

@@ -106,6 +106,13 @@ def test_small_pieces(tmp_path):
     assert windows_of(97, 90, 64, 48) == list(tile_windows(97, 90, 64, 48))
     assert time_in_name("a/S2A_MSIL1C_20200630T101031_N02.tif") == "2020-06-30"
     assert time_in_name("x_2019-02-28.png") == "2019-02-28" and time_in_name("1999_12_31/a.png") is None
+    for name in (
+        "LC81930242020182LGN00_B4.TIF",
+        "HLS.S30.T32UQD.2020182T101031.v2.0.tif",
+        "MOD09GA.A2020182.h18v03.tif",
+    ):
+        assert time_in_name(name) == "2020-06-30"
+    assert time_in_name("tile_20481024.tif") is None and time_in_name("x.2020400.tif") is None
     assert [time_in_name(name) for name in ("20200231.tif", "120200630.tif", "2020-0630.tif", "scene_01042.tif")] == [
         None
     ] * 4

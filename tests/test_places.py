@@ -146,6 +146,7 @@ FIRST_GOOD = [feature(SQUARE), feature(UTM)]
         ({"type": "FeatureCollection", "features": []}, ["no polygons"]),
         ({"type": "FeatureCollection", "features": FIRST_GOOD}, ["feature 1", "4600100", "WGS 84"]),
         (SQUARE | {"crs": {"properties": {"name": "EPSG:32618"}}}, ["crs", "WGS 84"]),
+        (SQUARE | {"crs": {"properties": {"name": "EPSG:4807"}}}, ["from Greenwich", "WGS 84"]),  # grads from Paris
         (feature({"type": "LineString", "coordinates": [[0, 0], [1, 1]]}), ["feature 0", "LineString", "Polygon"]),
         (feature({"type": "Polygon", "coordinates": []}), ["no list of rings"]),
         (feature({"type": "Polygon", "coordinates": [[[0, 0], [1, "x"], [1, 1], [0, 0]]]}), ["[longitude, latitude]"]),

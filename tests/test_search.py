@@ -122,6 +122,10 @@ def test_query_filters_and_pictures(ask, two_dates, tmp_path):
     assert set(paths("a farm", "--where", "folder=farm", "folder=harbour")) == set(paths("a farm", "-k", 20))
     assert len(paths("a farm", "--from", "2020-06-30T08:00", "--to", "2020-06-30")) == 10
     assert paths("a farm", "--from", "2020-06-30T11:00+01:00", "--to", "2020-06-30T10:00:00Z")
+    assert len(paths("a farm", "-k", 20, "--where", "folder=farm", "--where", "folder=harbour")) == 10  # both count
+    (tmp_path / "none.csv").write_text("of an earlier query")
+    assert ask("query", "a farm", "--from", "2021-01-01", "--csv", tmp_path / "none.csv")[0] == 0
+    assert (tmp_path / "none.csv").read_text() == "query,rank,score,path,window,where,time\n"
     assert paths("a farm", "--from", "2021-01-01") == [] and len(paths("a farm", "--to", "2020-06-30")) == 10
     assert len(paths("a farm", "--bbox", 15.0, 41.0, 15.04, 42.0)) == 2
     picture = two_dates / "2020/farm/p4.tif"
@@ -249,6 +253,7 @@ def test_recall(ask, tmp_path):
         (["query", "a", "--bbox", 10, 0, 20, 95], "no box"),
         (["query", "a", "--from", "June"], "ISO 8601"),
         (["query", "a", "--from", "2020-07-01", "--to", "2020-06-30"], "is after"),
+        (["query", "a", "--to", "20200630"], "no ISO 8601 date"),
         (["query", "a", "--json", "."], "--json .: is a folder"),
         (["query", "a", "--sheet", f"{__file__}/sheet.png"], "--sheet"),
         (["query", "a", "--csv", f"{__file__}/x/out.csv"], "--csv"),

@@ -389,6 +389,16 @@ def test_a_folder_that_cannot_be_written_says_so(tmp_path, monkeypatch):
         store.open(tmp_path / "x")
 
 
+def test_a_disk_that_is_nearly_full_is_an_error_and_no_signal(tmp_path, monkeypatch):
+    with store.create(tmp_path / "x", record={}, dim=DIM) as index:
+        index.upsert([Point("a", unit(DIM))])
+        full = shutil.disk_usage(tmp_path)._replace(free=5_000_000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+        with pytest.raises(InputError, match="disk full: 5 MB are left"):
+            index.upsert([Point("b", unit(DIM))])
+        assert index.count() == 1
+
+
 def test_unknown_attribute_is_named(tmp_path):
     with store.create(tmp_path / "x", record={}, dim=DIM) as index:
         index.upsert([Point("a", unit(DIM), attributes={"label": "river"})])
