@@ -81,7 +81,8 @@ class DataConfig:
     whose name begins with test are left out."""
 
     image_root: str | None = None
-    """Folder that image names are relative to. Default: the data file's folder, or its `images/`."""
+    """Folder that image names are relative to; several are parted by a colon, as in PATH. Default: the data file's folder, or its
+    `images/`. An image that lies in a folder below, and in no second one, is found too."""
 
     language: Literal["all", "en", "zh"] = "all"
     """Texts to use: all of them, those without Chinese characters, or those with."""
@@ -529,6 +530,13 @@ CHAT_PRESETS = {  # where the user names no --data
         "max_test_scenes": 100,  # answering 300, before and after, takes as long as training
     },
 }
+
+# What sets call their splits, in lower case -> what we do; "restval" is COCO's name for the extra training part. Others,
+# such as RSVQA HR's test_phili, keep theirs.
+SPLITS = {
+    "train": "train", "training": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 
 # Short names of flags, by task.
 ALIASES = {

@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from config import InputError, by_content, refuse_outside, user_errors
+from config import SPLITS, InputError, by_content, refuse_outside, user_errors
 
 NEEDED = ("image_path", "question", "answer")
 SPECIAL_TOKEN = re.compile(r"<\|[^|]*\|>")
@@ -96,6 +96,7 @@ def check_splits(path: Path, rows: list[dict[str, str]]) -> bool:
                 f"{path}: row {number}: column 'split' is empty, but {filled} of {len(rows)} rows have one:"
                 " fill it everywhere or nowhere"
             )
+        row["split"] = SPLITS.get(row["split"].lower(), row["split"])
         if not KNOWN_SPLIT.fullmatch(row["split"]):
             raise InputError(
                 f"{path}: row {number}: column 'split': expected train, val, test or test_..., found {row['split']!r}"

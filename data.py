@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from config import SURROGATE, DataConfig, InputError, by_content
+from config import SPLITS, SURROGATE, DataConfig, InputError, by_content
 from imagery import ImageError, ImageSettings, guessed_bands, image_size, read_image
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -96,10 +96,16 @@ def load_json(path: str | Path):
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder, expected a .json or .jsonl file") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+        kind = path.suffix.lower()
+        remedy = "save the file as UTF-8"
+        if kind in (".xlsx", ".xls", ".ods"):
+            remedy = "a spreadsheet: export it as CSV"
+        elif kind == ".parquet":
+            remedy = f"python hub2data.py {path.parent} makes images and captions, questions or labels of parquet files"
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); {remedy}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
         rows = []
         for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 inside a text
             if line.strip():
@@ -132,6 +138,9 @@ ANSWER_FIELDS = ("answer", "ground_truth", "label")
 TYPE_FIELDS = ("type", "question_type")
 
 
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+
+
 def read_table(path: str | Path, delimiter: str | None = ",") -> list[list[str]]:
     """The rows of a CSV file; delimiter None: a tab where the first line holds one, else a comma. Raises InputError."""
     try:
@@ -139,8 +148,11 @@ def read_table(path: str | Path, delimiter: str | None = ",") -> list[list[str]]
             if delimiter is None:
                 delimiter = "\t" if "\t" in file.readline() else ","
                 file.seek(0)
-            return list(csv.reader(file, delimiter=delimiter))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            rows = csv.reader(file, delimiter=delimiter, strict=True)
+            return list(rows)
+    except csv.Error as error:
+        raise InputError(f"{path}: line {rows.line_num}: not a whole CSV, is a quote open? ({error})") from None
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as CSV ({error})") from None
 
 
@@ -149,7 +161,33 @@ def load_rows(path: Path):
     if path.suffix.lower() not in (".csv", ".tsv"):
         return load_json(path)
     header, *rows = read_table(path, delimiter=None) or [[]]
-    return [dict(zip(map(str.strip, header), row)) for row in rows if row]
+    header = [name.strip() for name in header]
+    if len(header) == 1 and ";" in header[0]:
+        raise InputError(f"{path}: its columns are parted by semicolons; save it with commas, or as .tsv with tabs")
+    made = []
+    for number, row in enumerate(rows):
+        if not row:
+            continue
+        if len(row) < len(header) or any(map(str.strip, row[len(header) :])):
+            raise InputError(
+                f"{path}: row {number}: {len(row)} fields, expected {len(header)} ({', '.join(header)}); a field with a"
+                " comma needs quotes"
+            )
+        made.append({name: _unlisted(cell) if name.lower() in TEXT_FIELDS else cell for name, cell in zip(header, row)})
+    split = _field(made[0], ("split",)) if made else None
+    filled = sum(bool(row[split].strip()) for row in made) if split else 0
+    if 0 < filled < len(made):
+        raise InputError(
+            f"{path}: column {split!r} is filled in {filled} of {len(made)} rows: fill it everywhere or nowhere"
+        )
+    return made
+
+
+def _unlisted(cell: str) -> str | list[str]:
+    """A cell's text; its texts, where pandas wrote a list or an array as `['one' 'two']`, as in RSICD's tables."""
+    if not re.fullmatch(r"\s*\[\s*['\"].*['\"]\s*\]\s*", cell, re.DOTALL):
+        return cell
+    return [re.sub(r"\\(['\"\\])", r"\1", found[0][1:-1]) for found in QUOTED.finditer(cell)]
 
 
 def _field(row: dict, known: tuple[str, ...], kinds=str) -> str | None:
@@ -181,7 +219,7 @@ def read_scenes(
     if path.is_dir():
         path = path / "captions.json"
     content = load_rows(path)
-    roots = [Path(image_root)] if image_root else [path.parent, path.parent / "images", *map(Path, more_roots)]
+    roots = _roots(image_root) or [path.parent, path.parent / "images", *map(Path, more_roots)]
     form, entries, fields = _form_of(path, content, roots)
     result = SceneFile([], [], rows=len(entries))
     scenes: dict[str, Scene] = {}
@@ -254,14 +292,21 @@ class _Among:
 
     def __init__(self, images: list[str]):
         self.paths = {os.path.realpath(image): image for image in images}
+        self.taken: dict[str, str] = {}  # file name -> the image of the file that was found by it
         names = Counter(os.path.basename(image) for image in images)
         self.names = {name: image for image in images if names[name := os.path.basename(image)] == 1}
 
     def __call__(self, name: str, roots: list[Path]) -> str:
+        name = name.replace("\\", "/")
         for root in roots:
             if image := self.paths.get(os.path.realpath(root / name)):
                 return image
-        return self.names.get(os.path.basename(name.replace("\\", "/")), self.OTHER)
+        if any((root / name).is_file() for root in roots):
+            return self.OTHER
+        base = os.path.basename(name)
+        if base in self.names and self.taken.setdefault(base, name) != name:
+            raise ImageError(f"{name}: {self.names[base]} may be this image or {self.taken[base]}: both end in {base}")
+        return self.names.get(base, self.OTHER)
 
 
 def _refuse_rejected(path: Path, result: SceneFile, max_rejected: float) -> None:
@@ -301,7 +346,9 @@ def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list, tuple[s
     if isinstance(content, list):
         first = next((entry for entry in content if isinstance(entry, dict)), {})
         image, text = _field(first, IMAGE_FIELDS), _field(first, TEXT_FIELDS, (str, list))
-        asked = text == "ground_truth" and "type" in first  # VRSBench's answers, boxes
+        asked = text == "ground_truth" and "caption" not in str(
+            first.get("type", "caption")
+        )  # VRSBench's answers, boxes
         if image and "positive" in first:
             return "triplets", content, (image, "positive")
         if image and text and not asked:
@@ -333,7 +380,7 @@ def _rows_of(form: str, entry, fields: tuple[str, str]) -> tuple[str, list[tuple
     InputError naming the field."""
     if not isinstance(entry, dict):
         raise InputError(f"expected an object, found {type(entry).__name__}")
-    (image, field), split = fields, entry.get("split") or None
+    (image, field), split = fields, _split_in(entry)
     if form == "triplets":
         negative = _text(entry, "negative") if entry.get("negative") is not None else None
         return _text(entry, image), [(_text(entry, field), negative)], split, 0
@@ -345,10 +392,8 @@ def _rows_of(form: str, entry, fields: tuple[str, str]) -> tuple[str, list[tuple
         raise InputError(f'field {field!r}: expected a list with at least one {{"raw": text}}')
     texts = [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in texts]
     name = _text(entry, image)
-    if form == "karpathy":
-        split = "train" if split == "restval" else split  # COCO's name for the extra training part
-        if isinstance(entry.get("filepath"), str):
-            name = str(Path(entry["filepath"]) / name)
+    if form == "karpathy" and isinstance(entry.get("filepath"), str):
+        name = str(Path(entry["filepath"]) / name)
     said = [_text({field: text}, field) for text in texts if not _says_nothing(text)]
     empty = len(texts) - len(said)
     if form == "captions" and isinstance(entry.get("zh_answer"), str) and not _says_nothing(entry["zh_answer"]):
@@ -358,6 +403,12 @@ def _rows_of(form: str, entry, fields: tuple[str, str]) -> tuple[str, list[tuple
             f"field {field!r}: none of them holds a word" if texts else f"field {field!r}: there is no text"
         )
     return name, [(text, None) for text in said], split, empty
+
+
+def _split_in(entry: dict):
+    """The split that a row names, under our name for it; None where it names none."""
+    split = entry.get(_field(entry, ("split",)))
+    return (SPLITS.get(split.strip().lower(), split.strip()) if isinstance(split, str) else split) or None
 
 
 def _says_nothing(text) -> bool:
@@ -382,12 +433,25 @@ def _text(entry: dict, name: str) -> str:
     return value.strip()
 
 
+def _roots(image_root: str | None) -> list[Path]:
+    """The folders of an --image_root, which are parted as in PATH."""
+    return [Path(root) for root in (image_root or "").split(os.pathsep) if root]
+
+
 def _find_image(name: str, roots: list[Path]) -> str:
     for root in roots:
         if (root / name).is_file():
             return str(root / name)
-    beside = next((folder for folder in _folders_in(roots[0]) if (folder / name).is_file()), None)
-    remedy = f"it is in {beside}: set --image_root to that" if beside else "set --image_root"
+    if "\\" in name:  # written on Windows
+        return _find_image(name.replace("\\", "/"), roots)
+    below = [
+        str(folder / name)
+        for folder in dict.fromkeys(f for root in roots for f in _folders_in(root))
+        if (folder / name).is_file()
+    ]
+    if len(below) == 1:  # RSICD_images/ beside the file, train2017/ and val2017/ in the root
+        return below[0]
+    remedy = f"it may be {below[0]} or {below[1]}: set --image_root" if below else "set --image_root"
     raise ImageError(f"{name}: no such image in {' or '.join(str(root) for root in roots)} ({remedy})")
 
 
@@ -450,13 +514,18 @@ def read_conversations(
     Returns a `SceneFile` of `QuestionScene`s. Raises InputError as `read_scenes` does.
     """
     path = Path(path)
-    content = _listed(load_rows(path))
+    content = load_rows(path)
+    if isinstance(content, dict) and isinstance(content.get("questions"), list):
+        raise InputError(
+            f"{path}: questions of RSVQA without their answers: run data2csv.py and csv2json.py on their folder"
+        )
+    content = _listed(content)
     if not isinstance(content, list) or not content:
         have = f"an object with {list(content)[:5]}" if isinstance(content, dict) else f"{json.dumps(content)[:20]}"
         raise InputError(
             f"{path}: expected a list of conversations with at least one in it, found {have}; {OTHER_QUESTIONS}"
         )
-    roots = [Path(image_root)] if image_root else [path.parent, path.parent / "images"]
+    roots = _roots(image_root) or [path.parent, path.parent / "images"]
     result, scenes = SceneFile([], [], rows=len(content)), {}
     found: dict[str, str | InputError] = {}
     seen = set()
@@ -474,7 +543,7 @@ def read_conversations(
         except InputError as error:
             result.rejected.append(Rejected(str(path), number, str(error)))
             continue
-        split = entry.get("split") or None
+        split = _split_in(entry)
         scene = scenes.setdefault(found[name], QuestionScene(found[name], split=split))
         if scene.split != split:
             raise InputError(f"{path}: row {number}: image {name!r} is in split {split!r} and in {scene.split!r}")

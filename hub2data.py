@@ -27,7 +27,7 @@ from pathlib import Path
 
 import pyarrow
 
-from config import InputError, user_errors
+from config import SPLITS, InputError, user_errors
 from imagery import ImageError, image_format, image_size
 from report import csv_text
 
@@ -40,8 +40,6 @@ NAMES = {  # what is looked for, and the names of columns that hold it, best fir
     "type": ("type", "question_type", "category"),
     "label": ("label", "labels", "class", "class_name", "scene"),
 }
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-          "test": "test", "testing": "test"}  # fmt: skip
 HELD_OUT = ("test", "val", "train", "")  # of an image in several splits, the first of these is its split
 ENDINGS = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}  # of the others: their name
 

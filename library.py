@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -61,6 +62,22 @@ CHANGE = 3.0  # spreads of the unchanged from which a change is one
 MIN_VALID = 0.5  # share of a tile that must hold data before it is compared with another date's
 # What is said of every hit, beside its attributes.
 RESULT = ("query", "rank", "score", "path", "window", "where", "time")
+OTHER_RASTERS = {
+    ".img",
+    ".vrt",
+    ".nc",
+    ".hdf",
+    ".h5",
+    ".ecw",
+    ".sid",
+    ".ntf",
+    ".bil",
+    ".zip",
+    ".tar",
+    ".tgz",
+    ".gz",
+    ".7z",
+}
 CLASS_LISTS = Path(__file__).parent / "classes"
 NEIGHBOURS = 0.2  # share of the smaller of two tiles that the other covers, above which both show one place
 
@@ -248,8 +265,17 @@ def plan_index(
             else:
                 stale.append(file.path)
     paths = [*found.values()]
-    notes = [note for note in (guessed_bands(paths, settings), bands_apart(paths)) if note]
+    notes = [note for note in (guessed_bands(paths, settings), bands_apart(paths), passed_over(root)) if note]
     return Plan(files, sorted(stale), results.count(None), rejected, attributes, unknown, notes)
+
+
+def passed_over(root: Path) -> str | None:
+    """What to say of rasters and archives that are not read; None where there are none."""
+    kinds = Counter(path.suffix.lower() for path in root.rglob("*") if path.suffix.lower() in OTHER_RASTERS)
+    if not kinds:
+        return None
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return f"not read: {listed}; `gdal_translate IN OUT.tif` makes GeoTIFFs of rasters, archives need to be unpacked"
 
 
 # ----------------------------------------------------------------------------------------------------

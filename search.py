@@ -74,7 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     def limits(made):
         made.add_argument(
-            "--bbox", nargs=4, type=float, metavar=("W", "S", "E", "N"), help="box in degrees, as footprints touch it"
+            "--bbox",
+            nargs=4,
+            type=float,
+            metavar=("W", "S", "E", "N"),
+            help="box in degrees, which the box around an image's footprint touches",
         )
         made.add_argument("--from", dest="start", metavar="DATE", help="taken on this day or later, such as 2020-01-01")
         made.add_argument("--to", dest="end", metavar="DATE", help="taken on this day or earlier")

@@ -14,6 +14,7 @@ results.json, samples.jsonl (every test question with its answers before and aft
 import argparse
 import copy
 import json
+import os
 import random
 import sys
 import time
@@ -472,6 +473,10 @@ def use_files_of_training(config: VQAConfig, argv: list[str]) -> None:
     for name in ("train_file", "test_file", "image_root"):
         if name in recorded and not flag_value(f"--{name}", argv):
             setattr(config, name, recorded[name])
+    if (
+        recorded.get("image_root") and config.image_root != recorded["image_root"]
+    ):  # the test's images, and the training's
+        config.image_root = os.pathsep.join([config.image_root, recorded["image_root"]])
 
 
 def merge(argv: list[str]) -> None:

@@ -188,7 +188,7 @@ def test_given_splits_that_leak_are_named(here, call):
 def test_splits_that_cannot_be(here, call):
     for splits, message in (
         (("train", "", "test"), "row 1: column 'split' is empty, but 2 of 3 rows have one"),
-        (("train", "Train", "test"), "row 1: column 'split': expected train, val, test or test_..., found 'Train'"),
+        (("train", "trial", "test"), "row 1: column 'split': expected train, val, test or test_..., found 'trial'"),
     ):
         write(
             here / "rsvqa-dataset.csv",
@@ -200,6 +200,17 @@ def test_splits_that_cannot_be(here, call):
     assert not (here / "data_vl.json").exists()
     write(here / "rsvqa-dataset.csv", [(f"tiles/{i}.tif", "Q?", "a", " ") for i in range(10)], (*HEADER, "split"))
     assert "splits by image" in call()[1]  # a column without a value is no split
+    names = ("Train", "training", "validation", "Test")  # as the hub and others call them
+    write(
+        here / "rsvqa-dataset.csv", [(f"tiles/{i}.tif", "Q?", "a", s) for i, s in enumerate(names)], (*HEADER, "split")
+    )
+    assert call()[0] == 0
+    assert [row["split"] for row in json.loads((here / "data_vl.json").read_text())] == [
+        "train",
+        "train",
+        "val",
+        "test",
+    ]
 
 
 def test_rejected_rows(here, call):

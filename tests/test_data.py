@@ -1,5 +1,6 @@
 """data.py: what is refused and how it is said, splits, resized pixels and features on disk, scenes to tensors."""
 
+import csv
 import json
 import os
 import shutil
@@ -762,9 +763,97 @@ def test_pictures_of_one_colour_are_no_data_to_train_on(tmp_path, value):
         data.drop_unreadable({"train": scenes}, clip_store(tmp_path), 0.01)
 
 
-def test_a_folder_of_images_beside_the_file_is_named(tmp_path):
-    (tmp_path / "RSICD_images").mkdir()
+def test_images_in_a_folder_below(tmp_path):
+    for folder in ("RSICD_images", "val2017"):
+        (tmp_path / folder).mkdir()
     picture(tmp_path / "RSICD_images" / "a.png")
-    (tmp_path / "dataset.json").write_text(json.dumps([{"image": "a.png", "caption": "a farm"}]))
-    with pytest.raises(InputError, match="RSICD_images: set --image_root"):
+    picture(tmp_path / "val2017" / "b.png")
+    (tmp_path / "dataset.json").write_text(json.dumps([{"image": name, "caption": "x"} for name in ("a.png", "b.png")]))
+    found = data.read_scenes(tmp_path / "dataset.json").scenes
+    assert [Path(scene.image).parent.name for scene in found] == ["RSICD_images", "val2017"]
+    picture(tmp_path / "val2017" / "a.png")
+    with pytest.raises(InputError, match=r"may be .*RSICD_images/a\.png or .*val2017/a\.png: set --image_root"):
         data.read_scenes(tmp_path / "dataset.json")
+    both = os.pathsep.join(str(tmp_path / name) for name in ("val2017", "RSICD_images"))
+    found = data.read_scenes(tmp_path / "dataset.json", image_root=both).scenes
+    assert {Path(scene.image).parent.name for scene in found} == {"val2017"}
+
+
+def test_windows_paths(tmp_path):
+    (tmp_path / "images").mkdir()
+    picture(tmp_path / "images" / "a.png")
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"image": "images\\a.png", "caption": "a farm", "question": "Q?", "answer": "a"}])
+    )
+    for read in (data.read_scenes, data.read_conversations):
+        assert Path(read(tmp_path / "rows.json").scenes[0].image).name == "a.png"
+
+
+def test_splits_by_other_names(tmp_path):
+    names = ["Train", "validation", "TEST", "test_phili"]
+    for n in range(len(names)):
+        picture(tmp_path / f"{n}.png")
+    table = "filename,caption,Split\n" + "".join(f"{n}.png,farm {n},{name}\n" for n, name in enumerate(names))
+    (tmp_path / "a.csv").write_text(table)
+    found = data.read_scenes(tmp_path / "a.csv").scenes
+    assert [scene.split for scene in found] == ["train", "val", "test", "test_phili"]
+    (tmp_path / "a.csv").write_text(table.replace("validation", " "))
+    with pytest.raises(InputError, match="column 'Split' is filled in 3 of 4 rows"):
+        data.read_scenes(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('image,caption\na.png,"an open quote\nb.png,a lake\n', "line 3: not a whole CSV, is a quote open"),
+        ("image,caption\na.png,a lake\nb.png,two ships, one large\n", "row 1: 3 fields, expected 2 .*needs quotes"),
+        ("image,caption,split\na.png,a lake\n", "row 0: 2 fields, expected 3"),
+        ("image;caption\na.png;a lake\n", "parted by semicolons"),
+    ],
+)
+def test_tables_that_are_not_whole(tmp_path, text, message):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        data.read_scenes(tmp_path / "a.csv")
+
+
+def test_lists_of_captions_in_a_table(tmp_path):
+    """As pandas writes a column of lists, or of numpy's arrays; an empty cell at the end of a line is none."""
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    cells = ["['Many planes .'\n 'It\\'s a farm, \"big\" .']", "[\"It's a lake .\", 'Blue .']"]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["filename", "captions"], ["a.png", cells[0], ""], ["b.png", cells[1]]])
+    assert [scene.texts for scene in data.read_scenes(tmp_path / "a.csv").scenes] == [
+        ["Many planes .", "It's a farm, \"big\" ."], ["It's a lake .", "Blue ."]
+    ]  # fmt: skip
+
+
+def test_files_of_another_kind_name_the_way(tmp_path):
+    for name, words in (("a.xlsx", "export it as CSV"), ("a.parquet", "hub2data.py")):
+        (tmp_path / name).write_bytes(b"PK\x03\x04\xff\xfe")
+        with pytest.raises(InputError, match=words):
+            data.read_scenes(tmp_path / name)
+    (tmp_path / "q.json").write_text(
+        json.dumps({"questions": [{"id": 0, "img_id": 0, "question": "Q?", "answers_ids": [0]}]})
+    )
+    with pytest.raises(InputError, match=r"run data2csv\.py and csv2json\.py"):
+        data.read_conversations(tmp_path / "q.json")
+    (tmp_path / "a.NDJSON").write_text('{"a": 1}\n{"a": 2}\n')
+    assert data.load_json(tmp_path / "a.NDJSON") == [{"a": 1}, {"a": 2}]
+
+
+def test_among_given_images_takes_no_namesake(tmp_path):
+    for folder in ("s0", "s1"):
+        (tmp_path / folder).mkdir()
+        picture(tmp_path / folder / "a.png")
+    rows = [{"image": f"{folder}/a.png", "caption": f"of {folder}"} for folder in ("s0", "s1")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (scene,) = data.read_scenes(tmp_path / "rows.json", among=[str(tmp_path / "s0/a.png")]).scenes
+    assert scene.texts == ["of s0"]  # s1/a.png is another picture
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "rows.json").rename(tmp_path / "apart/rows.json")  # now neither is found by its path
+    with pytest.raises(InputError, match=r"both end in a\.png"):
+        data.read_scenes(tmp_path / "apart/rows.json", among=[str(tmp_path / "s0/a.png")])

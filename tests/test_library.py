@@ -26,6 +26,7 @@ from library import (
     content_hash,
     index_library,
     match_places,
+    passed_over,
     read_attributes,
     read_classes,
     result_row,
@@ -78,6 +79,15 @@ def folder(tmp_path) -> Path:
 
 
 SMALL = {"tile": 64, "stride": 48, "workers": 0, "batch_size": 3}
+
+
+def test_rasters_of_other_kinds_are_not_passed_over_in_silence(folder):
+    assert passed_over(folder) is None
+    for name in ("a.img", "farm/b.IMG", "c.vrt"):
+        (folder / name).touch()
+    assert passed_over(folder).startswith("not read: 2 .img, 1 .vrt; `gdal_translate")
+    plan = module.plan_index(folder, None, tile=64, stride=48, settings=ImageSettings())
+    assert passed_over(folder) in plan.notes
 
 
 def contents(location) -> dict:
