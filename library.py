@@ -60,6 +60,14 @@ TEMPLATES = {
 }
 CHANGE = 3.0  # spreads of the unchanged from which a change is one
 MIN_VALID = 0.5  # share of a tile that must hold data before it is compared with another date's
+# Words for all that a picture from above may show: what their scores do on average from one date to another is light, season
+# and sensor.
+REFERENCE = {
+    "en": "airport, beach, bridge, commercial area, desert, farmland, forest, harbour, highway, industrial area, lake, meadow,"
+    " mountain, park, parking lot, pond, railway, residential area, river, stadium, storage tanks",
+    "zh": "机场，海滩，桥梁，商业区，沙漠，农田，森林，港口，公路，工业区，湖泊，草地，山地，公园，停车场，池塘，铁路，住宅区，"
+    "河流，体育场，储罐",
+}
 # What is said of every hit, beside its attributes.
 RESULT = ("query", "rank", "score", "path", "window", "where", "time")
 OTHER_RASTERS = {
@@ -707,6 +715,12 @@ class Library:
         np.add.at(mean, owner, made)
         return unit(mean)
 
+    def reference_vectors(self, texts: list[str]) -> np.ndarray:
+        """(N, D): for each text the mean vector of the words of REFERENCE in its language."""
+        spoken = ["zh" if is_chinese(text) else "en" for text in texts]
+        means = {name: self.text_vectors(re.split("[,，] *", REFERENCE[name])).mean(0) for name in set(spoken)}
+        return np.stack([means[name] for name in spoken])
+
     def picture_vector(self, rgb: np.ndarray) -> np.ndarray:
         """(D,) unit vector of an (H, W, 3) uint8 picture."""
         return self.model.embed_images([pixel_store(self.model).resize(rgb)]).numpy()[0]
@@ -876,11 +890,18 @@ class Pairs:
     notes: list[PairNote]
     """What was left out, and why."""
 
-    def changes(self, words: np.ndarray, alike: int = 32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def changes(
+        self, words: np.ndarray, alike: int = 32, reference: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scores before and after, (Q, N) each, under queries (Q, D), and by how many spreads of the unchanged they differ,
-        as `places.change_scores` counts: against the `alike` places most alike, or against all places (0)."""
+        as `places.change_scores` counts: against the `alike` places most alike, or against all places (0).
+
+        reference: (Q, D) of `Library.reference_vectors`; what is judged is then the change of a query's score less the mean
+        change of those words' scores: a light or a sensor that moves the scores of all words is no change of any."""
         before, after = words @ self.before_vectors.T, words @ self.after_vectors.T
-        return before, after, change_scores(before, after, self.before_vectors if alike else None, alike or 1)
+        told = words if reference is None else words - reference
+        judged = told @ self.before_vectors.T, told @ self.after_vectors.T
+        return before, after, change_scores(*judged, self.before_vectors if alike else None, alike or 1)
 
 
 def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> Pairs:

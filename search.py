@@ -160,6 +160,10 @@ def build_parser() -> argparse.ArgumentParser:
     watch.add_argument("-k", type=int, default=8, help="places shown for each query")
     watch.add_argument("--threshold", type=float, help="spreads of the unchanged that make a change (default: 3)")
     watch.add_argument("--alike", type=int, default=32, help="like places by which a change is judged (0: all places)")
+    watch.add_argument(
+        "--no_reference", action="store_true",
+        help="judge the whole change of a query's score, not what exceeds the mean change of 21 other words (airport, beach ...)",
+    )  # fmt: skip
     watch.add_argument("--min_overlap", type=float, default=0.5, help="least intersection over union of matched tiles")
 
     use = command("landuse", run_landuse, "shares of classes by count and by ground area")
@@ -548,7 +552,8 @@ def run_monitor(args) -> int:
         pairs = match_places(before, after, args.min_overlap)
         for note in pairs.notes:
             print(f"note: {note}", file=sys.stderr)
-        first, second, z = pairs.changes(before.text_vectors(queries), args.alike)  # (Q, N) each
+        reference = None if args.no_reference else before.reference_vectors(queries)
+        first, second, z = pairs.changes(before.text_vectors(queries), args.alike, reference)  # (Q, N) each
         rows = []
         for q, query in enumerate(queries):
             for n in np.argsort(-np.abs(z[q]), kind="stable"):

@@ -410,7 +410,7 @@ class Page:
             if self.pairs is None:
                 self.pairs = match_places(self.library, self.after)
         pairs = self.pairs
-        _, _, z = pairs.changes(self.library.text_vectors(lines))
+        _, _, z = pairs.changes(self.library.text_vectors(lines), reference=self.library.reference_vectors(lines))
         parts = [f"<p>{self.say('change_note', language, n=len(pairs.before))}</p>"]
         for note in pairs.notes:
             said = PAIR_NOTES_ZH[note.key].format(**note.values | {"date": DATES_ZH.get(note.values.get("date"))})

@@ -81,6 +81,31 @@ def folder(tmp_path) -> Path:
 SMALL = {"tile": 64, "stride": 48, "workers": 0, "batch_size": 3}
 
 
+def test_a_shift_of_all_words_is_no_change_of_any():
+    """A light that moves every picture along what all texts have in common, more in some places; in place 3 ships came."""
+    rng = np.random.default_rng(0)
+    before = rng.standard_normal((200, 32)).astype(np.float32) * 0.1
+    shared, ship = np.eye(32, dtype=np.float32)[:2]
+    after = before + np.outer(rng.uniform(0, 1, 200), shared).astype(np.float32)
+    after[3] += 0.3 * ship
+    pairs = module.Pairs([{}] * 200, [{}] * 200, before, after, [])
+    word, reference = (0.8 * shared + 0.6 * ship)[None], (0.8 * shared)[None]
+    first, second, judged = pairs.changes(word, reference=reference)
+    assert np.argmax(judged[0]) == 3 and judged[0, 3] > 10 and abs(np.delete(judged[0], 3)).max() < 3
+    plain = pairs.changes(word)
+    assert (np.array(plain[:2]) == [first, second]).all() and plain[2][0, 3] < 3
+
+
+def test_words_of_reference_are_those_of_the_query_s_language(model, tmp_path, folder):
+    index_library(model, folder, tmp_path / "x.index", settings=ImageSettings(), **SMALL)
+    with Library.open(tmp_path / "x.index", encoder=model) as opened:
+        english, chinese, again = opened.reference_vectors(["ships", "船", "a lake"])
+        words = module.REFERENCE["en"].split(", ")
+        np.testing.assert_allclose(english, opened.text_vectors(words).mean(0), atol=1e-6)
+        assert len(words) == len(module.REFERENCE["zh"].split("，")) == 21
+        assert (english == again).all() and abs(english - chinese).max() > 1e-3
+
+
 def test_rasters_of_other_kinds_are_not_passed_over_in_silence(folder):
     assert passed_over(folder) is None
     for name in ("a.img", "farm/b.IMG", "c.vrt"):
