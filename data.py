@@ -5,6 +5,7 @@ that the image is decoded, resized and encoded once, however many texts hang on 
 """
 
 import csv
+import filecmp
 import functools
 import hashlib
 import json
@@ -123,22 +124,12 @@ def load_json(path: str | Path):
 IMAGE_COLUMNS = ("image", "image_name", "image_path", "filepath", "file_path", "filename", "file_name", "path")
 IMAGE_FIELDS = (*IMAGE_COLUMNS, "img", "image_id")
 TEXT_FIELDS = (
-    "caption",
-    "captions",
-    "sentences",
-    "sentence",
-    "title",
-    "text",
-    "description",
-    "text_output",
-    "ground_truth",
-)
+    "caption", "captions", "sentences", "sentence", "title", "text", "description", "text_output", "ground_truth",
+)  # fmt: skip
 QUESTION_FIELDS = ("question", "prompt")
 ANSWER_FIELDS = ("answer", "ground_truth", "label")
 TYPE_FIELDS = ("type", "question_type")
-
-
-QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)  # texts in a list as Python writes it
 
 
 def read_table(path: str | Path, delimiter: str | None = ",") -> list[list[str]]:
@@ -301,12 +292,13 @@ class _Among:
         for root in roots:
             if image := self.paths.get(os.path.realpath(root / name)):
                 return image
-        if any((root / name).is_file() for root in roots):
-            return self.OTHER
         base = os.path.basename(name)
-        if base in self.names and self.taken.setdefault(base, name) != name:
-            raise ImageError(f"{name}: {self.names[base]} may be this image or {self.taken[base]}: both end in {base}")
-        return self.names.get(base, self.OTHER)
+        image, own = self.names.get(base), next((root / name for root in roots if (root / name).is_file()), None)
+        if image is None or (own and not filecmp.cmp(own, image, shallow=False)):  # another picture of that name
+            return self.OTHER
+        if not own and self.taken.setdefault(base, name) != name:
+            raise ImageError(f"{name}: {image} may be this image or {self.taken[base]}: both end in {base}")
+        return image
 
 
 def _refuse_rejected(path: Path, result: SceneFile, max_rejected: float) -> None:
@@ -346,9 +338,8 @@ def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list, tuple[s
     if isinstance(content, list):
         first = next((entry for entry in content if isinstance(entry, dict)), {})
         image, text = _field(first, IMAGE_FIELDS), _field(first, TEXT_FIELDS, (str, list))
-        asked = text == "ground_truth" and "caption" not in str(
-            first.get("type", "caption")
-        )  # VRSBench's answers, boxes
+        # VRSBench has answers and boxes in files of this form, too.
+        asked = text == "ground_truth" and "caption" not in str(first.get("type", "caption"))
         if image and "positive" in first:
             return "triplets", content, (image, "positive")
         if image and text and not asked:

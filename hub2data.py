@@ -108,9 +108,8 @@ def _holds_pictures(kind) -> bool:
     """An image as the hub declares it, or its bytes, alone or with its path, as other writers of parquet leave them."""
     import datasets
 
-    return isinstance(kind, datasets.Image) or "binary" in getattr(
-        kind.get("bytes") if isinstance(kind, dict) else kind, "dtype", ""
-    )
+    held = kind.get("bytes") if isinstance(kind, dict) else kind
+    return isinstance(held, datasets.Image) or "binary" in getattr(held, "dtype", "")
 
 
 def _holds_texts(kind) -> bool:

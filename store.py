@@ -192,11 +192,9 @@ def _inside(lon: float, lat: float, rim: float) -> dict:
 
 def moment(text: str, what: str) -> datetime:
     try:
-        if not re.match(
-            rf"{DAY}(T|\s|$)", text
-        ):  # newer Pythons read 20200630 and 2020-W26 too, `last_moment` does not
+        # Newer Pythons read 20200630 and 2020-W26, too, which `last_moment` would take for midnight; 3.10 knows no Z.
+        if not re.match(rf"{DAY}(T|\s|$)", text):
             raise ValueError(text)
-        # Python 3.10 knows no Z
         return datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
     except (TypeError, ValueError):
         raise InputError(
@@ -684,10 +682,8 @@ class _Edge(Store):
         return self._shard.info().payload_schema
 
     def _write(self, ids, matrix, payloads):
-        free = shutil.disk_usage(self._folder).free
-        if free < max(
-            ROOM, 4 * matrix.nbytes
-        ):  # Edge maps its files: a disk that fills up ends the process with SIGBUS
+        # Edge maps its files: a disk that fills up ends the process with SIGBUS.
+        if (free := shutil.disk_usage(self._folder).free) < max(ROOM, 4 * matrix.nbytes):
             raise InputError(
                 f"{self.location}: disk full: {free / 1e6:.0f} MB are left on it, too few to go on; make room and run the"
                 " same command again, what is written is kept"
@@ -732,12 +728,18 @@ class _Edge(Store):
 
 
 def _flock(file, free: bool = False) -> None:
-    """Lock a file for this process, or free it. Raises BlockingIOError where another has it."""
+    """Lock a file for this process, or free it; without locks Edge's own must do. Raises BlockingIOError where another
+    process has it."""
     try:
         import fcntl
-    except ImportError:  # Windows: Edge's own lock must do
+    except ImportError:  # Windows
         return
-    fcntl.flock(file, fcntl.LOCK_UN if free else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(file, fcntl.LOCK_UN if free else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks, as on some clusters
+        return
 
 
 def _edge_config(m, dim: int):

@@ -846,14 +846,17 @@ def test_files_of_another_kind_name_the_way(tmp_path):
 
 
 def test_among_given_images_takes_no_namesake(tmp_path):
-    for folder in ("s0", "s1"):
+    for n, folder in enumerate(("s0", "s1")):
         (tmp_path / folder).mkdir()
-        picture(tmp_path / folder / "a.png")
+        picture(tmp_path / folder / "a.png", seed=n)
     rows = [{"image": f"{folder}/a.png", "caption": f"of {folder}"} for folder in ("s0", "s1")]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (scene,) = data.read_scenes(tmp_path / "rows.json", among=[str(tmp_path / "s0/a.png")]).scenes
     assert scene.texts == ["of s0"]  # s1/a.png is another picture
     (tmp_path / "apart").mkdir()
+    shutil.copy(tmp_path / "s1/a.png", tmp_path / "apart")
+    (scene,) = data.read_scenes(tmp_path / "rows.json", among=[str(tmp_path / "apart/a.png")]).scenes
+    assert scene.texts == ["of s1"]  # a copy of s1's picture, not of s0's
     (tmp_path / "rows.json").rename(tmp_path / "apart/rows.json")  # now neither is found by its path
     with pytest.raises(InputError, match=r"both end in a\.png"):
         data.read_scenes(tmp_path / "apart/rows.json", among=[str(tmp_path / "s0/a.png")])
