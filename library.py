@@ -52,7 +52,7 @@ CHECKED = 256  # files that a process looks at before it reports
 FLUSH, FLUSH_SECONDS = 1024, 20.0  # tiles, or time, after which what is encoded goes to disk
 HASHED = 64 * 2**20  # bytes of a file's content that are hashed: all of most, 64 pieces spread over a larger one
 DATE_IN_NAME = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?=(?:\d{6})?(?!\d))")
-DAY_OF_YEAR_IN_NAME = re.compile(r"^L[A-Z]\d{7}((?:19|20)\d{5})|[._]A?((?:19|20)\d{5})(?=[.T])")
+DAY_OF_YEAR_IN_NAME = re.compile(r"^L[A-Z]\d{7}((?:19|20)\d{5})|\.A?((?:19|20)\d{5})(?=[.T])")
 # Ensembles of prompts (Radford et al. 2021, section 3.1.4) in the words of the captions that remote-sensing models see.
 TEMPLATES = {
     "en": ("{}", "{}.", "a satellite image of {}.", "an aerial image of {}.", "a remote sensing image of {}."),
@@ -71,21 +71,8 @@ REFERENCE = {
 # What is said of every hit, beside its attributes.
 RESULT = ("query", "rank", "score", "path", "window", "where", "time")
 OTHER_RASTERS = {
-    ".img",
-    ".vrt",
-    ".nc",
-    ".hdf",
-    ".h5",
-    ".ecw",
-    ".sid",
-    ".ntf",
-    ".bil",
-    ".zip",
-    ".tar",
-    ".tgz",
-    ".gz",
-    ".7z",
-}
+    ".img", ".vrt", ".nc", ".hdf", ".h5", ".ecw", ".sid", ".ntf", ".bil", ".zip", ".tar", ".tgz", ".gz", ".7z",
+}  # fmt: skip
 CLASS_LISTS = Path(__file__).parent / "classes"
 NEIGHBOURS = 0.2  # share of the smaller of two tiles that the other covers, above which both show one place
 

@@ -74,22 +74,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     def limits(made):
         made.add_argument(
-            "--bbox",
-            nargs=4,
-            type=float,
-            metavar=("W", "S", "E", "N"),
+            "--bbox", nargs=4, type=float, metavar=("W", "S", "E", "N"),
             help="box in degrees, which the box around an image's footprint touches",
-        )
+        )  # fmt: skip
         made.add_argument("--from", dest="start", metavar="DATE", help="taken on this day or later, such as 2020-01-01")
         made.add_argument("--to", dest="end", metavar="DATE", help="taken on this day or earlier")
         made.add_argument(
-            "--where",
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="NAME=VALUE",
+            "--where", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
             help="attributes, such as folder=harbour",
-        )
+        )  # fmt: skip
         made.add_argument("--library", help="folder of the images, if it has moved since")
 
     make = command("index", run_index, "make an index, or bring it up to date")
@@ -120,14 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("-k", type=int, default=10, help="how many to find")
     ask.add_argument("--each", action="store_true", help="each of the words is a query of its own")
     ask.add_argument(
-        "--not",
-        dest="without",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="WORDS",
-        help="what it should not look like",
-    )
+        "--not", dest="without", nargs="+", action="extend", default=[], metavar="WORDS", help="what it should not look like",
+    )  # fmt: skip
     ask.add_argument("--not_weight", type=float, default=0.5, help="how much that counts")
     ask.add_argument(
         "--like", nargs="+", action="extend", default=[], metavar="IMAGE", help="pictures of what to look for"

@@ -473,9 +473,7 @@ def use_files_of_training(config: VQAConfig, argv: list[str]) -> None:
     for name in ("train_file", "test_file", "image_root"):
         if name in recorded and not flag_value(f"--{name}", argv):
             setattr(config, name, recorded[name])
-    if (
-        recorded.get("image_root") and config.image_root != recorded["image_root"]
-    ):  # the test's images, and the training's
+    if recorded.get("image_root") not in (None, config.image_root):  # the test's images, and then the training's
         config.image_root = os.pathsep.join([config.image_root, recorded["image_root"]])
 
 
