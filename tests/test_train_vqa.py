@@ -1,6 +1,7 @@
 """train_vqa.py from the command line: data, training, before and after, resume, merge."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_vqa
-from config import InputError, refuse_unwritable
+from config import InputError, VQAConfig, refuse_unwritable
 from data import read_chat, read_conversations
 from model import VQA
 from tests.conftest import conversation, draw, relative, run_on_two_processes
@@ -74,6 +75,17 @@ def test_eval_only_takes_the_files_of_training(run, base, asked, tmp_path, monke
     assert again["majority"] == trained["majority"] and again["after"] == trained["after"]
     named = train_vqa.main([*common, "--train_file=data_vl_train.json", f"--test_file={asked.test}"])
     assert named["majority"]["exact"]["micro"] == 0 and named["after"] == trained["after"]
+
+
+def test_images_of_another_test_file_come_before_those_of_training(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"settings": {"train_file": "a.json", "image_root": "theirs"}}))
+    for argv, root in (
+        ([], "theirs"),
+        (["--image_root=ours", "--test_file=b.json"], os.pathsep.join(["ours", "theirs"])),
+    ):
+        config = VQAConfig(lora=str(tmp_path), image_root=(argv and "ours") or None)
+        train_vqa.use_files_of_training(config, argv)
+        assert config.train_file == "a.json" and config.image_root == root
 
 
 def test_a_run_of_one_step_trains(run, tmp_path):
