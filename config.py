@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -643,8 +644,15 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     resume = flag_value("--resume_from_checkpoint", argv)
     if resume:
         checkpoint = resolve_checkpoint(resume)
-        record = json.loads((checkpoint / "config.json").read_text())
-        recorded, script = record["settings"], SCRIPTS.get(record.get("task"))
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            record = json.loads((checkpoint / "config.json").read_text())
+            recorded, script = record["settings"], SCRIPTS.get(record.get("task"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"{checkpoint}: cannot resume, not a whole checkpoint ({reason}); give an earlier one"
+            ) from None
         if script and script[0] != config_class.__name__:
             raise InputError(f"{resume}: a run of {script[1]}, which goes on with it")
         known = {key: value for key, value in recorded.items() if key in base}
@@ -658,6 +666,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
             " and of train_caption.py fuses the same operations"
         )
     if resume:
+        if getattr(namespace, "task", None) != known.get("task", base.get("task")):
+            raise InputError(f"{resume}: a run of --task {known.get('task', base['task'])}, which it goes on with")
         namespace.resume_from_checkpoint = str(checkpoint)
     if namespace.output_dir is None:
         from datetime import datetime
@@ -680,7 +690,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     many = (1, 10**9)
     refuse_outside(
         namespace, learning_rate=(0, 1e3), num_train_epochs=(0, 10**6), per_device_train_batch_size=many,
-        per_device_eval_batch_size=many, gradient_accumulation_steps=many,
+        per_device_eval_batch_size=many, gradient_accumulation_steps=many, seed=(0, 2**32 - 1),
+        dataloader_num_workers=(0, 1024), weight_decay=(0, 1e3), max_grad_norm=(0, 1e9),
     )  # fmt: skip
     refuse_unknown_trackers(namespace.report_to)
     changed = {key: value for key, value in vars(namespace).items() if key in base and value != base[key]}
@@ -689,9 +700,12 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         names = {field.name for field in dataclasses.fields(cls) if field.init}
         try:
             parts.append(cls(**{key: value for key, value in vars(namespace).items() if key in names}))
-        except (ValueError, NotImplementedError) as error:  # accelerate's, for GPUs that need an NCCL setting
+        # NotImplementedError is accelerate's, for GPUs that need an NCCL setting; the last two are of what is not installed.
+        except (ValueError, NotImplementedError, ImportError, RuntimeError) as error:
             raise InputError(f"these settings do not go together: {error}") from None
     config, training_args = parts
+    if getattr(config, "early_stopping_patience", 0) and not training_args.load_best_model_at_end:
+        raise InputError("--early_stopping_patience: needs evaluations and --load_best_model_at_end")
     if resume:
         for key in sorted(set(recorded) | set(changed)):
             if key in ("resume_from_checkpoint", "output_dir", "preset"):
@@ -713,6 +727,9 @@ def refuse_unknown_trackers(report_to) -> None:
         raise InputError(
             f"--report_to {unknown[0]}: expected one of none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
         )
+    packages = {"swanlab", "wandb", "mlflow", "comet_ml", "clearml", "neptune", "dvclive", "trackio"}
+    if absent := [name for name in named if name in packages and importlib.util.find_spec(name) is None]:
+        raise InputError(f"--report_to {absent[0]}: is not installed: pip install {absent[0]}")
 
 
 def refuse_outside(values, **bounds: tuple[float, float]) -> None:
@@ -851,7 +868,11 @@ def check(config: DataConfig) -> None:
 def whole_checkpoints(run: Path) -> dict[int, Path]:
     """{step: folder} of a run's checkpoints, without what a killed process left half written."""
     states = [state for state in run.glob("checkpoint-*/trainer_state.json") if state.parent.name[11:].isdigit()]
-    return {json.loads(state.read_text())["global_step"]: state.parent for state in states}
+    found = {}
+    for state in states:
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # cut short: the one before it counts
+            found[json.loads(state.read_text())["global_step"]] = state.parent
+    return found
 
 
 def holds_run(run: Path) -> bool:
@@ -863,11 +884,12 @@ def holds_run(run: Path) -> bool:
 def resolve_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder as given, or the newest whole checkpoint of a run folder. Raises InputError."""
     path = Path(path)
-    if (path / "trainer_state.json").is_file():
-        return path
+    chosen = path if (path / "trainer_state.json").is_file() else None
     for folder in (path, path / PROJECTOR_STAGE):
-        if found := whole_checkpoints(folder):
-            return found[max(found)]
+        if not chosen and (found := whole_checkpoints(folder)):
+            chosen = found[max(found)]
+    if chosen:
+        return chosen
     why = "does not exist" if not path.exists() else "holds no whole checkpoint (checkpoint-N/trainer_state.json)"
     raise InputError(f"{path}: cannot resume, the folder {why}; start without --resume_from_checkpoint")
 

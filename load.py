@@ -640,7 +640,8 @@ def main(argv=None) -> None:
     args.models = [name for name in args.models if name not in files]
     for name in args.models:
         if name.count("/") != 1 or not all(name.split("/")) or ".." in name:
-            raise InputError(f"{name!r} is not a model's name: expected ORG/NAME, such as {FULL[0]}")
+            here = f"; of a folder: --source {Path(name).parent} ORG/{Path(name).name}" if Path(name).is_dir() else ""
+            raise InputError(f"{name!r} is not a model's name: expected ORG/NAME, such as {FULL[0]}{here}")
     demo = args.preset == "demo" and not args.models and not files
     names = args.models or ([] if files else [f"models/demo/{name}" for name in DEMO] if demo else FULL)
 

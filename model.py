@@ -979,6 +979,9 @@ class VQA(nn.Module):
             modules_to_save=whole, use_dora=config.use_dora, use_rslora=config.use_rslora, task_type="CAUSAL_LM",
             base_model_name_or_path=str(config.base_model),
         )  # fmt: skip
+        names = [name.rpartition(".")[2] for name, _ in base.named_modules() if ".layers." in name]
+        if unknown := set(config.lora_targets) - set(names):
+            raise InputError(f"--lora_targets {sorted(unknown)[0]}: the language model has no module of that name")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             try:
@@ -1015,6 +1018,7 @@ class VQA(nn.Module):
                 settings = VQASettings(**json.loads((folder / VQA_SETTINGS).read_text()))
             except (TypeError, ValueError) as error:
                 raise InputError(f"{folder / VQA_SETTINGS}: not readable: {error}") from None
+        ours = settings is not None
         named = base_model or (settings.base_model if settings else record.get("base_model_name_or_path"))
         if not named:
             raise InputError(f"{folder}: the adapter names no base; give its folder with --base")
@@ -1041,6 +1045,13 @@ class VQA(nn.Module):
             raise InputError(
                 f"{folder}: an adapter of another base: {root} has no {lost[0]} ({len(lost)} such modules)"
             )
+        pattern = record.get("target_modules")  # of ours a pattern, or where training went on the modules themselves
+        if ours and pattern:
+            wanted = [name for name in known if re.fullmatch(pattern, name)] if isinstance(pattern, str) else pattern
+            if missing := sorted(set(wanted) - set(modules)):
+                raise InputError(
+                    f"{folder}: the adapter holds nothing for {missing[0]} ({len(missing)} such modules are missing)"
+                )
         try:
             lora = LoraConfig(**{key: value for key, value in record.items() if key in LoraConfig.__dataclass_fields__})
             lora.target_modules, lora.inference_mode = modules, not trainable
@@ -1942,6 +1953,8 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise InputError(f"{folder}: not an adapter ({missing} is missing){hint}") from None
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"{folder}: the adapter cannot be read ({error})") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{folder / ADAPTER_CONFIG}: expected an object, found {type(record).__name__}")
     if record.get("peft_type") != "LORA":
         raise InputError(f"{folder / ADAPTER_CONFIG}: peft_type {record.get('peft_type')!r}: expected 'LORA'")
     for old, new in OLD_ADAPTER_KEYS.items():

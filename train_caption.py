@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> dict:
     tested = "test" if splits["test"] else "val"
     results: dict = {
         "config": changed, "split": tested, "images": {name: len(scenes) for name, scenes in splits.items()},
-        "scores": {}, "steps": outcome.global_step, "best_step": trainer.state.best_global_step,
+        "scores": {}, "steps": outcome.global_step, "best_step": trainer.kept_step,
     }  # fmt: skip
     if main_process:
         rows: list[dict] = []

@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> dict:
     results["trained"] = flat(found)
     if main_process:
         results["histogram"] = flat(histogram_baseline(splits["train"], splits[tested], store.settings, config.margin))
-        results |= {"split": tested, "steps": outcome.global_step, "best_step": trainer.state.best_global_step,
+        results |= {"split": tested, "steps": outcome.global_step, "best_step": trainer.kept_step,
                     "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
         write_json(run / "results.json", results)
         write_report(run, results, splits[tested], image, text, texts, store.settings)

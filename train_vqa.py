@@ -13,6 +13,7 @@ results.json, samples.jsonl (every test question with its answers before and aft
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -35,6 +36,7 @@ from data import (
     QuestionScene,
     drop_too_long,
     drop_unreadable,
+    image_settings,
     is_chinese,
     load_splits,
     read_chat,
@@ -247,7 +249,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if config.eval_only and not config.lora:
         raise InputError("--eval_only: give the adapter to score with --lora")
     if config.eval_only:
-        use_files_of_training(config, argv)
+        use_files_of_training(config, args, argv)
     rejected = run / "rejected.jsonl" if main_process and not config.eval_only else None
 
     # ---- data and model
@@ -272,6 +274,8 @@ def main(argv: list[str] | None = None) -> dict | None:
             quantize=config.quantize,
             **options,
         )
+        if not args.resume_from_checkpoint:
+            refuse_other_settings(model, config, argv)
         changed["base_model"] = model.settings.base_model
         model.settings.answers = model.settings.answers or answers
     else:
@@ -402,7 +406,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         write_json(run / "config.json", trainer.settings)
     outcome = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     best = trainer.save_best()
-    results |= {"steps": outcome.global_step, "best_step": trainer.state.best_global_step}
+    results |= {"steps": outcome.global_step, "best_step": trainer.kept_step}
     made["after"] = ask(held, progress=main_process)
 
     # ---- the same training without images: what the questions give away
@@ -461,18 +465,52 @@ def write_report(run: Path, results: dict, samples: list[dict], settings: ImageS
     report.page("Questions about images", sections, run / "report.html", subtitle=f"{run}")
 
 
-def use_files_of_training(config: VQAConfig, argv: list[str]) -> None:
-    """Score an adapter with the files it was trained on where the command line names none: the majority baseline is made of
-    the training answers, and those of another data set would flatter or shame it."""
+def refuse_other_settings(model: VQA, config: VQAConfig, argv: list[str]) -> None:
+    """Raises InputError for a flag that says otherwise than the adapter of --lora, which keeps what it was trained with."""
+    lora, sides = model.peft.peft_config["default"], model.processor.size
+    images = image_settings(config).to_dict()
+    own = {
+        "lora_rank": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout, "use_dora": lora.use_dora,
+        "use_rslora": lora.use_rslora, "vision_tower": model.settings.vision_tower, "merger": model.settings.merger,
+        "prompt": model.settings.prompt, "min_pixels": sides["shortest_edge"], "max_pixels": sides["longest_edge"],
+    }  # fmt: skip
+    own |= {name: value for name, value in model.settings.images.items() if name != "max_pixels"}
+    asked = vars(config) | {name: images[name] for name in images if name != "max_pixels"}
+    for name, value in own.items():
+        if any(word.split("=")[0].replace("-", "_") == f"__{name}" for word in argv) and asked[name] != value:
+            raise InputError(f"--{name}: {config.lora} was trained with {value!r} and keeps that; leave the flag out")
+
+
+def use_files_of_training(config: VQAConfig, args, argv: list[str]) -> None:
+    """Score an adapter with the files and the split it was trained with where the command line names no others: the majority
+    baseline is made of the training answers, and those of another data set would flatter or shame it; an image that was
+    trained on must not be held out now. Raises InputError where it was trained for another task."""
     try:
-        recorded = json.loads((Path(config.lora) / "config.json").read_text())["settings"]
+        record = json.loads((Path(config.lora) / "config.json").read_text())
+        recorded = record["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # another tool's adapter
-    if flag_value("--train_file", argv) or flag_value("--data", argv):
+    task = "rsvqa" if record.get("task") == "vqa" else record.get("task")
+    if task in ("rsvqa", "chat") and task != config.task:
+        raise InputError(f"{config.lora}: was trained with --task {task}: give that")
+    given = flag_value("--train_file", argv) or flag_value("--data", argv)
+    if given and os.path.abspath(given) != os.path.abspath(recorded.get("train_file", "")):
         return
-    for name in ("train_file", "test_file", "image_root"):
-        if name in recorded and not flag_value(f"--{name}", argv):
-            setattr(config, name, recorded[name])
+    defaults = {field.name: field.default for part in (VQAConfig, type(args)) for field in dataclasses.fields(part)}
+    names = (
+        "train_file",
+        "val_file",
+        "test_file",
+        "image_root",
+        "val_fraction",
+        "test_split",
+        "language",
+        "max_samples",
+        "seed",
+    )
+    for name in names:  # what a run does not record had the library's default, whatever the presets say
+        if flag_value(f"--{name}", argv) is None:
+            setattr(config if hasattr(config, name) else args, name, recorded.get(name, defaults[name]))
     if recorded.get("image_root") not in (None, config.image_root):  # the test's images, and then the training's
         config.image_root = os.pathsep.join([config.image_root, recorded["image_root"]])
 

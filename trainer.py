@@ -16,13 +16,25 @@ from pathlib import Path
 import torch
 from peft.helpers import disable_input_dtype_casting
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
 from config import InputError
 from data import SceneSampler
 from report import write_atomic
 
 PARTIAL, DOOMED = ".partial", ".deleted"
+
+
+class _Finished(Exception):
+    """The checkpoint that is resumed is of the last step."""
+
+
+class NoStepAfterTheLast(TrainerCallback):
+    """The Trainer asks whether training is over after a step only, and would go one too far from a checkpoint of the end."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps > 0:
+            raise _Finished
 
 
 class SceneTrainer(Trainer):
@@ -36,7 +48,7 @@ class SceneTrainer(Trainer):
         self, *, model, task, args, train_dataset, collator, settings: dict, rates: dict, early_stopping: int = 0
     ):
         self.task, self.settings, self.rates = task, settings, rates
-        callbacks = [MetricsFile(), EpochOfSampler(self)]
+        callbacks = [MetricsFile(), EpochOfSampler(self), NoStepAfterTheLast()]
         if early_stopping:
             callbacks.append(EarlyStoppingCallback(early_stopping))
         super().__init__(
@@ -105,7 +117,18 @@ class SceneTrainer(Trainer):
         # every layer's input, in time and in memory, for the same numbers.
         self.model.train()
         with disable_input_dtype_casting(self.model, active=self.args.bf16 or self.args.fp16):
-            return super().train(*args, **kwargs)
+            try:
+                return super().train(*args, **kwargs)
+            except _Finished:
+                if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+                    self._load_best_model()
+                self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+                return TrainOutput(self.state.global_step, 0.0, {})
+
+    @property
+    def kept_step(self) -> int | None:
+        """The step whose weights are kept after training."""
+        return self.state.best_global_step if self.args.load_best_model_at_end else self.state.global_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         return self.task.step(self, model, self._prepare_inputs(inputs), num_items_in_batch).detach()
@@ -197,6 +220,13 @@ class SceneTrainer(Trainer):
             shutil.rmtree(doomed, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        names = {file.name for file in Path(resume_from_checkpoint).iterdir()}
+        # optimizer.pt; of FSDP optimizer_0, of DeepSpeed global_step7. Without them the Trainer would begin with new ones.
+        if "scheduler.pt" not in names or not any(name.startswith(("optimizer", "global_step")) for name in names):
+            raise InputError(
+                f"{resume_from_checkpoint}: cannot resume, it holds no optimizer and scheduler (was it saved with"
+                " --save_only_model?); give another checkpoint, or train on from its weights in a new run"
+            )
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.accelerator.unwrap_model(model or self.model).load_trained(resume_from_checkpoint)

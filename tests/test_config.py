@@ -193,6 +193,26 @@ def test_a_run_of_another_script_is_not_resumed(tmp_path):
     (checkpoint / "config.json").write_text('{"task": "vqa", "settings": {}}')
     with pytest.raises(InputError, match=r"a run of train_vqa\.py"):
         parse(MatchConfig, [f"--resume_from_checkpoint={tmp_path / 'run'}"])
+    with pytest.raises(InputError, match="a run of --task rsvqa, which it goes on with"):
+        parse(VQAConfig, [f"--resume_from_checkpoint={tmp_path / 'run'}", "--task=chat"])
+    for text in ("", "[]", '{"task": "vqa"}'):
+        (checkpoint / "config.json").write_text(text)
+        with pytest.raises(InputError, match="not a whole checkpoint"):
+            parse(VQAConfig, [f"--resume_from_checkpoint={tmp_path / 'run'}"])
+
+
+def test_settings_that_would_fail_later(tmp_path):
+    for words, message in (
+        (["--seed=-1"], "--seed -1"),
+        (["--dataloader_num_workers=-1"], "--dataloader_num_workers -1"),
+        (["--report_to", "neptune"], "--report_to neptune: is not installed: pip install neptune"),
+        (
+            ["--early_stopping_patience=1", "--eval_strategy=no", "--load_best_model_at_end=false"],
+            "--load_best_model_at_end",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse(VQAConfig, [f"--output_dir={tmp_path / 'run'}", "--use_cpu=true", *words])
 
 
 def test_resolve_checkpoint(tmp_path):
@@ -205,6 +225,8 @@ def test_resolve_checkpoint(tmp_path):
     half.rename(run / "checkpoint-200.partial")
     checkpoint(run, 300, {}).rename(run / "checkpoint-300.deleted")
     (run / "checkpoint-400").mkdir()  # without a state
+    cut = checkpoint(run, 500, {})
+    (cut / "trainer_state.json").write_text('{"global_st')  # the one before it counts
     assert resolve_checkpoint(run) == last  # 100 is after 9, by number
     assert resolve_checkpoint(str(first)) == first
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 import train_vqa
 from config import InputError, VQAConfig, refuse_unwritable
@@ -83,9 +84,52 @@ def test_images_of_another_test_file_come_before_those_of_training(tmp_path):
         ([], "theirs"),
         (["--image_root=ours", "--test_file=b.json"], os.pathsep.join(["ours", "theirs"])),
     ):
-        config = VQAConfig(lora=str(tmp_path), image_root=(argv and "ours") or None)
-        train_vqa.use_files_of_training(config, argv)
-        assert config.train_file == "a.json" and config.image_root == root
+        config = VQAConfig(
+            lora=str(tmp_path), image_root=(argv and "ours") or None, test_file="b.json", val_fraction=0.5
+        )
+        args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, seed=7)
+        train_vqa.use_files_of_training(config, args, argv)
+        assert (config.train_file, config.image_root, args.seed) == ("a.json", root, 42)
+        assert config.test_file == (None if not argv else "b.json")  # not the preset's
+
+
+def test_eval_only_scores_what_was_held_out_then(run, base, asked, tmp_path):
+    """By another seed or share other images would be held out, which were trained on."""
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([row | {"split": None} for row in json.loads(asked.train.read_text())]))
+    where = [f"--base_model={base}", f"--train_file={rows}", f"--cache_dir={tmp_path / 'cache'}"]
+    split = ["--seed=5", "--val_fraction=0.4"]
+    trained = train_vqa.main([*SMALL, *where, *split, "--no_blind_baseline", f"--output_dir={tmp_path / 'run'}"])
+    lora = f"--lora={tmp_path / 'run' / 'best_model'}"
+    for words in ([], [f"--train_file={rows}"]):
+        again = train_vqa.main(["--preset=demo", "--eval_only", lora, *words])
+        assert again["images"] == trained["images"] and again["after"] == trained["after"]
+    with pytest.raises(InputError, match="was trained with --task rsvqa"):
+        train_vqa.main(["--preset=demo", "--task=chat", "--eval_only", lora])
+    with pytest.raises(InputError, match=r"--max_pixels: .* was trained with 12544 and keeps that"):
+        train_vqa.main(["--preset=demo", "--eval_only", lora, "--max_pixels=3136"])
+
+
+def test_resuming_from_the_end_trains_no_step(run, tmp_path):
+    """As after a kill while the test questions are answered."""
+    run(
+        "--no_blind_baseline",
+        "--lr_scheduler_type=constant",
+        "--num_train_epochs=1.5",
+        "--load_best_model_at_end=false",
+    )
+    whole, folder = adapter(tmp_path / "run"), tmp_path / "run"
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    steps = sorted(path.name for path in folder.glob("checkpoint-*"))
+    for name in ("best_model", "results.json"):
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    again = train_vqa.main([f"--resume_from_checkpoint={folder}"])
+    assert again["steps"] == again["best_step"] == int(last.name[11:])
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == steps
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in adapter(folder).items())
+    (last / "optimizer.pt").unlink()
+    with pytest.raises(InputError, match="holds no optimizer and scheduler"):
+        train_vqa.main([f"--resume_from_checkpoint={folder}"])
 
 
 def test_a_run_of_one_step_trains(run, tmp_path):

@@ -378,6 +378,13 @@ def test_adapters_that_do_not_arrive_are_errors(answerer, tmp_path):
 
     assert "of another base" in broken(tmp_path, model, renamed)
     assert "missing" in broken(tmp_path, model, lambda _, t: t.pop(next(key for key in t if "lora_B" in key)))
+
+    def without_a_module(_, tensors):
+        name = next(key for key in tensors if "lora_B" in key)
+        for key in (name, name.replace("lora_B", "lora_A")):
+            tensors.pop(key)
+
+    assert "holds nothing for model.language_model.layers" in broken(tmp_path, model, without_a_module)
     assert "unexpected" in broken(
         tmp_path, model, lambda _, t: t.update({"base_model.model.extra.weight": torch.ones(2)})
     )
