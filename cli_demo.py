@@ -10,8 +10,10 @@ turns, `before` asks the last question again without the adapter, `stop` ends. C
 """
 
 import argparse
+import contextlib
 import os
 import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -151,7 +153,13 @@ def file_named(text: str) -> str:
     if path.startswith("file://"):
         path = unquote(urlsplit(path).path)
     path = os.path.expanduser(path)
-    return path if os.path.exists(path) else path.replace("\\ ", " ")
+    if os.path.exists(path):
+        return path
+    with contextlib.suppress(ValueError):  # as a terminal writes what is dropped on it: it\'s.tif, a\(1\).tif
+        parts = shlex.split(text)
+        if len(parts) == 1 and os.path.exists(parts[0]):
+            return parts[0]
+    return path.replace("\\ ", " ")
 
 
 def reader():
@@ -175,7 +183,9 @@ def reader():
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    refuse_outside(args, max_length=(1, 8192), temperature=(0, 100), top_p=(0.01, 1), max_turns=(1, 1000))
+    refuse_outside(
+        args, max_length=(1, 8192), temperature=(0, 100), top_p=(0.01, 1), max_turns=(1, 1000), seed=(0, 2**32 - 1)
+    )
     from transformers import set_seed
     from transformers.utils import logging
 

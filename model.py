@@ -1034,7 +1034,7 @@ class VQA(nn.Module):
             )  # fmt: skip
             processor, tokenizer = load_processor(root, config.min_pixels, config.max_pixels)
         else:
-            refuse_other_base(root, settings, folder, "--base (train_vqa.py: --base_model)")
+            refuse_other_base(root, settings, folder, "--base (train_vqa.py, cli_demo.py, web_demo.py: --base_model)")
             settings = replace(settings, base_model=str(root))  # where it lies now
             processor, tokenizer = load_processor(folder)
         base = load_qwen(root, dtype, quantize, device)
@@ -1913,7 +1913,9 @@ def load_qwen(folder: str | Path, dtype: torch.dtype, quantize: str = "none", de
     options = {}
     if quantize != "none":
         if not str(device).startswith("cuda"):
-            raise InputError(f"--quantize {quantize}: needs CUDA and bitsandbytes; leave it out on a CPU")
+            raise InputError(
+                f"--quantize {quantize} (cli_demo.py: --quant): needs CUDA and bitsandbytes; leave it out on a CPU"
+            )
         from transformers import BitsAndBytesConfig
 
         bits = {"load_in_8bit": True} if quantize == "8" else {

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from config import InputError, add_device_flags, read_lines, read_text, refuse_outside, user_errors
+from config import SURROGATE, InputError, add_device_flags, read_lines, read_text, refuse_outside, user_errors
 
 PROMPTS = Path(__file__).parent / "prompts"
 PLACEHOLDERS = ("{captions}", "{glossary}")
@@ -532,7 +532,7 @@ LACKING = {"number missing", "direction missing", "colour missing", "glossary", 
 
 def clean(answer: str) -> str:
     """An answer without a model's thinking, line breaks and quotes around it."""
-    text = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
+    text = re.sub(r"<think>.*?</think>", "", SURROGATE.sub("", answer), flags=re.DOTALL)
     text = text.rsplit("</think>", 1)[-1].strip()
     if "<think>" in text:  # the thinking did not end within --max_tokens
         return ""
@@ -686,7 +686,7 @@ def answer_in(body: str) -> Answer:
         if not choices:
             raise Retry("empty answer", "the list of choices is empty")
         text, why = choices[0]["message"]["content"], choices[0].get("finish_reason")
-        if not (text is None or isinstance(text, str)):
+        if not (text is None or isinstance(text, str)) or SURROGATE.search(text or ""):  # an escape cut in half
             raise TypeError
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise Retry("malformed body", f"not a chat completion: {body[:80]!r}") from None

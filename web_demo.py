@@ -16,6 +16,7 @@ import contextlib
 import html
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -109,7 +110,16 @@ TEXT = {
     "need_words": ("Enter words, or give a picture.", "请输入文字或上传图片。"),
     "need_picture": ("Give a picture first.", "请先上传图片。"),
     "need_text": ("Enter a text first.", "请先输入文字。"),
-    "box_form": ("Box: expected four numbers, west, south, east, north.", "范围：需要四个数：西, 南, 东, 北。"),
+    "box_form": (
+        "Box: expected four numbers in degrees, west, south, east, north, south not above north.",
+        "范围：需要四个以度为单位的数：西, 南, 东, 北，南不大于北。",
+    ),
+    "time_form": (
+        "{text!r} is no ISO 8601 date or time such as 2020-06-30 or 2020-06-30T10:15.",
+        "{text!r} 不是 2020-06-30 或 2020-06-30T10:15 这样的日期或时间。",
+    ),
+    "time_order": ("From is after To.", "起始时间晚于结束时间。"),
+    "bad_picture": ("{reason}", "无法读取，请上传 PNG、JPEG、WebP、TIFF 或 GeoTIFF：{reason}"),
     "where_form": ("Attributes: expected NAME=VALUE.", "属性：格式为 名称=值。"),
     "too_long": ("At most 50 lines of {n} characters.", "最多 50 行，每行 {n} 个字符。"),
     "own_form": (
@@ -277,21 +287,22 @@ class Page:
 
         if not path:
             return None
-        with self.own_name(path):
+        with self.own_name(path, language):
             height, width = image_size(path)
             if height * width > 4 * self.args.max_pixels:  # read block by block, but 2 s and 1 GB for a file of 20 kB
                 raise InputError(self.say("large", language, name=Path(path).name, width=width, height=height))
             return read_image(path, self.settings, max_side=2048).rgb
 
     @contextlib.contextmanager
-    def own_name(self, path: str | None):
+    def own_name(self, path: str | None, language: str = "en"):
         """What is wrong with a visitor's picture is said of the name it was given, not of where we keep it."""
         from imagery import ImageError
 
         try:
             yield
         except ImageError as error:
-            raise InputError(str(error).replace(str(path), Path(path).name) if path else str(error)) from None
+            reason = str(error).replace(str(path), Path(path).name) if path else str(error)
+            raise InputError(self.say("bad_picture", language, reason=reason)) from None
 
     def without_paths(self, text: str) -> str:
         """A message without the paths of our indexes and images, which are no visitor's business."""
@@ -324,23 +335,30 @@ class Page:
 
     def filter(self, bbox, start, end, where, language):
         """The `store.Filter` of the fields, or None. Raises InputError."""
-        from store import Filter, attributes_of
+        from store import Filter, attributes_of, last_moment, moment
 
         box = None
         if (bbox or "").strip():
             try:
                 box = tuple(float(part) for part in bbox.replace("，", ",").replace(",", " ").split())
-                if len(box) != 4:
+                if len(box) != 4 or not (-90 <= box[1] <= box[3] <= 90 and max(abs(box[0]), abs(box[2])) <= 180):
                     raise ValueError
             except ValueError:
                 raise InputError(self.say("box_form", language)) from None
+        start, end = (start or "").strip() or None, (end or "").strip() or None
+        times = []
+        for text, read in ((start, moment), (end, last_moment)):
+            try:
+                times.append(read(text, "") if text else None)
+            except InputError:
+                raise InputError(self.say("time_form", language, text=text)) from None
+        if all(times) and times[0].replace(tzinfo=None) > times[1].replace(tzinfo=None):
+            raise InputError(self.say("time_order", language))
         try:
             attributes = attributes_of(pair for pair in (where or "").replace("，", ",").split(",") if pair.strip())
         except InputError:
             raise InputError(self.say("where_form", language)) from None
-        made = Filter(
-            bbox=box, start=(start or "").strip() or None, end=(end or "").strip() or None, attributes=attributes
-        )
+        made = Filter(bbox=box, start=start, end=end, attributes=attributes)
         return None if made == Filter() else made
 
     def search(self, words, without, picture, like_weight, k, bbox, start, end, where, language):
@@ -391,9 +409,10 @@ class Page:
             raise InputError(self.say("need_picture", language))
         if (own or "").strip():
             labels = self.texts(",".join(own.splitlines()), language)[0]
-            if "/" in labels or labels.lower().endswith(".json"):  # a path is for the command line
+            parts = [label for label in map(str.strip, re.split("[,，、]", labels)) if label]
+            if len(parts) < 2:  # or a path, which is for the command line
                 raise InputError(self.say("own_form", language))
-            table = read_classes(labels)
+            table = {label: [label] for label in parts}
         else:
             table = read_classes(classes)
         scores = self.library.classify(self.library.picture_vector(rgb)[None], table)[0]
@@ -533,7 +552,9 @@ def build(page: Page):
 
     def notice(error: InputError):
         said = html.escape(page.without_paths(str(error)), quote=False)  # a notice is HTML
-        return gr.Error(said, print_exception=False, title="")
+        return gr.Error(
+            said, print_exception=False, title=" "
+        )  # without one it would be "Error" on the Chinese page, too
 
     def kind(action):
         """A user's mistake becomes a notice on the page."""

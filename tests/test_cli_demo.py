@@ -1,6 +1,7 @@
 """cli_demo.py: turns, another image, clear, before, and Ctrl-C, through a pipe and in-process."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -122,3 +123,11 @@ def test_paths_as_a_terminal_gives_them(tmp_path, monkeypatch):
     for said in ("~/my dir/图 1.png", str(path).replace(" ", "\\ "), f"'{path}'", path.as_uri(), f" {path} "):
         assert cli_demo.file_named(said) == str(path), said
     assert cli_demo.file_named("Is there a lake?") == "Is there a lake?"
+    odd = tmp_path / "it's (1).tif"
+    odd.write_bytes(b"")
+    for said in (
+        shlex.quote(str(odd)),
+        str(odd).replace("'", "\\'").replace(" ", "\\ ").replace("(", "\\(").replace(")", "\\)"),
+    ):
+        assert cli_demo.file_named(said) == str(odd), said
+    assert cli_demo.file_named("it's a lake") == "it's a lake"

@@ -160,6 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
             server.stop.wait(0.4)
         if fault == "malformed":
             return self.send(200, '{"choices": [{"message"')
+        if fault == "half":  # of a surrogate pair, where a server cut the text
+            return self.send(200, '{"choices": [{"message": {"content": "一片农田\\ud83d"}}]}')
         if fault == "page":
             return self.send(200, "<html>gateway</html>", {"Content-Type": "text/html"})
         text, why, message = chinese(number), "stop", {}
@@ -361,7 +363,7 @@ def test_every_form_of_captions(tmp_path, call_main, server, form):
 def test_every_planted_fault_is_caught_and_counted(tmp_path, call, server):
     server.plan = {
         0: ["429:1", "ok"], 1: ["500"], 2: ["503", "502"], 3: ["slow"], 4: ["cut"], 5: ["malformed"], 6: ["page"],
-        8: ["choices"], 9: ["none"], 10: ["429"], 20: ["drip"],
+        7: ["half"], 8: ["choices"], 9: ["none"], 10: ["429"], 20: ["drip"],
         # answers that are sent back once, and come right
         11: ["refusal"], 12: ["dropped"], 13: ["direction"], 14: ["english"], 15: ["colour"], 16: ["length"],
         17: ["meta"], 18: ["classifier"], 19: ["short"],
@@ -380,7 +382,7 @@ def test_every_planted_fault_is_caught_and_counted(tmp_path, call, server):
         "5xx": 3,
         "timeout": 2,
         "connection": 1,
-        "malformed body": 2,
+        "malformed body": 3,
         "empty answer": 2,
     }
     assert report["sent_back"] == {
