@@ -402,7 +402,7 @@ def test_every_planted_fault_is_caught_and_counted(tmp_path, call, server):
     assert report["rejected"]["no answer"] == 1 and report["rejected"]["direction added"] == 1
     rows = {row["img"]: row["label"] for row in rows_in(tmp_path / "zh.json")}
     assert rows == {f"{i}.png": chinese(i) for i in range(30) if f"{i}.png" not in aside}
-    assert "put aside: " in out and report["requests"] == server.total() == 30 + 12 + 15
+    assert "put aside: " in out and report["requests"] == server.total() == 30 + 13 + 15
     told = [body["messages"] for body in server.bodies if len(body["messages"]) == 3 and "with 13 b" in str(body)]
     assert (
         told[0][1]["content"] == BAD_TEXTS["direction"].replace("{n}", "13")
