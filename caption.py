@@ -83,14 +83,9 @@ def checked(args) -> None:
         if not getattr(args, name):
             raise InputError(f"{args.command} needs --{name}")
     refuse_outside(
-        args,
-        max_length=(1, 4096),
-        num_beams=(1, 64),
-        temperature=(0, 100),
-        top_p=(0.01, 1),
-        batch_size=(1, 4096),
+        args, max_length=(1, 4096), num_beams=(1, 64), temperature=(0, 100), top_p=(0.01, 1), batch_size=(1, 4096),
         seed=(0, 2**32 - 1),
-    )
+    )  # fmt: skip
     if args.temperature and args.num_beams > 1:
         raise InputError("--num_beams searches and --temperature draws: give one of them")
     if args.output_file:

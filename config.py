@@ -700,8 +700,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         names = {field.name for field in dataclasses.fields(cls) if field.init}
         try:
             parts.append(cls(**{key: value for key, value in vars(namespace).items() if key in names}))
-        # NotImplementedError is accelerate's, for GPUs that need an NCCL setting; the last two are of what is not installed.
-        except (ValueError, NotImplementedError, ImportError, RuntimeError) as error:
+        # NotImplementedError is accelerate's, for GPUs that need an NCCL setting; ImportError of packages that are not there.
+        except (ValueError, NotImplementedError, ImportError) as error:
             raise InputError(f"these settings do not go together: {error}") from None
     config, training_args = parts
     if getattr(config, "early_stopping_patience", 0) and not training_args.load_best_model_at_end:
@@ -884,28 +884,37 @@ def holds_run(run: Path) -> bool:
 def resolve_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder as given, or the newest whole checkpoint of a run folder. Raises InputError."""
     path = Path(path)
-    chosen = path if (path / "trainer_state.json").is_file() else None
+    if (path / "trainer_state.json").is_file():
+        return path
     for folder in (path, path / PROJECTOR_STAGE):
-        if not chosen and (found := whole_checkpoints(folder)):
-            chosen = found[max(found)]
-    if chosen:
-        return chosen
+        if found := whole_checkpoints(folder):
+            return found[max(found)]
     why = "does not exist" if not path.exists() else "holds no whole checkpoint (checkpoint-N/trainer_state.json)"
     raise InputError(f"{path}: cannot resume, the folder {why}; start without --resume_from_checkpoint")
+
+
+def _flag_in(word: str) -> str:
+    """`--lora-rank=4` or `--lora-rank`: --lora_rank."""
+    return word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
 
 
 def _renamed(word: str, aliases: dict[str, str]) -> str:
     """`--batch_size` or `--batch_size=4` by the flag's own name."""
     flag, equals, value = word.partition("=")
-    return aliases.get(flag.replace("-", "_").replace("__", "--", 1), flag) + equals + value
+    return aliases.get(_flag_in(word), flag) + equals + value
 
 
 def flag_value(flag: str, argv: list[str]) -> str | None:
     """What a command line itself gives `--flag`; None: the flag is not on it."""
     for i, word in enumerate(argv):
-        word = word.split("=", 1)[0].replace("-", "_").replace("__", "--", 1) + word[len(word.split("=", 1)[0]) :]
-        if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(flag + "="):
-            return word.split("=", 1)[1]
+        if _flag_in(word) == flag:
+            if "=" in word:
+                return word.partition("=")[2]
+            if i + 1 < len(argv):
+                return argv[i + 1]
     return None
+
+
+def flag_given(flag: str, argv: list[str]) -> bool:
+    """Whether `--flag` is on a command line, with a value or, as a switch, without."""
+    return any(_flag_in(word) == flag for word in argv)

@@ -650,8 +650,8 @@ def _asked(entry: dict, kind: str | None, number: str | None) -> tuple[str, list
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp", ".gif"}
 
 
-def image_files(folder: str | Path) -> list[Path]:
-    """Images below a folder, sorted by path; hidden files are left out. Raises InputError: no such folder, no image."""
+def files_below(folder: str | Path) -> list[Path]:
+    """All files below a folder but hidden ones. Raises InputError: no such folder, one that cannot be listed."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of images")
@@ -667,8 +667,15 @@ def image_files(folder: str | Path) -> list[Path]:
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        found += [Path(where, name) for name in names if name[0] != "." and Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    found.sort()
+        found += [Path(where, name) for name in names if name[0] != "."]
+    return found
+
+
+def image_files(folder: str | Path, files: list[Path] | None = None) -> list[Path]:
+    """Images below a folder, sorted by path; hidden files are left out. files: what `files_below` found there. Raises
+    InputError: no such folder, no image."""
+    files = files_below(folder) if files is None else files
+    found = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise InputError(f"{folder}: no image in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return found

@@ -32,7 +32,18 @@ from tqdm import tqdm
 
 import store
 from config import InputError
-from data import IMAGE_COLUMNS, Rejected, image_files, is_blank, is_chinese, load_json, normalised, read_table, stacked
+from data import (
+    IMAGE_COLUMNS,
+    Rejected,
+    files_below,
+    image_files,
+    is_blank,
+    is_chinese,
+    load_json,
+    normalised,
+    read_table,
+    stacked,
+)
 from imagery import (
     ImageError,
     ImageSettings,
@@ -218,7 +229,8 @@ def plan_index(
     """Compare the images below `root` with what `index` holds (None: nothing), in `workers` processes where there are many.
     `attributes` None: files keep those they have. Raises InputError: no image below `root`, attributes of an image that is
     not there."""
-    found = {path.relative_to(root).as_posix(): path for path in image_files(root)}
+    below = files_below(root)
+    found = {path.relative_to(root).as_posix(): path for path in image_files(root, below)}
     if attributes is None:
         kept = index.record.get("waiting", {}) | index.attributes() if index is not None else {}
         attributes = {name: values for name, values in kept.items() if name in found}
@@ -260,13 +272,13 @@ def plan_index(
             else:
                 stale.append(file.path)
     paths = [*found.values()]
-    notes = [note for note in (guessed_bands(paths, settings), bands_apart(paths), passed_over(root)) if note]
+    notes = [note for note in (guessed_bands(paths, settings), bands_apart(paths), passed_over(below)) if note]
     return Plan(files, sorted(stale), results.count(None), rejected, attributes, unknown, notes)
 
 
-def passed_over(root: Path) -> str | None:
+def passed_over(files: list[Path]) -> str | None:
     """What to say of rasters and archives that are not read; None where there are none."""
-    kinds = Counter(path.suffix.lower() for path in root.rglob("*") if path.suffix.lower() in OTHER_RASTERS)
+    kinds = Counter(path.suffix.lower() for path in files if path.suffix.lower() in OTHER_RASTERS)
     if not kinds:
         return None
     listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -653,6 +665,7 @@ class Library:
 
     def __init__(self, index, model: Encoder, root: str | Path):
         self.index, self.model, self.root = index, model, Path(root)
+        self.reference: dict[str, np.ndarray] = {}  # language -> `reference_vectors` of it, some 100 prompts
         self.settings = ImageSettings.from_dict(index.record["image"])
 
     @classmethod
@@ -705,8 +718,9 @@ class Library:
     def reference_vectors(self, texts: list[str]) -> np.ndarray:
         """(N, D): for each text the mean vector of the words of REFERENCE in its language."""
         spoken = ["zh" if is_chinese(text) else "en" for text in texts]
-        means = {name: self.text_vectors(re.split("[,，] *", REFERENCE[name])).mean(0) for name in set(spoken)}
-        return np.stack([means[name] for name in spoken])
+        for name in set(spoken) - set(self.reference):
+            self.reference[name] = self.text_vectors(re.split("[,，] *", REFERENCE[name])).mean(0)
+        return np.stack([self.reference[name] for name in spoken])
 
     def picture_vector(self, rgb: np.ndarray) -> np.ndarray:
         """(D,) unit vector of an (H, W, 3) uint8 picture."""

@@ -19,7 +19,6 @@ import json
 import os
 import sys
 from collections import Counter
-from datetime import timezone
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -192,14 +191,11 @@ def open_library(args, location: str | None = None, encoder=None):
 
 def filter_of(args):
     """The `store.Filter` of the flags, or None."""
-    from store import Filter, attributes_of, last_moment, moment
-
-    def utc(time):
-        return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
+    from store import Filter, attributes_of, in_utc, last_moment, moment
 
     attributes = attributes_of(args.where)
-    first = args.start and utc(moment(args.start, "--from"))
-    last = args.end and utc(last_moment(args.end, "--to"))
+    first = args.start and in_utc(moment(args.start, "--from"))
+    last = args.end and in_utc(last_moment(args.end, "--to"))
     if first and last and first > last:
         raise InputError(f"--from {args.start} is after --to {args.end}")
     made = Filter(bbox=args.bbox and tuple(args.bbox), start=args.start, end=args.end, attributes=attributes)

@@ -26,7 +26,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -122,7 +122,7 @@ class Point:
             if not re.fullmatch(r"\w+", name) or not isinstance(value, str):
                 raise InputError(f"{what}: attribute {name}={value!r}; expected a word and a text")
         if self.footprint is not None:
-            west, south, east, north = box = _box(self.footprint, what)
+            west, south, east, north = box = checked_box(self.footprint, what)
             payload["footprint"] = list(box)
             east += 360 * (east < west)  # runs on past 180, so that west <= east in every stored range
             middle = (west + east) / 2
@@ -173,7 +173,7 @@ def attributes_of(pairs: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def _box(box, what: str) -> tuple[float, float, float, float]:
+def checked_box(box, what: str) -> tuple[float, float, float, float]:
     try:
         west, south, east, north = map(float, box)
     except (TypeError, ValueError):
@@ -200,6 +200,11 @@ def moment(text: str, what: str) -> datetime:
         raise InputError(
             f"{what}: {text!r} is no ISO 8601 date or time such as 2020-06-30 or 2020-06-30T10:15"
         ) from None
+
+
+def in_utc(time: datetime) -> datetime:
+    """A time without a zone is taken for UTC."""
+    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
 def last_moment(text: str, what: str) -> datetime:
@@ -499,7 +504,7 @@ class Store:
                 limits["lte"] = last_moment(filter.end, "end").isoformat()
             must.append(between("time", self._date_range, **limits))
         if filter.bbox is not None:
-            west, south, east, north = _box(filter.bbox, "bbox")
+            west, south, east, north = checked_box(filter.bbox, "bbox")
             east += 360 * (east < west)
             # Footprints run from west in [-180, 180] to an east of up to 540. A turn of the Earth brings the box to
             # those that pass 180, and a box that passes 180 to those that do not.

@@ -29,7 +29,7 @@ import transformers
 import caption_scores
 import metrics
 import report
-from config import InputError, VQAConfig, flag_value, keeps_scores, parse, refuse_unwritable, user_errors
+from config import InputError, VQAConfig, flag_given, flag_value, keeps_scores, parse, refuse_unwritable, user_errors
 from data import (
     QuestionCollator,
     QuestionDataset,
@@ -477,7 +477,7 @@ def refuse_other_settings(model: VQA, config: VQAConfig, argv: list[str]) -> Non
     own |= {name: value for name, value in model.settings.images.items() if name != "max_pixels"}
     asked = vars(config) | {name: images[name] for name in images if name != "max_pixels"}
     for name, value in own.items():
-        if any(word.split("=")[0].replace("-", "_") == f"__{name}" for word in argv) and asked[name] != value:
+        if flag_given(f"--{name}", argv) and asked[name] != value:
             raise InputError(f"--{name}: {config.lora} was trained with {value!r} and keeps that; leave the flag out")
 
 
@@ -497,19 +497,9 @@ def use_files_of_training(config: VQAConfig, args, argv: list[str]) -> None:
     if given and os.path.abspath(given) != os.path.abspath(recorded.get("train_file", "")):
         return
     defaults = {field.name: field.default for part in (VQAConfig, type(args)) for field in dataclasses.fields(part)}
-    names = (
-        "train_file",
-        "val_file",
-        "test_file",
-        "image_root",
-        "val_fraction",
-        "test_split",
-        "language",
-        "max_samples",
-        "seed",
-    )
-    for name in names:  # what a run does not record had the library's default, whatever the presets say
-        if flag_value(f"--{name}", argv) is None:
+    names = "train_file val_file test_file image_root val_fraction test_split language max_samples seed"
+    for name in names.split():  # what a run does not record had the library's default, whatever the presets say
+        if not flag_given(f"--{name}", argv):
             setattr(config if hasattr(config, name) else args, name, recorded.get(name, defaults[name]))
     if recorded.get("image_root") not in (None, config.image_root):  # the test's images, and then the training's
         config.image_root = os.pathsep.join([config.image_root, recorded["image_root"]])

@@ -335,24 +335,22 @@ class Page:
 
     def filter(self, bbox, start, end, where, language):
         """The `store.Filter` of the fields, or None. Raises InputError."""
-        from store import Filter, attributes_of, last_moment, moment
+        from store import Filter, attributes_of, checked_box, in_utc, last_moment, moment
 
         box = None
         if (bbox or "").strip():
             try:
-                box = tuple(float(part) for part in bbox.replace("，", ",").replace(",", " ").split())
-                if len(box) != 4 or not (-90 <= box[1] <= box[3] <= 90 and max(abs(box[0]), abs(box[2])) <= 180):
-                    raise ValueError
-            except ValueError:
+                box = checked_box(bbox.replace("，", ",").replace(",", " ").split(), "")
+            except InputError:
                 raise InputError(self.say("box_form", language)) from None
         start, end = (start or "").strip() or None, (end or "").strip() or None
         times = []
         for text, read in ((start, moment), (end, last_moment)):
             try:
-                times.append(read(text, "") if text else None)
+                times.append(text and in_utc(read(text, "")))
             except InputError:
                 raise InputError(self.say("time_form", language, text=text)) from None
-        if all(times) and times[0].replace(tzinfo=None) > times[1].replace(tzinfo=None):
+        if all(times) and times[0] > times[1]:
             raise InputError(self.say("time_order", language))
         try:
             attributes = attributes_of(pair for pair in (where or "").replace("，", ",").split(",") if pair.strip())
@@ -432,8 +430,9 @@ class Page:
         _, _, z = pairs.changes(self.library.text_vectors(lines), reference=self.library.reference_vectors(lines))
         parts = [f"<p>{self.say('change_note', language, n=len(pairs.before))}</p>"]
         for note in pairs.notes:
-            said = PAIR_NOTES_ZH[note.key].format(**note.values | {"date": DATES_ZH.get(note.values.get("date"))})
-            parts.append(f"<p>{html.escape(said if language == 'zh' else note)}</p>")
+            if language == "zh":
+                note = PAIR_NOTES_ZH[note.key].format(**note.values | {"date": DATES_ZH.get(note.values.get("date"))})
+            parts.append(f"<p>{html.escape(note)}</p>")
         for line, row in zip(lines, z):
             parts.append(f"<h3>{html.escape(line)}</h3>")
             found = [n for n in np.argsort(-np.abs(row), kind="stable")[:8] if abs(row[n]) >= CHANGE]
@@ -552,9 +551,7 @@ def build(page: Page):
 
     def notice(error: InputError):
         said = html.escape(page.without_paths(str(error)), quote=False)  # a notice is HTML
-        return gr.Error(
-            said, print_exception=False, title=" "
-        )  # without one it would be "Error" on the Chinese page, too
+        return gr.Error(said, print_exception=False, title=" ")  # "" would be "Error", on the Chinese page too
 
     def kind(action):
         """A user's mistake becomes a notice on the page."""

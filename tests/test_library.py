@@ -19,6 +19,7 @@ from rasterio.warp import transform_bounds
 import library as module
 import store
 from config import InputError
+from data import files_below
 from imagery import ImageSettings, read_image, tile_windows
 from library import (
     TEMPLATES,
@@ -107,12 +108,12 @@ def test_words_of_reference_are_those_of_the_query_s_language(model, tmp_path, f
 
 
 def test_rasters_of_other_kinds_are_not_passed_over_in_silence(folder):
-    assert passed_over(folder) is None
+    assert passed_over(files_below(folder)) is None
     for name in ("a.img", "farm/b.IMG", "c.vrt"):
         (folder / name).touch()
-    assert passed_over(folder).startswith("not read: 2 .img, 1 .vrt; `gdal_translate")
+    assert passed_over(files_below(folder)).startswith("not read: 2 .img, 1 .vrt; `gdal_translate")
     plan = module.plan_index(folder, None, tile=64, stride=48, settings=ImageSettings())
-    assert passed_over(folder) in plan.notes
+    assert passed_over(files_below(folder)) in plan.notes
 
 
 def contents(location) -> dict:
