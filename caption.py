@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from config import InputError, add_device_flags, cache_folder, refuse_outside, refuse_unwritable_file, user_errors
+from scenes import has_word, image_files, is_chinese, load_json, read_scenes
 
 DEMO = {
     "model_path": "output/demo_caption/final",
@@ -147,7 +148,6 @@ def say_broken(broken: dict[str, str]) -> int:
 
 
 def generate(args) -> int:
-    from data import image_files
     from model import pixel_store
     from report import write_atomic
 
@@ -180,8 +180,6 @@ def generate(args) -> int:
 
 def reference_scenes(args, images: list[str], language: str) -> dict[str, list[str]]:
     """{image: its references} of the split asked for, of those `images` that have any."""
-    from data import has_word, read_scenes
-
     found = read_scenes(
         args.references, more_roots=(args.test_dir,), language=language, max_rejected=args.max_rejected, among=images
     )
@@ -200,8 +198,6 @@ def reference_scenes(args, images: list[str], language: str) -> dict[str, list[s
 
 def read_objects(path: str, images: list[str]) -> tuple[dict, list, list[list[str]]]:
     """(words of each object, phrases to ignore, objects in each image) of an --objects file. Raises InputError."""
-    from data import load_json
-
     content = load_json(path)
     if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in ("words", "images")):
         raise InputError(f'{path}: expected {{"words": {{object: [word]}}, "images": {{image: [object]}}}}')
@@ -232,7 +228,6 @@ def evaluate(args) -> int:
     import caption_scores
     import metrics
     import report
-    from data import image_files, is_chinese, read_scenes
     from imagery import ImageSettings, read_image
     from model import pixel_store
     from trainer import write_json

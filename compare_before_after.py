@@ -80,7 +80,7 @@ def read_questions(
 ):
     """(scenes, one line on them): the test split of a file that names splits, else its validation split, else all of
     it; with `types` only questions of these. Raises InputError."""
-    from data import QuestionScene, read_conversations
+    from scenes import QuestionScene, read_conversations
 
     found = read_conversations(path, image_root=image_root, max_rejected=max_rejected)
     scenes, split = found.scenes, "all splits"
@@ -162,7 +162,7 @@ def answer_rows(model, scenes: list, pixels: dict, decode: str) -> list[dict]:
 
 def draw_scenes(scenes: list, number: int, seed: int) -> list:
     """Scenes with `number` questions in all, of all types in turn."""
-    from data import QuestionScene
+    from scenes import QuestionScene
 
     listed = [(scene.image, question) for scene in scenes for question in scene.questions]
     order = report.in_turn(listed, lambda item: item[1].kind or "question", lambda item: item[0], seed)

@@ -10,8 +10,6 @@ questions of one image, under whatever names it lies on the disk, stay in one sp
 """
 
 import argparse
-import csv
-import io
 import json
 import os
 import random
@@ -20,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from config import SPLITS, InputError, by_content, refuse_outside, user_errors
+from scenes import read_table
 
 NEEDED = ("image_path", "question", "answer")
 SPECIAL_TOKEN = re.compile(r"<\|[^|]*\|>")
@@ -50,41 +49,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_csv(path: Path, hint: str) -> list[dict[str, str]]:
     """Rows by column name, stripped. Raises InputError with the line where the file is not a whole CSV."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; {hint}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}: line {line}: not UTF-8 text; save the file as UTF-8") from None
-    if "\0" in text:
-        raise InputError(f"{path}: line {text.count(chr(10), 0, text.index(chr(0))) + 1}: holds a NUL byte")
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = [name.strip() for name in next(lines, [])]
-        if not header:
-            raise InputError(f"{path}: line 1: expected the columns {', '.join(NEEDED)}, found nothing")
-        for name in NEEDED:
-            if name not in header:
-                raise InputError(f"{path}: line 1: column {name!r} is missing (the file has {', '.join(header)})")
-        if len(set(header)) < len(header):
-            raise InputError(f"{path}: line 1: a column name stands twice ({', '.join(header)})")
-        rows = []
-        for values in lines:
-            if values and len(values) != len(header):
-                raise InputError(
-                    f"{path}: line {lines.line_num}: {len(values)} fields, expected {len(header)}"
-                    f" ({', '.join(header)}); a field with a comma needs quotes"
-                )
-            if values:
-                rows.append({name: value.strip() for name, value in zip(header, values)})
-    except csv.Error as error:
-        raise InputError(f"{path}: line {lines.line_num}: not a whole CSV, is a quote open? ({error})") from None
+    if not path.exists():
+        raise InputError(f"{path}: no such file; {hint}")
+    names, rows = read_table(path)
+    if not names:
+        raise InputError(f"{path}: line 1: expected the columns {', '.join(NEEDED)}, found nothing")
+    for name in NEEDED:
+        if name not in names:
+            raise InputError(f"{path}: line 1: column {name!r} is missing (the file has {', '.join(names)})")
     if not rows:
         raise InputError(f"{path}: no row below the column names")
-    return rows
+    return [{name: cell.strip() for name, cell in zip(names, row)} for row in rows]
 
 
 def check_splits(path: Path, rows: list[dict[str, str]]) -> bool:

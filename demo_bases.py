@@ -241,7 +241,7 @@ def demo_texts(data_dir: Path, more: str | Path | None = None) -> dict[str, list
     """`{"en": captions, "zh": captions, "asked": [[prompt, caption, image]], "qa": [[question, answer]], "more": [[prompt,
     text]]}` of the demo data and of `more`, a caption file of the user's (its training split).
 
-    Raises InputError if a file is missing or not of the demo data's form, or `more` is none that `data.read_scenes` reads."""
+    Raises InputError if a file is missing or not of the demo data's form, or `more` is none that `scenes.read_scenes` reads."""
     files = ["captions_en.json", "captions_zh.json", "rsvqa_questions.json", "rsvqa_answers.json"]
     for name in files:
         if not (data_dir / name).is_file():
@@ -261,7 +261,7 @@ def demo_texts(data_dir: Path, more: str | Path | None = None) -> dict[str, list
         raise InputError(f"{data_dir} holds no captions or no questions: run `python demo_data.py` again")
     texts["more"] = []
     if more:
-        from data import is_chinese, read_scenes
+        from scenes import is_chinese, read_scenes
 
         for scene in read_scenes(more).scenes:
             if scene.split in (None, "train"):

@@ -30,14 +30,15 @@ import pyarrow
 from config import SPLITS, InputError, user_errors
 from imagery import ImageError, image_format, image_size
 from report import csv_text
+from scenes import TEXT_FIELDS, TYPE_FIELDS
 
 NAMES = {  # what is looked for, and the names of columns that hold it, best first
     "image": ("image", "img", "picture", "jpg", "png", "tif"),
     "name": ("filename", "file_name", "image_name", "image_id", "img_id", "name", "__key__"),
-    "caption": ("captions", "caption", "sentences", "text", "raw", "txt", "description"),
+    "caption": (*TEXT_FIELDS, "raw", "txt"),
     "question": ("question", "questions"),
     "answer": ("answer", "answers"),
-    "type": ("type", "question_type", "category"),
+    "type": (*TYPE_FIELDS, "category"),
     "label": ("label", "labels", "class", "class_name", "scene"),
 }
 HELD_OUT = ("test", "val", "train", "")  # of an image in several splits, the first of these is its split

@@ -112,7 +112,7 @@ def row_error(row) -> str | None:
 
 def read_rows(source: str):
     """Rows of a JSON file or of standard input. Raises InputError with line and column."""
-    from data import load_json
+    from scenes import load_json
 
     if source != "-":
         return load_json(source)

@@ -32,18 +32,7 @@ from tqdm import tqdm
 
 import store
 from config import InputError
-from data import (
-    IMAGE_COLUMNS,
-    Rejected,
-    files_below,
-    image_files,
-    is_blank,
-    is_chinese,
-    load_json,
-    normalised,
-    read_table,
-    stacked,
-)
+from data import is_blank, normalised, stacked
 from imagery import (
     ImageError,
     ImageSettings,
@@ -56,6 +45,7 @@ from imagery import (
 )
 from model import DualEncoder, Encoder, pixel_store
 from places import change_scores, feature_collection, match_footprints
+from scenes import IMAGE_COLUMNS, Rejected, files_below, image_files, is_chinese, load_json, read_table
 from store import Filter, Hit, Point
 
 WHOLE = 1.5  # an image up to this many tiles long and wide is not cut: scenes "of 256 pixels" have 253 or 280 too
@@ -162,24 +152,18 @@ def time_in_name(path: str) -> str | None:
 def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
     """{path of an image: {name: value}} from a CSV with the path below the library in a column of that name (path, image_path,
     filepath ...), else in the first. Raises InputError."""
-    rows = read_table(path)
-    at = next((n for n, name in enumerate(rows[0]) if name in IMAGE_COLUMNS), 0) if rows else 0
-    rows = [[row[at], *row[:at], *row[at + 1 :]] if len(row) > at else row for row in rows]
-    if not rows or len(rows[0]) < 2:
+    names, rows = read_table(path)
+    if len(names) < 2:
         raise InputError(f"{path}: expected a header such as `path,label` with the image's path first")
-    names = rows[0][1:]
-    if bad := [name for name in names if not re.fullmatch(r"\w+", name)]:
+    at = next((n for n, name in enumerate(names) if name in IMAGE_COLUMNS), 0)
+    others = names[:at] + names[at + 1 :]
+    if bad := [name for name in others if not re.fullmatch(r"\w+", name)]:
         raise InputError(f"{path}: column {bad[0]!r}: expected one word of letters, digits and _")
-    if taken := [name for name in names if name in RESULT]:
+    if taken := [name for name in others if name in RESULT]:
         raise InputError(f"{path}: column {taken[0]!r}: results have a field of that name already; rename the column")
-    found = {}
-    for number, row in enumerate(rows[1:], 2):
-        if not row:
-            continue
-        if len(row) != len(rows[0]):
-            raise InputError(f"{path}: line {number}: expected {len(rows[0])} fields, found {len(row)}")
-        found[row[0]] = {name: value for name, value in zip(names, row[1:]) if value}
-    return found
+    return {
+        row[at]: {name: value for n, (name, value) in enumerate(zip(names, row)) if value and n != at} for row in rows
+    }
 
 
 class FileChecks(torch.utils.data.Dataset):

@@ -49,9 +49,7 @@ from data import (
     CaptionPrompt,
     ChatPrompt,
     PixelStore,
-    Question,
     QuestionDataset,
-    QuestionScene,
     QwenResize,
     SquareResize,
     TokenStore,
@@ -64,6 +62,7 @@ from data import (
     token_batch,
 )
 from imagery import ImageSettings
+from scenes import Question, QuestionScene
 
 WEIGHTS, SETTINGS = "model.safetensors", "dual_encoder.json"
 
@@ -1264,7 +1263,7 @@ class VQA(nn.Module):
 
         Every image runs once for all of its questions, as many scenes at a time as `budget` tokens hold. decode "generate":
         greedy, at most `max_tokens` tokens; "candidates": the answer of the training split (of the question's type, where
-        `data.Question`s are given) whose tokens are the most probable. Raises imagery.ImageError for an unreadable file.
+        `scenes.Question`s are given) whose tokens are the most probable. Raises imagery.ImageError for an unreadable file.
         """  # fmt: skip
         items = self.scene_items(scenes, store, tokens, blind)
         answers: list[list[str]] = [[""] * len(scene.questions) for scene in items.scenes]

@@ -415,7 +415,7 @@ _FLIP_LABELS = {flip: flip if flip in ("gained", "lost") else f"{flip} twice" fo
 def sample_rows(scenes, right, **answers: list[list[str]]) -> list[dict]:
     """One row per question: id, image, type, question, truth, and of each model its answer and whether it is right.
 
-    scenes: objects with `image` and `questions` (`data.QuestionScene`); answers: {name: answers to each scene's
+    scenes: objects with `image` and `questions` (`scenes.QuestionScene`); answers: {name: answers to each scene's
     questions}; right(answer, truth, type) -> bool (`metrics.is_right`)."""
     listed = [(scene.image, question) for scene in scenes for question in scene.questions]
     rows = [

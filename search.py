@@ -234,10 +234,10 @@ def run_index(args) -> int:
     from transformers.utils import logging
 
     from accelerate import PartialState
-    from data import list_rejected
     from imagery import ImageSettings
     from library import index_library, read_attributes
     from model import DualEncoder, pick_device
+    from scenes import list_rejected
     from store import is_url
 
     if not Path(args.library).is_dir():
@@ -456,7 +456,7 @@ def run_classify(args) -> int:
 
 def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, int]:
     """{path: number of its class}; labels are compared without case, spaces, - and _. Raises InputError."""
-    from data import read_table
+    from scenes import read_table
 
     def key(label):
         return label.lower().replace(" ", "").replace("_", "").replace("-", "")
@@ -467,15 +467,10 @@ def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, in
         where = "the folders of the library"
     else:
         where = source
-        rows = read_table(source)
-        if not rows or rows[0][:2] != ["path", "label"]:
+        header, rows = read_table(source)
+        if header[:2] != ["path", "label"]:
             raise InputError(f"{source}: line 1: expected the header path,label")
-        pairs = []
-        for line, row in enumerate(rows[1:], 2):
-            if row and len(row) < 2:
-                raise InputError(f"{source}: line {line}: expected path,label, found {','.join(row)!r}")
-            if row:
-                pairs.append((row[0], row[1]))
+        pairs = [(row[0], row[1]) for row in rows]
     known = set(names)
     truth, strange, elsewhere = {}, Counter(), []
     for name, label in pairs:

@@ -21,19 +21,10 @@ import transformers
 import caption_scores
 import report
 from config import PROJECTOR_STAGE, CaptionConfig, parse, user_errors
-from data import (
-    QuestionCollator,
-    QuestionDataset,
-    QuestionScene,
-    captions_as_answers,
-    drop_too_long,
-    drop_unreadable,
-    image_files,
-    load_splits,
-    row_align,
-)
+from data import QuestionCollator, QuestionDataset, drop_too_long, drop_unreadable, row_align
 from imagery import ImageSettings, read_image
 from model import Captioner, base_folder, pixel_store, weight_files
+from scenes import QuestionScene, captions_as_answers, image_files, load_splits
 from trainer import PackedTask, SceneTrainer, held_out_loss, read_history, write_json
 
 # ----------------------------------------------------------------------------------------------------

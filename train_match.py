@@ -25,20 +25,11 @@ import torch
 import metrics
 import report
 from config import MatchConfig, keeps_scores, parse, user_errors
-from data import (
-    CHINESE,
-    FeatureStore,
-    MatchCollator,
-    MatchDataset,
-    Scene,
-    describe,
-    drop_unreadable,
-    load_json,
-    load_splits,
-)
+from data import FeatureStore, MatchCollator, MatchDataset, drop_unreadable
 from imagery import ImageSettings, colour_histogram, read_image
 from losses import Relations, backward_through_embeddings, count_terms, match_loss, mine_negatives
 from model import DualEncoder, pixel_store
+from scenes import CHINESE, Scene, describe, load_json, load_splits
 from trainer import SceneTrainer, gather_rows, read_history, write_json
 
 IDS = ("scene_ids", "scene_texts", "text_ids", "triplets")

@@ -30,22 +30,10 @@ import caption_scores
 import metrics
 import report
 from config import InputError, VQAConfig, flag_given, flag_value, keeps_scores, parse, refuse_unwritable, user_errors
-from data import (
-    QuestionCollator,
-    QuestionDataset,
-    QuestionScene,
-    drop_too_long,
-    drop_unreadable,
-    image_settings,
-    is_chinese,
-    load_splits,
-    read_chat,
-    read_conversations,
-    row_align,
-    sample_scenes,
-)
+from data import QuestionCollator, QuestionDataset, drop_too_long, drop_unreadable, image_settings, row_align
 from imagery import ImageSettings, read_image
 from model import VQA, pixel_store, read_config
+from scenes import QuestionScene, is_chinese, load_splits, read_chat, read_conversations, sample_scenes
 from trainer import PackedTask, SceneTrainer, held_out_loss, read_history, write_json
 
 # ----------------------------------------------------------------------------------------------------

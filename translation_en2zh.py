@@ -36,6 +36,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from config import SURROGATE, InputError, add_device_flags, read_lines, read_text, refuse_outside, user_errors
+from scenes import is_chinese, load_json, read_scenes
 
 PROMPTS = Path(__file__).parent / "prompts"
 PLACEHOLDERS = ("{captions}", "{glossary}")
@@ -195,8 +196,6 @@ def read_questions(path: str) -> list[str]:
 
 def read_glossary(path: str) -> dict[str, list[str]]:
     """{English term in lower case: accepted Chinese}. Raises InputError naming the term."""
-    from data import load_json
-
     content = load_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected {{English term: [Chinese terms]}}, found {type(content).__name__}")
@@ -207,7 +206,7 @@ def read_glossary(path: str) -> dict[str, list[str]]:
 
 
 def name_for(image: str, name: str, output: Path) -> str:
-    """What `data.read_conversations` finds `image` by from the output's folder: its own name, else the absolute path."""
+    """What `scenes.read_conversations` finds `image` by from the output's folder: its own name, else the absolute path."""
     for root in (output.parent, output.parent / "images"):
         if (root / name).is_file():
             return name if os.path.samefile(root / name, image) else os.path.abspath(image)
@@ -1042,8 +1041,6 @@ def items_of(scenes, names: dict[str, str], output: Path, prompt: str, glossary,
 def items_given(scenes, names: dict[str, str], output: Path, own_questions: bool) -> list[Item]:
     """One item for each Chinese text that the file has, beside the English captions of its image; with the file's own
     question to it, where it has one. Raises InputError: none."""
-    from data import is_chinese
-
     items = []
     for scene in scenes:
         name = name_for(scene.image, names.get(scene.image, scene.image), output)
@@ -1135,8 +1132,6 @@ def main(argv: list[str] | None = None) -> int:
         source = source / "captions.json"
     places = places_beside(output, [source, *map(Path, (args.prompt_file, args.questions_file, args.glossary))])
     prompt, questions = read_prompt(args.prompt_file), read_questions(args.questions_file)
-
-    from data import is_chinese, read_scenes
 
     glossary = read_glossary(args.glossary)
     found = read_scenes(source, image_root=args.image_root, max_rejected=args.max_rejected)

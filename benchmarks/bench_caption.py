@@ -65,17 +65,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import demo_bases
 from config import CaptionConfig, InputError, user_errors
-from data import (
-    QuestionCollator,
-    QuestionDataset,
-    SceneSampler,
-    captions_as_answers,
-    pad_questions,
-    pixel_batch,
-    read_scenes,
-)
+from data import QuestionCollator, QuestionDataset, SceneSampler, pad_questions, pixel_batch
 from imagery import ImageSettings, read_image
 from model import Captioner, pixel_store
+from scenes import captions_as_answers, read_scenes
 from trainer import write_json
 
 UCM = RSVQA.parent / "ucm_captions/ucm_captions.jsonl"

@@ -33,11 +33,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import InputError, user_errors
-from data import image_files, pixel_batch
+from data import pixel_batch
 from imagery import read_image
 from library import index_library
 from model import DualEncoder, pixel_store
 from report import table_text
+from scenes import image_files
 from trainer import write_json
 
 PRELOADED = 8192  # images of the forward side: 5 GB at 224 pixels in float32

@@ -49,10 +49,11 @@ from PIL import Image
 from transformers import PrinterCallback, Qwen2_5_VLConfig, TrainerCallback, TrainingArguments
 
 from config import InputError, MatchConfig, user_errors
-from data import MatchCollator, MatchDataset, PixelStore, Scene, SceneSampler, image_settings, read_scenes
+from data import MatchCollator, MatchDataset, PixelStore, SceneSampler, image_settings
 from data import token_batch as pad_tokens
 from imagery import ImageSettings, read_image
 from model import COPIED_SETTINGS, TOWERS, DualEncoder, DualEncoderSettings, load_processor, pixel_store
+from scenes import Scene, read_scenes
 from train_match import MatchTask
 from trainer import SceneTrainer
 

@@ -64,16 +64,9 @@ import csv2json
 import data2csv
 import demo_bases
 from config import InputError, VQAConfig, user_errors
-from data import (
-    QuestionCollator,
-    QuestionDataset,
-    QuestionScene,
-    SceneSampler,
-    pad_rows,
-    read_conversations,
-    row_align,
-)
+from data import QuestionCollator, QuestionDataset, SceneSampler, pad_rows, row_align
 from model import TREE_KEYS, VQA, SceneTree, pixel_store
+from scenes import QuestionScene, read_conversations
 from trainer import PackedTask, SceneTrainer, write_json
 
 SEED = 0

@@ -20,8 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
-from config import CaptionConfig, MatchConfig, VQAConfig, user_errors
-from data import PixelStore, Question, QuestionDataset, QuestionScene, QwenResize, image_settings
+from config import CaptionConfig, InputError, MatchConfig, VQAConfig, user_errors
+from data import PixelStore, QuestionDataset, QwenResize, image_settings
+from scenes import Question, QuestionScene
 from tests.official_layout import write_clip, write_qwen3, write_qwen_vl
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -41,6 +42,37 @@ def draw(path: Path, seed: int, size=(70, 60), colour=(90, 160, 60)) -> Path:
     noise = rng.integers(-40, 40, (size[1], size[0], 3))
     Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path)
     return path
+
+
+def save(path: Path, value) -> Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def refused(call, *words) -> str:
+    with pytest.raises(InputError) as error:
+        call()
+    for word in words:
+        assert str(word) in str(error.value), f"{word!r} is not in: {error.value}"
+    return str(error.value)
+
+
+def picture(path: Path, seed: int = 0, size=(40, 30)) -> Path:
+    rng = np.random.default_rng(seed)
+    Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Ten images a0.png .. a9.png, all different."""
+    for i in range(10):
+        picture(tmp_path / f"a{i}.png", i)
+    return tmp_path
+
+
+def captions(count=10, start=0, **more) -> list[dict]:
+    return [{"image": f"a{i}.png", "caption": f"text {i}", **more} for i in range(start, start + count)]
 
 
 @pytest.fixture(scope="session")

@@ -10,21 +10,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from config import CaptionConfig, InputError
-from data import (
-    CaptionPrompt,
-    Question,
-    QuestionDataset,
-    QuestionScene,
-    SquareResize,
-    captions_as_answers,
-    image_files,
-    pack,
-    pixel_batch,
-    read_scenes,
-    share_beginning,
-)
+from data import CaptionPrompt, QuestionDataset, SquareResize, pack, pixel_batch, share_beginning
 from imagery import read_image
 from model import Captioner, load_language, load_vision, pixel_store
+from scenes import Question, QuestionScene, captions_as_answers, image_files, read_scenes
 from tests.conftest import draw, loss_and_gradient, relative
 from tests.official_layout import TEXT, write_clip
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data import Question, read_conversations
+from scenes import Question, read_conversations
 from tests.conftest import draw
 
 
@@ -104,8 +104,9 @@ def test_chat_stops_draws_and_streams(answerer, picture):
 
 
 def test_training_on_turns_equals_separate_rows(answerer, picture):
-    from data import QuestionDataset, QuestionScene
+    from data import QuestionDataset
     from model import pixel_store
+    from scenes import QuestionScene
     from tests.conftest import loss_and_gradient, relative
 
     questions = [Question("Where?", "in the north", history=HISTORY), Question("图中有什么？", "一片农田。")]
@@ -182,7 +183,7 @@ def test_equal_answers_are_counted_but_for_capitals_and_the_full_stop():
 
 
 def test_captions_serve_as_chat(drawn):
-    from data import read_chat
+    from scenes import read_chat
 
     made = read_chat(drawn.captions, image_root=str(drawn.images), language="zh")
     assert {q.text for scene in made.scenes for q in scene.questions} == {"描述这幅图像。"}

@@ -16,9 +16,9 @@ import imagery
 import report
 from compare_before_after import Images, compare
 from config import VQAConfig, user_errors
-from data import read_conversations
 from metrics import normalise_answer
 from model import VQA
+from scenes import read_conversations
 from tests.conftest import COLOURS, draw
 
 ROOT = Path(__file__).parents[1]

@@ -18,19 +18,13 @@ from config import (
     resolve_checkpoint,
     user_errors,
 )
+from tests.conftest import refused
 
 FIELDS = [field.name for field in dataclasses.fields(MatchConfig)]
 
 
 def read(*words, out="somewhere/new"):
     return parse(MatchConfig, [f"--output_dir={out}", "--use_cpu=true", *map(str, words)])
-
-
-def refused(call, *words) -> None:
-    with pytest.raises(InputError) as error:
-        call()
-    for word in words:
-        assert str(word) in str(error.value), f"{word!r} is not in: {error.value}"
 
 
 def help_text(capsys, flag="--help") -> str:

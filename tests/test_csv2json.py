@@ -279,7 +279,7 @@ BROKEN = [
     (b"", "line 1: expected the columns image_path, question, answer, found nothing"),
     (b"image_path,question,answer\n", "no row below the column names"),
     (b"image_path,question\na,b\n", "line 1: column 'answer' is missing (the file has image_path, question)"),
-    (b"image_path;question;answer\na;b;c\n", "line 1: column 'image_path' is missing"),
+    (b"image_path;question;answer\na;b;c\n", "its columns are parted by semicolons"),
     (b"image_path,question,answer,answer\na,b,c,d\n", "line 1: a column name stands twice"),
     (b"image_path,question,answer\na,b,c\na,b, or,c\n", "line 3: 4 fields, expected 3 (image_path, question, answer)"),
     (b"image_path,question,answer\na,b\n", "line 2: 2 fields, expected 3"),

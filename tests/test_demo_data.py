@@ -16,8 +16,8 @@ import rasterio
 
 import demo_data
 from config import InputError
-from data import read_chat
 from imagery import colour_histogram
+from scenes import read_chat
 
 SCENES, SEED = 30, 3
 ROOT = Path(demo_data.__file__).parent

@@ -15,8 +15,8 @@ from PIL import Image
 import csv2json
 import hub2data
 from config import InputError
-from data import read_conversations, read_scenes
 from library import read_attributes
+from scenes import read_conversations, read_scenes
 
 ROOT = Path(__file__).parents[1]
 

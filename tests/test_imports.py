@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 TIERS = [
     ["config"],
     ["imagery"],
-    ["losses", "metrics", "report"],
+    ["scenes", "losses", "metrics", "report"],
     ["caption_scores"],
     ["data"],
     ["store", "places"],
@@ -71,8 +71,15 @@ def test_this_test_can_fail():
     assert not wrong("trainer", "import model, data, torch") and not wrong("search", "from model import DualEncoder")
 
 
-def test_config_is_light():
-    code = "import sys, config; print([n for n in ('torch', 'transformers', 'numpy', 'PIL') if n in sys.modules])"
+@pytest.mark.parametrize(
+    ("names", "heavy"),
+    [
+        ("config", ("torch", "transformers", "numpy", "PIL")),
+        ("scenes, data2csv, csv2json, hub2data, translation_en2zh", ("torch", "transformers", "datasets", "openai")),
+    ],
+)
+def test_what_needs_no_model_starts_at_once(names, heavy):
+    code = f"import sys, {names}; print([name for name in {heavy} if name in sys.modules])"
     made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert made.returncode == 0 and made.stdout.strip() == "[]", made.stdout + made.stderr
 

@@ -19,7 +19,6 @@ from rasterio.warp import transform_bounds
 import library as module
 import store
 from config import InputError
-from data import files_below
 from imagery import ImageSettings, read_image, tile_windows
 from library import (
     TEMPLATES,
@@ -37,6 +36,7 @@ from library import (
     windows_of,
 )
 from model import DualEncoder, pixel_store
+from scenes import files_below
 from store import Filter
 from tests.conftest import run_on_two_processes
 from tests.official_layout import write_clip

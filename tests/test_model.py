@@ -12,22 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from config import InputError
 from data import PixelStore, QwenResize, pixel_batch, token_batch
 from imagery import ImageSettings
 from model import DualEncoder, fingerprint, length_groups, load_tower, read_config
+from tests.conftest import refused
 from tests.official_layout import TEXT, write_clip, write_qwen_vl
 
 MODES = ("frozen", "lora", "full")
 TEXTS = ["a farm", "图像中有河流吗？", "How many buildings are there next to the road in the image? " * 3, "a", ""]
-
-
-def refused(call, *words) -> str:
-    with pytest.raises(InputError) as error:
-        call()
-    for word in words:
-        assert str(word) in str(error.value), f"{word!r} is not in: {error.value}"
-    return str(error.value)
 
 
 def pictures(count=5, seed=0) -> list[np.ndarray]:

@@ -10,10 +10,10 @@ import shapely
 from PIL import Image
 
 import search
-from data import Rejected
 from library import IndexReport, index_library
 from model import DualEncoder
 from report import csv_text
+from scenes import Rejected
 from tests.test_library import SMALL, write_tif
 
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import train_vqa
-from data import Question
 from model import VQA
+from scenes import Question
 from tests.conftest import draw, transformers_serve
 
 SERVING = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai", "transformers.cli.serve"))

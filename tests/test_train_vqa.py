@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 
 import train_vqa
 from config import InputError, VQAConfig, refuse_unwritable
-from data import read_chat, read_conversations
 from model import VQA
+from scenes import read_chat, read_conversations
 from tests.conftest import conversation, draw, relative, run_on_two_processes
 
 SMALL = ["--preset=demo", "--min_pixels=784", "--max_pixels=12544", "--stretch=auto", "--lora_rank=4", "--num_train_epochs=2",

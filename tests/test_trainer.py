@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 import train_match
 import trainer as trainer_module
 from config import InputError, resolve_checkpoint
-from data import Scene
 from imagery import ImageSettings
 from model import DualEncoder
+from scenes import Scene
 from tests.conftest import draw
 from trainer import SceneTrainer, read_history
 

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 import translation_en2zh as script
-from data import read_conversations
+from scenes import read_conversations
 from tests.conftest import free_port, transformers_serve
 
 ROOT = Path(__file__).parents[1]

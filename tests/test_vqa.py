@@ -10,18 +10,9 @@ from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 
 from config import InputError, VQAConfig
-from data import (
-    PixelStore,
-    Question,
-    QuestionCollator,
-    QuestionScene,
-    QwenResize,
-    TokenStore,
-    image_settings,
-    pack,
-    split_work,
-)
+from data import PixelStore, QuestionCollator, QwenResize, TokenStore, image_settings, pack, split_work
 from model import VQA, load_qwen
+from scenes import Question, QuestionScene
 from tests.conftest import loss_and_gradient, question_dataset, relative
 from tests.official_layout import write_qwen_vl
 
