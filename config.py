@@ -397,6 +397,7 @@ class CaptionConfig(DataConfig):
 TRAINING_DEFAULTS = {
     "output_dir": None,  # output/training_YYYYMMDD_HHMMSS, or the run that is resumed
     "remove_unused_columns": False,  # our batches are made by our collator
+    "logging_nan_inf_filter": False,  # it hides NaN in the log, and waits for the GPU at every step
     "report_to": "tensorboard",
     "logging_steps": 10,
     "eval_strategy": "epoch",

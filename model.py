@@ -1096,6 +1096,8 @@ class VQA(nn.Module):
         own = self.adapter_state()
         shapes = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
         _refuse_keys(where, own.keys() - tensors.keys(), tensors.keys() - own.keys(), shapes)
+        if broken := next((key for key, value in tensors.items() if not value.isfinite().all()), None):
+            raise InputError(f"{where}: tensor {broken} holds NaN or infinity: the run that wrote it diverged")
         set_peft_model_state_dict(self.peft, tensors)
         for key, value in self.adapter_state().items():
             if not torch.equal(value.cpu(), tensors[key].to(value.dtype).cpu()):

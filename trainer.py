@@ -8,6 +8,7 @@ logs - is here, and is the same for all.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
@@ -145,6 +146,18 @@ class SceneTrainer(Trainer):
     def floating_point_ops(self, inputs):
         return 0  # the Trainer's estimate is for one text model, not for two towers
 
+    def log(self, logs, start_time=None):
+        self._refuse_divergence(logs.get("loss", logs.get("train_loss", 0.0)))
+        super().log(logs, start_time)
+
+    def _refuse_divergence(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            remedy = "--bf16 true instead of --fp16, or " if self.args.fp16 else ""
+            raise InputError(
+                f"the loss is {loss} at step {self.state.global_step}: training diverged, and nothing of these weights is kept;"
+                f" try {remedy}a lower --learning_rate (now {self.args.learning_rate:g})"
+            )
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         start = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
@@ -176,6 +189,7 @@ class SceneTrainer(Trainer):
         final = run / f"checkpoint-{self.state.global_step}"
         if self.saved_step == self.state.global_step:  # step and epoch end together: it is already there, whole
             return
+        self._refuse_divergence(self.accelerator.gather(self._tr_loss).mean().item())  # of the steps since the last log
         self.saved_step = self.state.global_step
         partial = final.with_name(final.name + PARTIAL)
         if self.args.should_save and partial.exists():

@@ -200,6 +200,19 @@ def test_early_stopping_and_the_best_model(train, tmp_path, scripted):
     assert distance(weights(run / "best_model"), weights(run / "checkpoint-16")) > 1e-4
 
 
+@pytest.mark.parametrize("logged", [1, 100])
+def test_a_run_that_diverges_stops_and_keeps_nothing_of_it(train, tmp_path, monkeypatch, logged):
+    step, calls = train_match.MatchTask.step, []
+    monkeypatch.setattr(
+        train_match.MatchTask, "step",
+        lambda *args: calls.append(1) or step(*args) * (torch.nan if len(calls) == 2 else 1),
+    )  # fmt: skip
+    every = f"--save_strategy steps --eval_strategy steps --save_steps 3 --eval_steps 3 --logging_steps {logged}"
+    with pytest.raises(InputError, match=r"the loss is nan at step [23]: .*--learning_rate \(now 0.01\)"):
+        train(tmp_path / "run", every)
+    assert not list((tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run" / "best_model").exists()
+
+
 def test_best_model_is_that_of_the_best_metric(train, tmp_path, scripted):
     scripted([0.1, 0.2, 0.4, 0.3])
     results = train(tmp_path / "run", "--num_train_epochs 4 --save_total_limit 1")

@@ -387,6 +387,8 @@ def test_adapters_that_do_not_arrive_are_errors(answerer, tmp_path):
     assert "of another shape" in broken(tmp_path, model, narrower)
     zeros = broken(tmp_path, model, lambda _, t: [t[key].zero_() for key in t if "lora_B" in key])
     assert "never trained" in zeros
+    nan = broken(tmp_path, model, lambda _, t: t[next(key for key in t if "lora_A" in key)][0].fill_(torch.nan))
+    assert "lora_A.weight holds NaN" in nan and "diverged" in nan
     without_a = broken(tmp_path, model, lambda _, t: [t[key].zero_() for key in t if "lora_A" in key])
     assert "changes no output" in without_a
 
