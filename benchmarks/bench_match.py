@@ -351,6 +351,7 @@ class Bench:
             learning_rate=1e-4, weight_decay=0.0, bf16=options.dtype == "bfloat16", use_cpu=options.device == "cpu",
             seed=SEED, dataloader_num_workers=0 if self.clock.on else options.workers, remove_unused_columns=False,
             report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            logging_nan_inf_filter=False,  # as config.py has it: no side waits for the GPU at every step
         )  # fmt: skip
 
     def ours(self, work: Work, steps: int, callback):

@@ -269,6 +269,7 @@ class Bench:
             lr_scheduler_type="constant", optim=optimizer_of(options.device), max_grad_norm=1.0, bf16=options.dtype == "bfloat16",
             use_cpu=options.device == "cpu", seed=SEED, dataloader_num_workers=getattr(options, "workers", 0),
             remove_unused_columns=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            logging_nan_inf_filter=False,  # as config.py has it: no side waits for the GPU at every step
         ) | other)  # fmt: skip
 
     def ours(self, dataset: QuestionDataset, arguments) -> Trainer:
