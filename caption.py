@@ -185,6 +185,11 @@ def reference_scenes(args, images: list[str], language: str) -> dict[str, list[s
     )
     for bad in found.rejected[:5]:
         print(f"warning: {bad.file}: row {bad.row}: {bad.reason}", file=sys.stderr)
+    elsewhere = [name for name, split in found.elsewhere.items() if split in (None, args.split)]
+    if elsewhere:
+        print(
+            f"{len(elsewhere)} images of {args.references} are not in {args.test_dir} and are left out, first {elsewhere[0]}"
+        )
     splits = {scene.split for scene in found.scenes}
     if splits != {None} and args.split not in splits:
         raise InputError(f"{args.references}: no row of split {args.split!r}; there are {sorted(map(str, splits))}")
@@ -233,6 +238,12 @@ def evaluate(args) -> int:
     from trainer import write_json
 
     model = load(args)
+    if args.language and not args.prompt:
+        args.prompt = model.settings.prompts.get(args.language)
+        if args.prompt is None:
+            raise InputError(
+                f"--language {args.language}: the model was trained in another; give the --prompt to ask it with"
+            )
     prompt = args.prompt = args.prompt or model.default_prompt()
     language = args.language or ("zh" if is_chinese(prompt) else "en")
     images = [str(path) for path in image_files(args.test_dir)]

@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from config import SURROGATE, add_device_flags, refuse_outside, user_errors
+from scenes import IMAGE_SUFFIXES
 
 SAY = {
     "image": ("Image (path, or empty for none): ", "图像路径（留空则无图像）："),
@@ -114,9 +115,9 @@ class Talk:
             return True
         word, (first, *rest) = COMMANDS.get(text.lower()), text.split(maxsplit=1)
         path = file_named(text)  # a file's name alone is no question: it was dragged here
-        if not os.path.isfile(path):
+        if not os.path.isfile(path) and not named_like_a_picture(path):
             path = None
-            if first.lower() in ("image", "图像"):
+            if first.lower() in ("image", "图像", "换图"):
                 path = file_named("".join(rest))
                 if path and not os.path.isfile(path) and not re.search(r"[/\\]|\.\w+$", path):
                     path = None  # "image quality?" is a question
@@ -145,6 +146,11 @@ class Talk:
                 self.turns = self.turns[-self.args.max_turns :]
                 print(self.say("cut"))
         return True
+
+
+def named_like_a_picture(text: str) -> bool:
+    """Whether a line that names no file was meant to: a wrong path is no question about the image before."""
+    return Path(text).suffix.lower() in IMAGE_SUFFIXES and (" " not in text or bool(re.search(r"[/\\]", text)))
 
 
 def file_named(text: str) -> str:

@@ -80,7 +80,7 @@ def read_questions(
 ):
     """(scenes, one line on them): the test split of a file that names splits, else its validation split, else all of
     it; with `types` only questions of these. Raises InputError."""
-    from scenes import QuestionScene, read_conversations
+    from scenes import QuestionScene, read_conversations, refuse_absent_split
 
     found = read_conversations(path, image_root=image_root, max_rejected=max_rejected)
     scenes, split = found.scenes, "all splits"
@@ -88,7 +88,11 @@ def read_questions(
         if own := [scene for scene in found.scenes if scene.split == name]:
             scenes, split = own, f"{name} split"
             break
-    if others := sorted({s.split for s in found.scenes if s.split and s.split.startswith("test")} - {test_split}):
+    named = {scene.split for scene in found.scenes}
+    others = sorted({name for name in named if name and name.startswith("test")} - {test_split})
+    if others or test_split != "test":
+        refuse_absent_split(test_split, named)
+    if others:
         split += f" (--test_split {others[0]} takes that one)"
     known = sorted({q.kind or "question" for scene in scenes for q in scene.questions})
     if unknown := sorted(set(types or []) - set(known)):
@@ -294,6 +298,7 @@ def full_score(args, base: str, config: VQAConfig) -> str:
         ("--base_model", base, config.base_model),
         ("--test_file", args.data, config.test_file),
         ("--image_root", args.image_root, None),
+        ("--test_split", args.test_split, config.test_split),
         ("--decode", args.decode, config.decode),
     ):
         words += [flag, value] if value != usual else []

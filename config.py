@@ -694,6 +694,11 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         per_device_eval_batch_size=many, gradient_accumulation_steps=many, seed=(0, 2**32 - 1),
         dataloader_num_workers=(0, 1024), weight_decay=(0, 1e3), max_grad_norm=(0, 1e9),
     )  # fmt: skip
+    trains = namespace.max_steps > 0 or namespace.num_train_epochs or getattr(namespace, "projector_epochs", 0)
+    if not trains and not getattr(namespace, "eval_only", None):
+        raise InputError("--num_train_epochs 0: nothing would be trained")
+    if "," in str(namespace.report_to):
+        namespace.report_to = [name.strip() for name in namespace.report_to.split(",")]
     refuse_unknown_trackers(namespace.report_to)
     changed = {key: value for key, value in vars(namespace).items() if key in base and value != base[key]}
     parts = []
@@ -730,7 +735,8 @@ def refuse_unknown_trackers(report_to) -> None:
         )
     packages = {"swanlab", "wandb", "mlflow", "comet_ml", "clearml", "neptune", "dvclive", "trackio"}
     if absent := [name for name in named if name in packages and importlib.util.find_spec(name) is None]:
-        raise InputError(f"--report_to {absent[0]}: is not installed: pip install {absent[0]}")
+        wanted = {"swanlab": '"swanlab<0.7"'}.get(absent[0], absent[0])  # this transformers does not know a later one
+        raise InputError(f"--report_to {absent[0]}: is not installed: pip install {wanted}")
 
 
 def refuse_outside(values, **bounds: tuple[float, float]) -> None:
@@ -849,7 +855,8 @@ def check(config: DataConfig) -> None:
     """Refuse values that no run can use. Raises InputError."""
     if getattr(config, "task", None) == "chat" and config.decode == "candidates":
         raise InputError("--decode candidates: chooses among short answers; --task chat writes text")
-    bounds = {
+    rates = [field.name for field in dataclasses.fields(config) if field.name.endswith("_learning_rate")]
+    bounds = dict.fromkeys(rates, (0, 1e3)) | {
         "val_fraction": (0, 0.9), "max_rejected": (0, 1), "lora_dropout": (0, 1), "projection_dropout": (0, 1),
         "margin": (0, 2), "mine_margin": (0, 2), "max_samples": (1, 10**9), "projection_dim": (1, 65536),
         "lora_rank": (0 if isinstance(config, CaptionConfig) else 1, 4096),

@@ -514,6 +514,10 @@ def _open_for_writing(model, root, location, about, attributes, moved, workers):
             raise InputError(f"{root}: none of its {len(plan.rejected)} images can be read: {reasons}") from None
         return plan, store.create(location, record=record, dim=model.settings.projection_dim)
     try:
+        if (
+            not index.count() and index.dim == model.settings.projection_dim
+        ):  # of a run that could read nothing, or was killed
+            index.annotate(**record)
         # A limit of what is read, which changes no picture; the largest stays, for all that is in to be shown again.
         known = index.record.get("image", {})
         most = max(about["image"]["max_pixels"], known.get("max_pixels", 0))
@@ -665,6 +669,8 @@ class Library:
                 name = model or index.record["model"]
                 encoder = DualEncoder.from_pretrained(name, base_model=base_model, device=device, dtype=dtype)
             index.check({"model": encoder.source, "fingerprint": encoder.fingerprint})
+            if not index.count():
+                raise InputError(f"{location}: no image is in this index yet; index the library again")
             return cls(index, encoder, root or index.record["library"])
         except BaseException:
             index.close()
@@ -842,6 +848,7 @@ def result_row(rank: int, hit: Hit) -> dict:
 # Two dates
 
 
+FEW = 8  # places: the spread of fewer says little, that of one or two nothing
 PAIR_NOTES = {
     "no_place": "{date}: {n} of {all} images have no georeference, left out",
     "by_name": "no image has a georeference: images of one path and size are taken as one place",
@@ -850,6 +857,7 @@ PAIR_NOTES = {
     "settings": "the two indexes differ in how they show pictures ({listed}): part of the change may be that",
     "resolution": "{n} of {all} places differ in resolution (a median of {first:.2f} m and {second:.2f} m a pixel): part of"
     " their change may be that",
+    "few": "only {n} places match, too few to tell what is usual: compare the scores themselves",
     "grid": "matched tiles overlap by {share:.0%} on average: index both dates on one grid for better results",
 }
 
@@ -914,6 +922,14 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
         found = match_footprints(*polygons, min_overlap)
         boxes = [_bounds_text(payloads) for payloads, _ in sides]
         remedy = f"overlaps by {min_overlap:.0%}: other places, or tiles of another size or grid"
+        metres = [
+            float(np.median([np.hypot(*p["extra"]["pixel_size_m"]) for p in side])) / 2**0.5 for side in (first, second)
+        ]
+        if not found and not 0.8 < metres[0] / metres[1] < 1.25:
+            tile = round(before.index.record["tile"] * metres[0] / metres[1])
+            remedy += (
+                f"; their pixels are {metres[0]:.2f} m and {metres[1]:.2f} m: index the later images with --tile {tile}"
+            )
     else:
         notes.append(PairNote("by_name"))
         found = _match_names(first, second)
@@ -942,6 +958,8 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
     if other := [name for name in ours if name != "max_pixels" and ours[name] != theirs[name]]:
         listed = ", ".join(f"{name} {ours[name]} and {theirs[name]}" for name in other)
         notes.append(PairNote("settings", listed=listed))
+    if len(found) < FEW:
+        notes.append(PairNote("few", n=len(found)))
     if by_place:
         notes += _grid_notes([first[n] for n in i], [second[n] for n in j], [overlap for _, _, overlap in found])
     return Pairs([first[n] for n in i], [second[n] for n in j], first_vectors[i], second_vectors[j], notes)

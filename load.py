@@ -590,6 +590,7 @@ def convert_open_clip(path: Path, folder: Path, like: str | None = None, root=".
                 new / "model.safetensors",
                 metadata={"format": "pt"},
             )
+            shutil.copymode(new / "config.json", new / "model.safetensors")
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
     print(f"{path}: {shape}, with the settings of {like}")

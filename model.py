@@ -201,6 +201,13 @@ def write_settings(path: Path, settings) -> None:
     path.write_text(json.dumps(asdict(settings), indent=2, ensure_ascii=False) + "\n")
 
 
+def open_weights(folder: Path, like: str) -> None:
+    """Let whoever reads the file `like` of a folder read the weights in and below it: safetensors makes them for their
+    owner alone."""
+    for path in folder.rglob("*.safetensors"):
+        shutil.copymode(folder / like, path)
+
+
 def _refuse_keys(where, missing, unexpected, mismatched=()) -> None:
     problems = [
         f"{len(keys)} {what} ({', '.join(str(key) for key in sorted(keys, key=str)[:3])}{', …' if len(keys) > 3 else ''})"
@@ -405,6 +412,7 @@ class DualEncoder(Encoder):
             {name: source[name].detach().contiguous().cpu() for name in names}, folder / WEIGHTS, {"format": "pt"}
         )
         write_settings(folder / SETTINGS, self.settings)
+        open_weights(folder, SETTINGS)
         self.base_config.save_pretrained(folder / "base_config")
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
@@ -1082,6 +1090,7 @@ class VQA(nn.Module):
         record.save_pretrained(str(folder))
         record.inference_mode = training
         write_settings(folder / VQA_SETTINGS, self.settings)
+        open_weights(folder, VQA_SETTINGS)
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
@@ -1160,6 +1169,7 @@ class VQA(nn.Module):
         self.tokenizer.save_pretrained(partial)
         self.processor.save_pretrained(partial)
         write_settings(partial / VQA_SETTINGS, self.settings)
+        open_weights(partial, VQA_SETTINGS)
         for name in ("chat_template.json", "chat_template.jinja", "vocab.json", "merges.txt"):
             if (base / name).is_file() and not (partial / name).exists():
                 shutil.copy(base / name, partial / name)
@@ -1311,7 +1321,8 @@ class VQA(nn.Module):
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | part
         how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # not those of the base
         if temperature > 0:
-            how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+            # A slider at its end gives a whole number, which transformers does not take.
+            how = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0}
         config = GenerationConfig(
             max_new_tokens=max_tokens or self.settings.max_answer_tokens, eos_token_id=self.ends,
             pad_token_id=self.tokenizer.pad_token_id, **how,
@@ -1631,6 +1642,7 @@ class Captioner(nn.Module):
         tensors = {name: source[name].detach().contiguous().cpu() for name in names}
         save_file(tensors, folder / PROJECTOR, {"format": "pt"})
         write_settings(folder / CAPTIONER, settings)
+        open_weights(folder, CAPTIONER)
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
@@ -1806,7 +1818,7 @@ class Captioner(nn.Module):
         store = store or pixel_store(self)
         ids = np.concatenate([self.prompt.prefix()[0], self.prompt.branches([prompt or self.default_prompt()])[0][0]])
         how = {"do_sample": temperature > 0, "num_beams": num_beams}
-        how |= {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+        how |= {"temperature": float(temperature), "top_p": float(top_p), "top_k": 0} if temperature > 0 else {}
         how |= {"max_new_tokens": max_tokens or self.settings.max_caption_tokens, "eos_token_id": self.ends}
         plain = GenerationConfig(**how, pad_token_id=self.ends[0], suppress_tokens=self.never)
         training, own = self.training, self.language.generation_config

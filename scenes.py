@@ -75,6 +75,8 @@ class SceneFile:
     rows: int = 0
     left_out: list[Rejected] = field(default_factory=list)
     """Single texts that say nothing, of rows that have others: listed, but no reason to stop."""
+    elsewhere: dict[str, str | None] = field(default_factory=dict)
+    """{image as the file calls it: split} of those that are not among the images asked for."""
 
 
 def load_json(path: str | Path):
@@ -236,6 +238,7 @@ def read_scenes(
             continue
         if found[name] == _Among.OTHER:
             result.rows -= 1
+            result.elsewhere[name] = split
             continue
         if empty:
             reason = f"{empty} texts of {name} hold no word and are left out"
@@ -732,7 +735,7 @@ def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None, r
     splits: dict[str, list] = {"train": [], "val": [], "test": []}
     found = read(config.train_file, **options)
     rejected, duplicates, left_out = found.rejected, found.duplicates, found.left_out
-    others: Counter = Counter()
+    others, named = Counter(), {scene.split for scene in found.scenes}
     for scene in found.scenes:
         name = _split_of(scene, config)
         if name == OTHER_TEST:
@@ -749,11 +752,16 @@ def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None, r
             rejected, duplicates = rejected + found.rejected, duplicates + found.duplicates
             left_out = left_out + found.left_out
             own = [scene for scene in found.scenes if scene.split and _split_of(scene, config) == name]
+            if name == "test" and not own and any(_split_of(scene, config) == OTHER_TEST for scene in found.scenes):
+                refuse_absent_split(config.test_split, {scene.split for scene in found.scenes})
+            named |= {scene.split for scene in found.scenes}
             if own:
                 others.update(scene.split for scene in found.scenes if _split_of(scene, config) == OTHER_TEST)
             splits[name] = own or found.scenes
     if not splits["train"]:
         raise InputError(f"{config.train_file}: no row of split 'train'")
+    if config.test_split != "test":
+        refuse_absent_split(config.test_split, named)
     content = by_content(images_of(splits))
     if not splits["val"]:
         scenes = splits["train"]
@@ -805,6 +813,13 @@ def _split_of(scene, config: DataConfig) -> str:
     if split == config.test_split:
         return "test"
     return OTHER_TEST if split.startswith("test") else split
+
+
+def refuse_absent_split(wanted: str, named: set[str | None]) -> None:
+    """Raises InputError where --test_split is none of the splits that rows name."""
+    if wanted not in named:
+        there = sorted(name for name in named if name and name.startswith("test"))
+        raise InputError(f"--test_split {wanted}: no row is of that split; expected {' or '.join(there) or 'test'}")
 
 
 def find_leaks(

@@ -39,7 +39,7 @@ DEMO = {
     "model": "output/demo/best_model",
     "store": "output/demo_search/library.index",
     "library": "data/demo/images",
-    "before": "output/demo_search/before.index",
+    "before": "output/demo_search/library.index",
     "after": "output/demo_search/after.index",
 }
 PALETTE = [  # apart from one another in hue and in lightness
@@ -86,8 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     make = command("index", run_index, "make an index, or bring it up to date")
     make.add_argument("library", nargs="?", help="folder of images, of any depth")
-    make.add_argument("--tile", type=int, default=256, help="pixels; larger images are cut into such tiles (0: never)")
+    make.add_argument("--tile", type=int, help="pixels; larger images are cut into such tiles (0: never; default: 256)")
     make.add_argument("--stride", type=int, help="pixels from tile to tile (default: 3/4 of a tile)")
+    # An index that is there keeps its tiles, bands and stretch: they need not be given again.
     make.add_argument("--bands", help="red, green and blue: auto, numbers such as 4,3,2, or a sensor such as sentinel2")
     make.add_argument(
         "--stretch", choices=["auto", "percentile", "reflectance", "none"], help="how values become 8 bits"
@@ -226,11 +227,9 @@ def run_index(args) -> int:
     """Encode the images of a folder and keep their vectors with place, time, path and window. A second run reads what is
     new or changed and takes out what is gone; a run that was cut short goes on."""
     need(args, "library", "store")
-    refuse_outside(args, batch_size=(1, 4096), tile=(0, 1 << 16))
-    stride = args.stride if args.stride is not None else args.tile * 3 // 4
-    if args.tile and not 1 <= stride <= args.tile:
-        raise InputError(f"--stride {stride}: expected 1 to {args.tile} (--tile), or pixels would be left out")
+    refuse_outside(args, batch_size=(1, 4096), tile=(0, 1 << 16), workers=(0, 1024))
     workers = args.workers if args.workers is not None else max(1, min(16, (os.cpu_count() or 2) - 1))
+    from accelerate.utils import broadcast_object_list
     from transformers.utils import logging
 
     from accelerate import PartialState
@@ -246,19 +245,26 @@ def run_index(args) -> int:
     if not server and os.environ.get("RANK", "0") == "0":
         refuse_unwritable(args.store, "--store")
     attributes = read_attributes(args.attributes) if args.attributes else None
-    if args.model is None:
-        args.model = recorded_model(args.store) or (DEMO["model"] if args.preset == "demo" else MODEL)
     logging.disable_progress_bar()
     device, dtype = pick_device(args.device, args.dtype)
     state = PartialState(cpu=device == "cpu")
+    known = known_settings(args.store) if state.is_main_process else None  # one process at a time may open it
     if state.num_processes > 1:
-        device = str(state.device)
+        device, known = str(state.device), broadcast_object_list([known])[0]
+    if args.model is None:
+        args.model = known.get("model") or (DEMO["model"] if args.preset == "demo" else MODEL)
+    tile = args.tile if args.tile is not None else known.get("tile", 256)
+    stride = args.stride
+    if stride is None:
+        stride = known["stride"] if tile == known.get("tile") else tile * 3 // 4
+    if tile and not 1 <= stride <= tile:
+        raise InputError(f"--stride {stride}: expected 1 to {tile} (--tile), or pixels would be left out")
     model = DualEncoder.from_pretrained(args.model, base_model=args.base_model, device=device, dtype=dtype)
     given = {name: getattr(args, name) for name in ("bands", "stretch", "nodata", "max_pixels")}
     changed = {name: value for name, value in given.items() if value is not None}
-    settings = ImageSettings.from_dict(model.settings.images | changed)
+    settings = ImageSettings.from_dict(model.settings.images | known.get("image", {}) | changed)
     report = index_library(
-        model, args.library, args.store, tile=args.tile, stride=stride, settings=settings, attributes=attributes,
+        model, args.library, args.store, tile=tile, stride=stride, settings=settings, attributes=attributes,
         workers=workers, batch_size=args.batch_size, moved=args.moved, progress=True,
     )  # fmt: skip
     if report is None:
@@ -293,15 +299,15 @@ def run_index(args) -> int:
     return 1 if report.rejected else 0
 
 
-def recorded_model(location: str) -> str | None:
-    """The towers that an index was made with; None where there is no index yet."""
+def known_settings(location: str) -> dict:
+    """Towers, tiles, bands and stretch that an index was made with; none where there is no image in it yet."""
     import store
 
     try:
         with store.open(location) as index:
-            return index.record["model"]
+            return index.record if index.count() else {}
     except store.Missing:
-        return None
+        return {}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -322,6 +328,8 @@ def run_query(args) -> int:
     for flag in ("json", "csv", "geojson", "sheet"):
         if getattr(args, flag) not in (None, "-"):
             refuse_unwritable_file(getattr(args, flag), f"--{flag}")
+    if args.sheet == "-":
+        raise InputError("--sheet -: a picture is no text; give a file")
     from imagery import read_image
     from library import RESULT, geojson, result_row
     from report import contact_sheet, csv_text, table_text
@@ -331,7 +339,7 @@ def run_query(args) -> int:
     )
     with open_library(args) as library:
         like = [read_image(path, library.settings).rgb for path in args.like]
-        asked = [[words] for words in args.words] if args.each else [args.words]
+        asked = [[words] for words in dict.fromkeys(args.words)] if args.each else [args.words]
         results = []
         for words in asked:
             vector = library.query(
@@ -426,9 +434,11 @@ def run_classify(args) -> int:
     print(f"{len(names)} images, {len(labels)} classes")
     print(table_text(rows, {"class": "class", "images": "images", "share": "share"}))
     result = {"images": len(names), "classes": {row["class"]: row["images"] for row in rows}}
+    # A class may be called as a column is.
+    columns = [f"{label} (class)" if label in ("path", "truth", "answer", "score") else label for label in labels]
     table = [
         {"path": name, "answer": labels[best[n]], "score": round(float(scores[n, best[n]]), 6)}
-        | {label: round(float(scores[n, c]), 6) for c, label in enumerate(labels)}
+        | {column: round(float(scores[n, c]), 6) for c, column in enumerate(columns)}
         for n, name in enumerate(names)
     ]
     if args.truth:

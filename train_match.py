@@ -300,9 +300,9 @@ def main(argv: list[str] | None = None) -> dict:
     # ---- training
     picked = sorted(random.Random(0).sample(range(len(splits["val"])), min(config.max_eval_scenes, len(splits["val"]))))
     watched = [splits["val"][i] for i in picked]
-    head_rate = config.head_learning_rate or args.learning_rate * (
-        1 if "full" in (config.image_tower, config.text_tower) else 10
-    )
+    head_rate = config.head_learning_rate
+    if head_rate is None:
+        head_rate = args.learning_rate * (1 if "full" in (config.image_tower, config.text_tower) else 10)
     trainer = SceneTrainer(
         model=model,
         task=MatchTask(config, lambda current: watched_metrics(score(current, watched)[0])),

@@ -49,13 +49,14 @@ class SceneTrainer(Trainer):
         self, *, model, task, args, train_dataset, collator, settings: dict, rates: dict, early_stopping: int = 0
     ):
         self.task, self.settings, self.rates = task, settings, rates
-        callbacks = [MetricsFile(), EpochOfSampler(self), NoStepAfterTheLast()]
+        callbacks = [MetricsFile(), EpochOfSampler(self)]
         if early_stopping:
             callbacks.append(EarlyStoppingCallback(early_stopping))
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, data_collator=collator, callbacks=callbacks,
             eval_dataset=train_dataset,  # the Trainer asks for one; `evaluate` below leaves evaluation to the task
         )  # fmt: skip
+        self.add_callback(NoStepAfterTheLast())  # after the progress bar's: it raises, and each that has begun is ended
         self.can_return_loss = True
         self.saved_step = self.trained = None
         if self.args.n_gpu > 1:  # one process would split scene batches with DataParallel, which cannot know how
@@ -85,7 +86,8 @@ class SceneTrainer(Trainer):
             decayed = set(self.get_decay_parameter_names(self.accelerator.unwrap_model(model)))
             groups = []
             for module, names in self.accelerator.unwrap_model(model).parameter_groups().items():
-                rate = self.rates.get(module) or self.args.learning_rate
+                rate = self.rates.get(module)
+                rate = self.args.learning_rate if rate is None else rate
                 for decay in (True, False):
                     chosen = [named[name] for name in names if (name in decayed) == decay]
                     if chosen:
@@ -292,7 +294,7 @@ class PackedTask:
                 loss = model(**piece) / terms
                 accelerator.backward(loss * accelerator.num_processes)  # DDP averages gradients: this makes it the sum
             total += loss.detach()
-        return total
+        return total * accelerator.num_processes  # the Trainer logs the mean over processes of what is returned
 
 
 @torch.no_grad()

@@ -144,7 +144,17 @@ def checked(args) -> None:
     if args.check and (args.model or args.mode == "each"):
         raise InputError("--check asks nobody: it does not go with --model or --each")
     if args.base_url:
-        if urlsplit(args.base_url).scheme not in ("http", "https") or not urlsplit(args.base_url).hostname:
+        try:
+            url = urlsplit(args.base_url)
+            whole = (
+                url.scheme in ("http", "https")
+                and url.hostname
+                and url.port != 0
+                and not re.search(r"\s", args.base_url)
+            )
+        except ValueError:  # a port above 65535, half of an IPv6 address
+            whole = False
+        if not whole:
             raise InputError(f"--base_url {args.base_url}: expected an address such as http://127.0.0.1:8000/v1")
         if not args.model:
             raise InputError("--base_url needs --model, the model's name on that server")
@@ -227,39 +237,45 @@ ENGLISH_NUMBER = re.compile(  # 12, 80,000, 3 million; twenty-one, two hundred a
     rf"|(?P<words>{ONE_WORD}(?: (?:{'|'.join(TIMES)})\b(?:(?: and)? {ONE_WORD})?)*)"
     r"|(?P<vague>many|numerous|lots of|plenty of|several|a few|(?:dozens|hundreds|thousands) of)\b)"
 )
+FRACTION = re.compile(rf"\b(?:{'|'.join(SMALL[1:])})[- ](?:half|third|quarter|fifth|sixth|eighth|tenth)s?\b")
+AND_A_HALF = re.compile(rf"\b({'|'.join(SMALL[1:10])}) and a half\b")
 NOT_A_COUNT = re.compile(r"\b(?:this|that|another|each|any|every|which|no|the other|the)$")  # "another one", "each one"
 PRONOUN = re.compile(r"\b(?:an?|the)(?: \w+){1,2}$")  # "a big plane and a small one"
 NOUN_ENDS = re.compile(
     "of|in|on|at|near|next|with|and|or|are|is|was|were|to|by|from|along|beside|between|behind|around|that|which|has|have"
     "|there|this|it|surrounded|parked|arranged|located|lined|while|as|for|into|under|over|above|below"
 )
-IMPLIED = {2: r"\b(both|pair|couple|double|dual|twin|two)\b", 3: r"\b(triang|triple|tri-|three)", 4: r"\b(square|four|corner)",
-           12: r"\bdozen", 6: r"\bhalf a dozen", 100: r"\bhundred", 1000: r"\bthousand",
-           10: r"\b(cross|ten\b|intersect)"}  # fmt: skip
-MANY = re.compile(r"[上成][百千万]|多|大量|不少|无数|若干|成群|林立|遍布|覆盖|大片|些|[密茂满几数]")
+IMPLIED = {2: r"\b(both|pair|couple|double|dual|twin|two)\b", 3: r"\b(triang|triple|tri-|three)",
+           4: r"\b(square|four|corner|quadrup)", 5: r"\b(star|pentag|quintup)", 6: r"\b(half a dozen|hexag)", 8: r"\boctag",
+           12: r"\bdozen", 100: r"\bhundred", 1000: r"\bthousand", 10: r"\b(cross|ten\b|intersect)"}  # fmt: skip
+MANY = re.compile(r"[上成][百千万]|成[荫片]|多|大量|不少|无数|若干|成群|林立|遍布|覆盖|大片|些|[密茂满几数]")
 
 DIGIT = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 UNIT = {"十": 10, "百": 100, "千": 1000, "万": 10000, "亿": 10**8}
+NUMERAL = f"[{''.join(DIGIT)}十百千万]+"
 CHINESE_NUMBER = re.compile(  # behind 几 and 数 (几十, 数百) it is no number but "many"
-    r"(?<![A-Za-z\d.第几数])(?:(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?[百千万亿]?|[零〇一二两三四五六七八九十百千万]+)"
+    rf"(?<![A-Za-z\d.第几数])(?:(?:\d+(?:,\d{{3}})+|\d+)(?:\.\d+)?[百千万亿]?|{NUMERAL})"
 )
 RANGE = re.compile(r"\s*[-–—~～至到或]\s*(?:\d+(?:\.\d+)?|[一二两三四五六七八九十百千万]+)")
 NAMED = re.compile(
     r"\b(?!The|There|These|Those|About|Only|Some|All|At|In|On|Around|Over|Nearly)[A-Z][A-Za-z]*[ -](\d+)\b"
 )
+GRID = re.compile(r"\b(\d+) ?[x×] ?(\d+)\b")
 CLASSIFIERS = set(
     "个架艘辆条栋座幢幅片块棵株排行列处所间家只头匹台部层级张面侧边旁岸端角段道股组群簇堆种类样些半起直口根支枝颗粒位名把"
-    "扇顶丛簇团圈串束滴套批队对双号英码节户格畦具副瓣次年月日度米公厘毫亩平顷倍吨元分秒小时圆方点车跑泊轨线字体者大小长短整余多来几%mkch"
+    "扇顶丛簇团圈串束滴套批队对双号英码节户格畦具副瓣次年月日度米公厘毫亩平顷倍吨元分秒小时圆方点车跑泊轨线字体者大小长短整余多来几人%mkch"
 )
 IDIOM = re.compile(
-    r"四面八方|四通八达|四四方方|十字|四[周面处方边角通]|两[侧边旁岸端者头]|两两|三三|三角|五颜六色|八角|[五六八]边|七彩|百货|二手|三面|第[一二三四五六七八九十]+"
+    r"四面八方|四通八达|四四方方|十字|四[周面处方边角通]|两[侧边旁岸端者头]|两两|三三|三角|五颜六色|[五六八][边角]|七彩|百货|二手|三面|第[一二三四五六七八九十]+"
 )
 
 
 def english_numbers(text: str) -> list[tuple[float | str, str]]:
     """[(value or "many", the noun it counts)] of one caption."""
-    text, found = text.lower(), []
+    text, found = AND_A_HALF.sub(lambda m: f"{WORDS[m[1]]}.5", FRACTION.sub(" ", text.lower())), []
     for match in ENGLISH_NUMBER.finditer(text):
+        if re.match(r"(?:st|nd|rd|th)\b|-way\b", text[match.end() :]):  # the 2nd, a four-way crossing
+            continue
         if match["vague"]:
             value = "many"
         elif match["digits"]:
@@ -289,32 +305,44 @@ def english_numbers(text: str) -> list[tuple[float | str, str]]:
     return found
 
 
+def numeral(token: str) -> float:
+    """The value of 二十, 一百五十万."""
+    total = section = last = 0
+    for c in token:
+        if c in DIGIT:
+            last = DIGIT[c]
+        elif c == "万":
+            total, section, last = (total + section + last or 1) * 10000, 0, 0
+        else:
+            section, last = section + (last or 1) * UNIT[c], 0
+    return float(total + section + last)
+
+
 def chinese_numbers(text: str) -> list[tuple[set[float], bool, bool]]:
     """[(values it may stand for, is a classifier or unit behind it, is it only about so many)] of a Chinese text."""
     text, found = text.replace("千米", "公里").replace("平方", "平"), []
     text = re.sub("十分(?!之|钟|米)", "很", text)
+    text = re.sub(  # 三点五米, 百分之三十; a fraction (三分之二) is no count
+        f"({NUMERAL})点([{''.join(DIGIT)}]+)",
+        lambda m: f"{numeral(m[1]):g}.{''.join(str(DIGIT[c]) for c in m[2])}", text,
+    )  # fmt: skip
+    text = re.sub(rf"百分之(?:({NUMERAL})|([\d.]+))", lambda m: f"{numeral(m[1]):g}%" if m[1] else f"{m[2]}%", text)
+    text = re.sub(rf"(?:{NUMERAL}|\d+)分之(?:{NUMERAL}|\d+)", "", text)
     for match in CHINESE_NUMBER.finditer(text):
         token, more = match[0], RANGE.match(text, match.end())
         after = text[more.end() if more else match.end() :].lstrip()[:1]
-        if token[0] in "百千万":  # 百货, 千...: no count of its own
+        nearly = text[: match.start()].endswith(("近", "约"))
+        if token[0] in "百千万" and not nearly:  # 百货, 千...: no count of its own
             continue
         if token[0].isdigit():
             values = {float(token.rstrip("百千万亿").replace(",", "")) * UNIT.get(token[-1], 1)}
         elif len(token) > 1 and all(c in DIGIT for c in token):  # 两三: two or three; 二〇二五: a year
             values = {float(DIGIT[c]) for c in token} | {float("".join(str(DIGIT[c]) for c in token))}
         else:
-            total = section = last = 0
-            for c in token:
-                if c in DIGIT:
-                    last = DIGIT[c]
-                elif c == "万":
-                    total, section, last = (total + section + last) * 10000, 0, 0
-                else:
-                    section, last = section + (last or 1) * UNIT[c], 0
-            values = {float(total + section + last)}
-        about = len(values) > 1 or after in ("几", "多", "余", "来")
+            values = {numeral(token)}
+        about = len(values) > 1 or after in ("几", "多", "余", "来") or token[0] in "百千万"
         if token == "十" and after == "几":
-            values |= {float(n) for n in range(11, 20)}
+            values = {float(n) for n in range(11, 20)}
         found.append((values, after in CLASSIFIERS and after != "", about))
     return found
 
@@ -345,6 +373,7 @@ def shown(value) -> str:
 def check_numbers(captions: list[str], text: str) -> list[tuple[str, str]]:
     found, wrong = chinese_numbers(text), []
     names = {float(number) for caption in captions for number in NAMED.findall(caption)}  # Boeing 747, Terminal 3
+    names |= {float(number) for caption in captions for pair in GRID.findall(caption) for number in pair}
     for wanted in wanted_numbers(captions):
         named = "或".join(shown(value) for value in sorted(wanted, key=str))
         if "many" in wanted and MANY.search(text):
@@ -352,6 +381,8 @@ def check_numbers(captions: list[str], text: str) -> list[tuple[str, str]]:
         if 2 in wanted and re.search("双|俩|一对|成对", text):
             continue
         if 1 in wanted and re.search("[单独唯]", text):
+            continue
+        if 0 in wanted and re.search("[没无未]", text):
             continue
         if {6, 12} & wanted and "打" in text:
             continue
@@ -370,13 +401,18 @@ def check_numbers(captions: list[str], text: str) -> list[tuple[str, str]]:
     return wrong
 
 
+CENTRES = (
+    "shopping", "sports", "convention", "exhibition", "conference", "business", "commercial", "community", "medical", "visitor",
+    "data",
+)  # fmt: skip
 DIRECTIONS = {
     "northeast": ("东北|北东|东偏北|北偏东", r"north-?\s?east\w*"),
     "northwest": ("西北|北西|西偏北|北偏西", r"north-?\s?west\w*"),
     "southeast": ("东南|南东|东偏南|南偏东", r"south-?\s?east\w*"),
     "southwest": ("西南|南西|西偏南|南偏西", r"south-?\s?west\w*"),
     "north": ("北", r"north\w*"), "south": ("南", r"south\w*"), "east": ("东", r"east\w*"), "west": ("西", r"west\w*"),
-    "centre": ("中央|中[心间部段轴线]|[正居当海湖河水林田]中|央|之间", r"cent(?:er|re|ers|res|ral)|middle"),
+    "centre": ("中央|中[心间部段轴线]|[正居当海湖河水林田]中|央|之间",
+               "".join(rf"(?<!{kind} )" for kind in CENTRES) + r"cent(?:er|re|ers|res|ral)|middle"),
     "left": ("左", r"(?:(?<=the )|(?<=upper )|(?<=lower )|(?<=top )|(?<=bottom ))left\w*"
              r"|(?<!is )(?<!are )(?<!was )(?<!were )left(?! over| behind| empty| by| an?\b| some\b| its\b| trac)\w*"),
     "right": ("右", r"right(?! next| beside| behind| angle| now| at| by| in the| above| below)(?:most|-hand)?"),
@@ -389,6 +425,8 @@ PLACES = (  # that hold a direction's character
     "北京|北海道|南京|南昌|南宁|南通|南极|北极|西安|西宁|西藏|西雅图|西班牙|西伯利亚|东京|东莞|广东|广西|陕西|云南|济南|越南|巴西|墨西哥|新西兰|密西西比|马来西亚"
     "|(?:河南|河北|湖南|湖北|海南|山东|山西|江西)(?=省)"
 )
+PROVINCES = {"河南": "henan", "河北": "hebei", "湖南": "hunan", "湖北": "hubei", "海南": "hainan", "山东": "shandong",
+             "山西": "shanxi", "江西": "jiangxi"}  # fmt: skip
 
 
 def check_directions(captions: list[str], text: str) -> list[tuple[str, str]]:
@@ -399,7 +437,8 @@ def check_directions(captions: list[str], text: str) -> list[tuple[str, str]]:
         masked, times = re.subn(rf"\b(?:{pattern})\b", " ", masked)
         if times and not re.search(accepted, text):
             wrong.append(("direction missing", f"缺少方位“{accepted.split('|')[0]}”（{name}）"))
-    rest = re.sub(f"东西(?![侧部边方面端向两走])|左右|[西南冬]瓜|{PLACES}", "", text)
+    named = "".join(f"|{name}" for name, pinyin in PROVINCES.items() if pinyin in english)
+    rest = re.sub(f"东西(?![侧部边方面端向两走])|左右|[西南冬]瓜|{PLACES}{named}", "", text)
     for letter, name in LETTER_OF.items():
         if letter in rest and name not in english:
             wrong.append(("direction added", f"原文没有方位“{letter}”"))
@@ -412,10 +451,12 @@ COLOURS = {
     "beige": "米|浅黄|卡其", "turquoise": "青|绿|碧|蓝",
 }  # fmt: skip
 COLOUR_OF = {  # what an English text must say for a Chinese one to name the colour
-    "红": "red|pink|maroon|crimson|brick|brown", "橙": "orange", "黄": "yellow|gold|beige|tan|sand|khaki|brown|orange",
+    "红": "red|pink|maroon|crimson|brick|brown", "橙": "orange",
+    "黄": "yellow|gold|beige|tan|sand|khaki|brown|orange|wither|straw|dry|dried",
     "绿": "green|lush|verdant|grass|lawn|meadow|vegetat|tree|forest|plant|turquoise|emerald|crop|farm|field|park|teal",
-    "蓝": "blue|azure|cyan|turquoise|navy|teal", "紫": "purple|violet", "粉": "pink", "棕": "brown|tan", "褐": "brown|tan",
-    "灰": "gr[ae]y|ash|silver|concrete|cement|dark", "黑": "black|dark", "白": "white|snow|pale|bright|light",
+    "蓝": "blue|azure|cyan|turquoise|navy|teal", "紫": "purple|violet", "粉": "pink", "棕": "brown|tan",
+    "褐": "brown|tan|maroon|chestnut|rust",
+    "灰": "gr[ae]y|ash|silver|concrete|cement|dark", "黑": "black|dark", "白": "white|snow|pale|bright|light|cream|ivory|beige",
 }  # fmt: skip
 COLOUR_IDIOM = re.compile(
     "绿[化地植洲篱荫野林道]|黄[土沙昏河金]|蓝天|白[天云]|红绿灯|黑夜|灰尘|粉末|橙子|棕榈|红树林|白[桦杨]|空白|裸露黄土|金黄|粉刷|赤道"
@@ -449,8 +490,27 @@ def terms_in(captions: list[str], glossary: dict[str, list[str]]) -> dict[str, l
     return found
 
 
+DENIED = re.compile(r"\b(?:no|without)(?: any)? (\w+)")
+STREAMS = re.compile(r"\bstreams?(?= (?:along|past|through|down|by|into)\b)")  # traffic does
+
+
+def check_negation(captions: list[str], text: str, glossary: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """Is a thing there in the text that the captions say is not?"""
+    captions = [caption.lower() for caption in captions]
+    denied = terms_in([noun for caption in captions for noun in DENIED.findall(caption)], glossary)
+    said = terms_in([DENIED.sub(" ", caption) for caption in captions], glossary)
+    for accepted in sorted((one for several in said.values() for one in several), key=len, reverse=True):
+        text = text.replace(accepted, " ")  # a car park is no car
+    clauses = [clause for clause in re.split("[,.;:!?，。；：！？、]", text) if not re.search("[没无未不非]", clause)]
+    return [
+        ("negation lost", f"原文说没有{accepted[0]}（{term}）")
+        for term, accepted in denied.items()
+        if term not in said and any(one in clause for clause in clauses for one in accepted)
+    ]
+
+
 def check_glossary(captions: list[str], text: str, glossary: dict[str, list[str]]) -> list[tuple[str, str]]:
-    said = [re.sub(r"\b(?:no|without)(?: any)? \w+", " ", caption.lower()) for caption in captions]
+    said = [DENIED.sub(" ", STREAMS.sub(" ", caption.lower())) for caption in captions]
     return [  # what is not there may be left out of a description
         ("glossary", f"“{term}”应译为{'或'.join(accepted)}")
         for term, accepted in terms_in(said, glossary).items()
@@ -464,25 +524,38 @@ MAY_STAY = re.compile(
 )
 
 
+OTHER_SCRIPT = re.compile(  # Cyrillic, Hebrew, Arabic, Indic and Thai, kana, Hangul, emoji
+    "[\u0400-\u052f\u0590-\u07ff\u0900-\u0eff\u3040-\u30ff\uac00-\ud7af\U0001f000-\U0001faff]"
+)
+
+
 def check_language(captions: list[str], text: str) -> list[tuple[str, str]]:
     if not CHINESE.search(text):
         return [("not Chinese", "回答不是中文")]
-    capitals = set(re.findall(r"\b[A-Z][A-Z\d]+\b", " ".join(captions)))
+    if OTHER_SCRIPT.search(text):
+        return [("another script", f"回答里有中文以外的文字“{OTHER_SCRIPT.search(text)[0]}”")]
+    capitals = set(
+        re.findall(r"\b[A-Z][A-Z\d]+\b|\b[A-Z][a-z]+(?=[ -][A-Z]?\d)", " ".join(captions))
+    )  # UAV; Boeing 747
     left = [word for word in re.findall(r"[A-Za-z]+\d*", text) if not MAY_STAY.fullmatch(word) and word not in capitals]
     return [("English left", f"还有英文“{left[0]}”")] if left else []
 
 
 REFUSAL = re.compile(
-    r"抱歉|对不起|作为(?:一个|一名|一款)?(?:AI|人工智能|语言模型|大模型)|(?:我|暂时|目前)无法|无法(?:翻译|提供|完成|查看|描述|回答|处理)"
+    r"抱歉|对不起|作为(?:一个|一名|一款)?(?:AI|人工智能|语言模型|大模型)|(?:我|暂时|目前)无法|看不到图|无法(?:翻译|提供|完成|查看|描述|回答|处理)"
     r"|不能(?:翻译|提供|完成)|as an? (?:AI|language model)|\bI(?:'m| am) sorry|\bI can(?:no|')t|unable to",
     re.IGNORECASE,
 )
 META = re.compile(
     r"以下(?:是|为)|翻译(?:如下|结果|为)|译文|翻译[:：]|(?:描述|合并|结果)(?:如下|为)?[:：]|合并后|^(?:中文|输出|回答|答|标题)\s*[:：]|^好的|^当然|根据(?:您|你|以上|上述|提供|给出|这)"
-    r"|希望(?:这|对)|请提供|术语表|注[:：]|(?:原文|英文)(?:描述|中|为)"
+    r"|一段(?:中文)?描述|希望(?:这|对)|请提供|术语表|注[:：]|(?:原文|英文)(?:描述|中|为)"
     r"|如有(?:需要|疑问)|请告诉我|```|\*\*|^#|^[-*•·【]|^\d+[.、)](?!\d)|here (?:is|are)|translation",
     re.IGNORECASE,
 )
+
+
+REPEATED = re.compile(r"([\u4e00-\u9fff]{2,12}?)\1{3}")
+LONGEST = 20_000  # characters of an answer that is looked at
 
 
 def check_form(captions: list[str], text: str, min_chars: int) -> list[tuple[str, str]]:
@@ -491,12 +564,17 @@ def check_form(captions: list[str], text: str, min_chars: int) -> list[tuple[str
         wrong.append(("refusal", "回答拒绝了翻译，请直接给出中文描述"))
     if META.search(text):
         wrong.append(("meta talk", "回答里有描述以外的话，只输出描述本身"))
+    if "\ufffd" in text:
+        wrong.append(("broken characters", "回答里有乱码"))
+    sentences = [part for part in re.split("[。！？；;!?]", text) if len(part) > 5]
+    if len(set(sentences)) < len(sentences) or REPEATED.search(text):
+        wrong.append(("repetition", "回答重复了同样的话"))
     size = len(re.findall(r"[\u4e00-\u9fff\d]", text))
     if not captions:
         return [*wrong, ("too short", "回答太短，请写全所有内容")] if size < min_chars else wrong
     letters = [len(re.sub(r"[^A-Za-z\d]", "", caption)) for caption in captions]
     # A Chinese text has about a third of the letters of the English one; "a river" is 一条河.
-    if size < max(min(min_chars, max(letters) / 6), 0.12 * max(letters)):
+    if size < max(min(min_chars, max(letters) / 8), 0.12 * max(letters)):
         wrong.append(("too short", "回答太短，请写全所有内容"))
     if size > sum(letters) + 60:
         wrong.append(("too long", "回答太长或有重复，请写得简洁"))
@@ -506,6 +584,8 @@ def check_form(captions: list[str], text: str, min_chars: int) -> list[tuple[str
 def check(captions: list[str], text: str, glossary: dict[str, list[str]], min_chars: int = 6) -> list[tuple[str, str]]:
     """What is wrong with a Chinese text of these captions: [(reason, what to tell the model)]. Without captions only the
     text's form and language are judged."""
+    if len(text) > LONGEST:
+        return [("too long", "回答太长或有重复，请写得简洁")]
     wrong = check_form(captions, text, min_chars)
     if any(reason in ("refusal", "meta talk") for reason, _ in wrong):
         return wrong  # a refusal has lost the numbers too: one reason says it better than ten
@@ -522,6 +602,7 @@ def check(captions: list[str], text: str, glossary: dict[str, list[str]], min_ch
         *check_directions(captions, text),
         *check_colours(captions, text),
         *check_glossary(captions, text, glossary),
+        *check_negation(captions, text, glossary),
     ]
 
 
@@ -529,9 +610,12 @@ def check(captions: list[str], text: str, glossary: dict[str, list[str]], min_ch
 LACKING = {"number missing", "direction missing", "colour missing", "glossary", "too short"}
 
 
+INVISIBLE = re.compile(f"{SURROGATE.pattern}|[\u00ad\u200b-\u200f\u2060\ufeff]")
+
+
 def clean(answer: str) -> str:
     """An answer without a model's thinking, line breaks and quotes around it."""
-    text = re.sub(r"<think>.*?</think>", "", SURROGATE.sub("", answer), flags=re.DOTALL)
+    text = re.sub(r"<think>(?:(?!<think>).)*?</think>", "", INVISIBLE.sub("", answer), flags=re.DOTALL)
     text = text.rsplit("</think>", 1)[-1].strip()
     if "<think>" in text:  # the thinking did not end within --max_tokens
         return ""
@@ -678,13 +762,17 @@ def wait_asked(headers) -> float | None:
     return None
 
 
+HEAVIEST = 4 << 20  # bytes of an answer; the thinking of a model with 100,000 tokens is a tenth of it
+
+
 def answer_in(body: str) -> Answer:
     """The answer in the body of a chat completion. Raises Retry: malformed, empty."""
     try:
         choices = json.loads(body)["choices"]
         if not choices:
             raise Retry("empty answer", "the list of choices is empty")
-        text, why = choices[0]["message"]["content"], choices[0].get("finish_reason")
+        said, why = choices[0]["message"], choices[0].get("finish_reason")
+        text = said["content"] or said.get("refusal")  # which takes the content's place
         if not (text is None or isinstance(text, str)) or SURROGATE.search(text or ""):  # an escape cut in half
             raise TypeError
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
@@ -796,6 +884,8 @@ class Endpoint:
         try:
             # The client's own limit is on the silence between two pieces: a server that drips would hold it for ever.
             response = await asyncio.wait_for(asked, self.args.timeout)
+            if len(response.content) > HEAVIEST:
+                raise Retry("malformed body", f"an answer of {len(response.content) / 2**20:.0f} MiB")
             return answer_in(response.text)
         except (openai.APITimeoutError, asyncio.TimeoutError):
             raise Retry("timeout", f"no answer within {self.args.timeout:g} s") from None
@@ -1074,6 +1164,7 @@ def rows_of(items: list[Item], questions: list[str], count: int, seed: int) -> l
 
 
 def write_results(places: dict[str, Path], rows: list[dict], items: list[Item], report: dict) -> None:
+    """Write rows, what was put aside, and the report; without rows the output stays as it was. Raises InputError."""
     from report import write_atomic
 
     aside = [
@@ -1090,9 +1181,7 @@ def write_results(places: dict[str, Path], rows: list[dict], items: list[Item], 
             places["rejected"].unlink(missing_ok=True)
         write_atomic(places["report"], json.dumps(report, ensure_ascii=False, indent=2) + "\n")
         if not rows:
-            raise InputError(
-                f"no answer passed the checks; {places['rejected']} says why, {places['output']} is not written"
-            )
+            return
         one_a_line = places["output"].suffix == ".jsonl"
         text = "\n".join(lines) + "\n" if one_a_line else "[\n" + ",\n".join(lines) + "\n]\n"
         write_atomic(places["output"], text)
@@ -1157,7 +1246,11 @@ def main(argv: list[str] | None = None) -> int:
         if cache:
             engine.answered = bool(cache.answers)
         translator = Translator(engine, cache, glossary, args)
-        sent_back = translator.translate(items)
+        try:
+            sent_back = translator.translate(items)
+        except KeyboardInterrupt:
+            print("answers so far are kept; run the same command again to go on", file=sys.stderr)
+            raise
         if all(item.failed for item in items):
             raise InputError(f"{args.base_url or args.local}: no answer to any request: {items[0].reasons[0][1]}")
         before, after = translator.part_duplicates(items)
@@ -1177,6 +1270,9 @@ def main(argv: list[str] | None = None) -> int:
         }  # fmt: skip
         write_results(places, rows, items, report)
     print(summary(report))
+    if not rows:
+        left = "is that of an earlier run" if output.exists() else "is not written"
+        raise InputError(f"no answer passed the checks; {places['rejected']} says why, {output} {left}")
     print(f"{output}" + (f"; put aside: {places['rejected']}" if report["rejected_texts"] else ""))
     unanswered = sum(item.failed for item in items)
     if unanswered:

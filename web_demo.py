@@ -48,6 +48,7 @@ PAIR_NOTES_ZH = {  # library.PAIR_NOTES
     "empty": "{date}：{all} 个已匹配地点中有 {n} 个的有效数据不足面积的 {share:.0%}，未参与比较",
     "settings": "两个索引显示图像的设置不同（{listed}）：部分变化可能由此而来",
     "resolution": "{all} 个地点中有 {n} 个的分辨率不同（每像素中位数 {first:.2f} 米与 {second:.2f} 米）：部分变化可能由此而来",
+    "few": "只有 {n} 个地点可以匹配，不足以判断何为正常波动：请比较分数本身",
     "grid": "匹配的切片平均重叠 {share:.0%}：两个时期用同一网格建立索引，结果会更好",
 }
 TEXT = {
@@ -128,8 +129,8 @@ TEXT = {
     ),
     "large": ("{name}: {width} x {height} pixels are too many here.", "{name}：{width} x {height} 像素超出此处限制。"),
     "about": (
-        "{total} images of {library}, indexed with {model}. Scores are cosines.",
-        "{library} 中的 {total} 幅图像，模型 {model}。分数为余弦相似度。",
+        "{total} images, or tiles of them, of {library}, indexed with {model}. Scores are cosines.",
+        "{library} 中的 {total} 幅图像（或切片），模型 {model}。分数为余弦相似度。",
     ),
     "steady": ("No change beyond what is usual.", "没有超出正常波动的变化。"),
     "more": ("more", "增多"),
@@ -141,6 +142,7 @@ TEXT = {
 }
 CSS = """
 footer { display: none !important; }
+.toast-title { display: none !important; } /* "Error", in whatever language */
 .gradio-container h1 { overflow-wrap: normal; word-break: normal; }
 .gradio-container .caption-label { max-width: 100%; font-size: .78rem; }
 .gradio-container .grid-wrap { max-height: none; }
@@ -518,10 +520,15 @@ class Page:
                 continue
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
             yield told, plain
-            with self.own_name(picture):
-                for text in self.talk(picture, question, history, adapter=adapter, **how):
-                    messages[-1]["content"] = text
-                    yield told, plain
+            try:
+                with self.own_name(picture):
+                    for text in self.talk(picture, question, history, adapter=adapter, **how):
+                        messages[-1]["content"] = text
+                        yield told, plain
+            except Exception:  # a question without an answer would be part of what is asked next
+                del messages[-2:]
+                yield told, plain
+                raise
 
 
 def turns_of(messages: list[dict]) -> list[tuple[str, str]]:
@@ -750,6 +757,8 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"nothing to show: give --store, --captioner, --vqa or --from_pretrained{hint}")
     if args.after and not args.store:
         raise InputError("--after needs --store, the index of the earlier images")
+    if args.after and os.path.realpath(args.after) == os.path.realpath(args.store):
+        raise InputError("--store and --after are the same index: Monitor compares two")
     if args.tile_url and not all(part in args.tile_url for part in ("{z}", "{x}", "{y}")):
         raise InputError(f"--tile_url {args.tile_url}: expected {{z}}, {{x}} and {{y}} in it")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

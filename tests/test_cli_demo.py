@@ -36,12 +36,17 @@ def talk(chat_adapter, lines, *flags) -> subprocess.CompletedProcess:
 
 def test_a_conversation_through_a_pipe(chat_adapter, pictures):
     lines = [pictures / "none.png", pictures / "a.png", "How many buildings?", "And now?", "before", "clear", "before",
-             pictures / "b.tif", "图中有什么？", "image nowhere.tif", "stop", "never reached"]  # fmt: skip
+             pictures / "b.tif", "图中有什么？", "image nowhere.tif", "gone/else.TIF", "stop", "never reached"]  # fmt: skip
     made = talk(chat_adapter, lines, "--language", "en")
     assert made.returncode == 0, made.stderr
     out = made.stdout
     assert "no such file" in out and "The turns are forgotten." in out and "There is no question yet." in out
-    assert out.count("Model: ") == 3 and out.count("Without the adapter: ") == 1 and "nowhere.tif" in out
+    assert (
+        out.count("Model: ") == 3
+        and out.count("Without the adapter: ") == 1
+        and "nowhere.tif" in out
+        and "gone/else.TIF: no such" in out
+    )
     # The answers are those of `chat`, and the second has the first as its history.
     model = VQA.from_pretrained(chat_adapter)
     a, b = str(pictures / "a.png"), str(pictures / "b.tif")

@@ -15,7 +15,7 @@ import compare_before_after
 import imagery
 import report
 from compare_before_after import Images, compare
-from config import VQAConfig, user_errors
+from config import InputError, VQAConfig, user_errors
 from metrics import normalise_answer
 from model import VQA
 from scenes import read_conversations
@@ -259,6 +259,8 @@ def test_the_second_test_split_is_named_and_can_be_chosen(world):
     assert len(scenes) == 1 and "test split (--test_split test_phili takes that one)" in line
     scenes, _ = compare_before_after.read_questions(str(path), image_root=None, max_rejected=0, test_split="test_phili")
     assert len(scenes) == len(images) - 1
+    with pytest.raises(InputError, match="--test_split test_x: no row is of that split; expected test or test_phili"):
+        compare_before_after.read_questions(str(path), image_root=None, max_rejected=0, test_split="test_x")
 
 
 def test_a_file_of_all_splits_gives_its_test_split(call, world, tmp_path):

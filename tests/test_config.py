@@ -110,7 +110,8 @@ def test_flag_value_is_what_the_command_line_itself_gives(capsys):
     ["--val_fraction=1.5", "--max_rejected=2", "--lora_rank=0", "--projection_dim=0", "--texts_per_scene=-1",
      "--margin=-1", "--temperature=0", "--max_text_tokens=1", "--lora_dropout=1.5", "--max_pixels=10", "--max_samples=-3",
      "--max_samples=0", "--grad_cache_chunk=-1", "--max_eval_scenes=0", "--early_stopping_patience=-1", "--learning_rate=-1",
-     "--per_device_train_batch_size=0", "--gradient_accumulation_steps=0", "--report_to=nosuch"],
+     "--per_device_train_batch_size=0", "--gradient_accumulation_steps=0", "--report_to=nosuch",
+     "--head_learning_rate=-0.5", "--num_train_epochs=0"],
 )  # fmt: skip
 def test_values_out_of_bounds(words):
     flag, value = words.split("=")
@@ -200,6 +201,8 @@ def test_settings_that_would_fail_later(tmp_path):
         (["--seed=-1"], "--seed -1"),
         (["--dataloader_num_workers=-1"], "--dataloader_num_workers -1"),
         (["--report_to", "neptune"], "--report_to neptune: is not installed: pip install neptune"),
+        (["--report_to", "tensorboard,swanlab"], 'pip install "swanlab<0.7"'),
+        (["--report_to", "tensorboard,nosuch"], "--report_to nosuch: expected one of"),
         (
             ["--early_stopping_patience=1", "--eval_strategy=no", "--load_best_model_at_end=false"],
             "--load_best_model_at_end",

@@ -618,17 +618,19 @@ def test_places_of_two_dates_are_matched(model, tmp_path):
     write_tif(tmp_path / "far/a.tif", 64, 64, origin=(300000, 4600000))
     write_tif(tmp_path / "photo/a.tif", 64, 64, crs=None)
     write_tif(tmp_path / "coarse/a.tif", 32, 32, pixel=20.0)
-    for name in ("far", "photo", "coarse"):
+    write_tif(tmp_path / "fine/a.tif", 64, 64, pixel=5.0)
+    for name in ("far", "photo", "coarse", "fine"):
         index_library(model, tmp_path / name, tmp_path / f"{name}.index", **SMALL)
     opened = {
         name: Library.open(tmp_path / f"{name}.index", encoder=model)
-        for name in ("before", "after", "far", "photo", "coarse")
+        for name in ("before", "after", "far", "photo", "coarse", "fine")
     }
     pairs = match_places(opened["before"], opened["after"])
     assert [p["path"] for p in pairs.before] == [f"before_{n}.tif" for n in range(3)]
     assert [p["path"] for p in pairs.after] == [f"after_{n}.tif" for n in range(3)]
     np.testing.assert_allclose(pairs.before_vectors, pairs.after_vectors, atol=1e-6)
     assert any("1 of 4 places have no counterpart" in note for note in pairs.notes)
+    assert any("only 3 places match, too few" in note for note in pairs.notes)
     notes = match_places(opened["before"], opened["coarse"]).notes
     assert any("differ in resolution" in note and "10.00 m" in note and "20.00 m" in note for note in notes)
     # Half of a picture missing is no change of its place.
@@ -651,6 +653,7 @@ def test_places_of_two_dates_are_matched(model, tmp_path):
     assert any("bands auto and bgr" in note for note in pairs.notes)
     for other, word in (
         ("far", "no pair of tiles overlaps by 50%"),
+        ("fine", f"pixels are 10.00 m and 5.00 m: index the later images with --tile {2 * SMALL['tile']}"),
         ("photo", "photo.index: none of its 1 images has a geo"),
     ):
         with pytest.raises(InputError, match=word):

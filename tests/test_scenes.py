@@ -470,6 +470,12 @@ def test_a_second_test_split_is_said_and_can_be_chosen(folder, capsys):
     for files in ({}, {"test_file": path}):
         splits = load_splits(DataConfig(train_file=path, test_split="test_phili", **files))
         assert [scene.split for scene in splits["test"]] == ["test_phili"] * 2 and len(splits["train"]) == 2
+        with pytest.raises(InputError, match=r"--test_split test_x: .* expected test or test_phili"):
+            load_splits(DataConfig(train_file=path, test_split="test_x", **files))
+    others = str(save(folder / "d.json", [row for row in rows if row["split"] == "test_phili"]))
+    refused(
+        lambda: load_splits(DataConfig(train_file=path, test_file=others)), "--test_split test", "expected test_phili"
+    )
 
 
 def test_held_out_images_share_no_image(folder):

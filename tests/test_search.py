@@ -60,6 +60,10 @@ def test_index_says_what_it_did(ask, two_dates, matcher, tmp_path):
         (two_dates / "2020/broken.tif").unlink()
         code, _, err = ask("index", *words, "--max_pixels", 2**27, store=tmp_path / "x.index")
         assert code == 0 and not (tmp_path / "x.index/rejected.jsonl").exists(), err
+        code, out, err = ask("index", words[0], store=tmp_path / "x.index")  # and its tiles
+        assert code == 0 and "10 unchanged" in out, err
+        code, _, err = ask("index", words[0], "--tile", 32, store=tmp_path / "x.index")
+        assert code == 2 and "tile: 48 there, 32 here" in err
         # A second folder in the same store is a mistake, not a removal of the first.
         code, _, err = ask("index", two_dates / "2023", *words[1:], store=tmp_path / "x.index")
         assert code == 2 and "--moved" in err
@@ -67,10 +71,21 @@ def test_index_says_what_it_did(ask, two_dates, matcher, tmp_path):
         (two_dates / "2020/broken.tif").unlink(missing_ok=True)
 
 
+def test_an_index_that_a_first_run_left_empty_takes_other_settings(ask, two_dates, matcher, tmp_path):
+    words = ["index", two_dates / "2020", "--workers", 0, "--model", matcher]
+    code, _, err = ask(*words, "--bands", "9,9,9", store=tmp_path / "x.index")
+    assert code == 2 and "can be read" in err
+    code, _, err = ask("query", "a farm", store=tmp_path / "x.index")
+    assert code == 2 and "no image is in this index yet" in err
+    code, out, err = ask(*words, store=tmp_path / "x.index")
+    assert code == 0 and "10 files indexed" in out, err
+
+
 def test_rejected_files_of_a_server_have_a_list_of_their_own(ask, two_dates, matcher, monkeypatch, tmp_path):
     (tmp_path / "rejected.jsonl").write_text("another program's")
     report = IndexReport(rejected=[Rejected("a.tif", -1, "a.tif: broken")])
     monkeypatch.setattr("library.index_library", lambda *_, **__: report)
+    monkeypatch.setattr("search.known_settings", lambda _: {})
     words = ["index", two_dates / "2020", "--model", matcher]
     code, _, err = ask(*words, store="http://localhost:6333/my_library/")
     assert code == 1 and "a.tif: broken" in (tmp_path / "my_library.rejected.jsonl").read_text(), err
@@ -162,6 +177,9 @@ def test_classify(ask, two_dates, tmp_path):
     for row in table:
         assert float(row["farm"]) + float(row["harbour"]) == pytest.approx(1, abs=1e-4)
     assert Image.open(tmp_path / "c/confusion.png").size[0] > 300
+    assert ask("classify", "--labels", "path,score", "--out", tmp_path / "names")[0] == 0
+    table = list(csv.DictReader((tmp_path / "names/predictions.csv").open()))
+    assert table[0]["path"].endswith(".tif") and float(table[0]["path (class)"]) <= float(table[0]["score"]) + 1e-6
     truth = tmp_path / "truth.csv"
     truth.write_text("path,label\nfarm/p0.tif,FARM\nharbour/p1.tif,harbour\nfarm/p2.tif,airport\nelsewhere.tif,farm\n")
     code, out, err = ask("classify", "--labels", "farm,harbour", "--truth", truth)
@@ -271,6 +289,8 @@ def test_recall(ask, tmp_path):
         (["index", "nowhere"], "no such folder"),
         (["index"], "the folder of images"),
         (["index", "..", "--tile", 64, "--stride", 65], "--stride 65"),
+        (["index", "..", "--workers", -1], "--workers -1"),
+        (["query", "a", "--sheet", "-"], "--sheet -"),
     ],
 )
 def test_refusals(ask, words, said, tmp_path):

@@ -126,7 +126,7 @@ def test_two_processes_equal_one_with_twice_the_batch(run, bases, drawn, tmp_pat
         assert ((two[name] - one[name]).norm() / change.norm()).item() < 1e-3, name
 
 
-@pytest.mark.parametrize("stop", ["projector/checkpoint-4", "checkpoint-4"])
+@pytest.mark.parametrize("stop", ["projector", "checkpoint-4"])
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(stop, run, tmp_path):
     flags = ["--language=en", "--save_total_limit=9", "--lora_rank=2", "--lora_dropout=0.1"]
     run(*flags, output="whole")
@@ -135,12 +135,10 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(stop, run, 
         whole / "final" / "captioner.safetensors"
     )
     shutil.copytree(whole, tmp_path / "cut")
-    for folder in ("final", *(["projector"] if "projector" not in stop else ["checkpoint-4", "checkpoint-8"])):
-        shutil.rmtree(tmp_path / "cut" / folder)
-    if "projector" not in stop:
-        shutil.rmtree(tmp_path / "cut" / "checkpoint-8")
-    train_caption.main([f"--resume_from_checkpoint={tmp_path / 'cut'}", f"--output_dir={tmp_path / 'cut'}"])
     cut = tmp_path / "cut"
+    for folder in ("final", "checkpoint-8", {"projector": "checkpoint-4", "checkpoint-4": "projector"}[stop]):
+        shutil.rmtree(cut / folder)
+    train_caption.main([f"--resume_from_checkpoint={cut}", f"--output_dir={cut}", "--disable_tqdm=false"])
     got = load_file(cut / "final" / "language" / "model.safetensors") | load_file(
         cut / "final" / "captioner.safetensors"
     )
@@ -247,7 +245,14 @@ def test_references_are_found_by_file_name_and_others_passed_over(trained, drawn
     out = tmp_path / "out.json"
     flags = ["eval", "--model_path", str(run / "final"), "--test_dir", str(some.parent), "--output_file", str(out)]
     assert caption.main([*flags, "--references", str(file)]) == 0
-    assert json.loads(out.read_text())["images"] == 4 and "left out" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert json.loads(out.read_text())["images"] == 4 and f"images of {file} are not in {some.parent}" in printed
+    shutil.copytree(run / "final", tmp_path / "english")
+    about = json.loads((tmp_path / "english" / "captioner.json").read_text())
+    about["prompts"].pop("zh", None)
+    (tmp_path / "english" / "captioner.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match="--language zh: the model was trained in another"):
+        caption.main([*flags, "--model_path", str(tmp_path / "english"), "--references", str(file), "--language", "zh"])
     file.write_text(json.dumps([row | {"image": "other.png"} for row in rows]))
     with pytest.raises(InputError, match="no row of the 4 images"):
         caption.main([*flags, "--references", str(file)])

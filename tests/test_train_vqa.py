@@ -15,6 +15,7 @@ from config import InputError, VQAConfig, refuse_unwritable
 from model import VQA
 from scenes import read_chat, read_conversations
 from tests.conftest import conversation, draw, relative, run_on_two_processes
+from trainer import read_history
 
 SMALL = ["--preset=demo", "--min_pixels=784", "--max_pixels=12544", "--stretch=auto", "--lora_rank=4", "--num_train_epochs=2",
          "--per_device_train_batch_size=3", "--disable_tqdm=true", "--learning_rate=0.01", "--max_rejected=0.2"]  # fmt: skip
@@ -123,7 +124,8 @@ def test_resuming_from_the_end_trains_no_step(run, tmp_path):
     steps = sorted(path.name for path in folder.glob("checkpoint-*"))
     for name in ("best_model", "results.json"):
         shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
-    again = train_vqa.main([f"--resume_from_checkpoint={folder}"])
+    bar = "--disable_tqdm=false"  # the progress bar is ended, too, by what has no step to go
+    again = train_vqa.main([f"--resume_from_checkpoint={folder}", bar])
     assert again["steps"] == again["best_step"] == int(last.name[11:])
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == steps
     assert all(torch.equal(tensor, whole[key]) for key, tensor in adapter(folder).items())
@@ -202,6 +204,8 @@ def test_two_processes_equal_one_with_twice_the_batch(run, base, asked, tmp_path
     assert max(value.abs().max() for value in moved.values()) > 1e-4
     for key, value in moved.items():
         assert ((two[key] - value).norm() / value.norm()).item() < 1e-4, key
+    logged = [read_history(tmp_path / name)[-1]["train_loss"] for name in ("one", "two")]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
 
 
 def test_resumed_run_ends_with_the_same_adapter(run, tmp_path):

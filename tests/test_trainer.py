@@ -159,6 +159,7 @@ def test_rates_reach_the_optimizer(train, tmp_path, monkeypatch):
         "logit_scale": found["logit_scale"],
     }
     assert {rate for rate, _ in found["logit_scale"]} == {3e-4}
+    assert set(rates("--image_learning_rate 0 --head_learning_rate 0")["text_projection"]) == {(0.0, 0.0)}
     found = rates("--learning_rate 1e-3")  # LoRA: heads learn ten times as fast
     assert {rate for rate, _ in found["text_tower"]} == {1e-3}
     assert {round(rate, 9) for rate, _ in found["text_projection"]} == {1e-2}

@@ -171,6 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
             text, why = text[:12], "length"
         elif fault == "none":
             message = {"content": None}
+        elif fault == "declines":
+            message = {"content": None, "refusal": "I'm sorry, I can't help with that."}
         elif fault == "thinks":
             text = f"<think>two planes\n</think>\n\n“{text}”"
         elif fault == "detail":
@@ -366,7 +368,7 @@ def test_every_planted_fault_is_caught_and_counted(tmp_path, call, server):
         7: ["half"], 8: ["choices"], 9: ["none"], 10: ["429"], 20: ["drip"],
         # answers that are sent back once, and come right
         11: ["refusal"], 12: ["dropped"], 13: ["direction"], 14: ["english"], 15: ["colour"], 16: ["length"],
-        17: ["meta"], 18: ["classifier"], 19: ["short"],
+        17: ["meta"], 18: ["classifier"], 19: ["short"], 28: ["declines"],
         # and those that stay wrong
         21: ["refusal"] * 2, 22: ["dropped"] * 2, 23: ["direction"] * 2, 24: ["english"] * 2, 25: ["colour"] * 2,
         26: ["length"] * 2,
@@ -386,9 +388,9 @@ def test_every_planted_fault_is_caught_and_counted(tmp_path, call, server):
         "empty answer": 2,
     }
     assert report["sent_back"] == {
-        "refusal": 2, "number missing": 3, "direction missing": 3, "direction added": 2, "colour missing": 3,
+        "refusal": 3, "number missing": 3, "direction missing": 3, "direction added": 2, "colour missing": 3,
         "colour added": 2, "English left": 2, "cut off": 2, "meta talk": 1, "number without a classifier": 1,
-        "too short": 1, "glossary": 1,
+        "too short": 2, "glossary": 1,
     }  # fmt: skip
     aside = aside_in(tmp_path / "zh.json.rejected.jsonl")
     assert set(aside) == {f"{i}.png" for i in range(21, 28)} and report["rejected_texts"] == 7
@@ -402,7 +404,7 @@ def test_every_planted_fault_is_caught_and_counted(tmp_path, call, server):
     assert report["rejected"]["no answer"] == 1 and report["rejected"]["direction added"] == 1
     rows = {row["img"]: row["label"] for row in rows_in(tmp_path / "zh.json")}
     assert rows == {f"{i}.png": chinese(i) for i in range(30) if f"{i}.png" not in aside}
-    assert "put aside: " in out and report["requests"] == server.total() == 30 + 13 + 15
+    assert "put aside: " in out and report["requests"] == server.total() == 30 + 13 + 16
     told = [body["messages"] for body in server.bodies if len(body["messages"]) == 3 and "with 13 b" in str(body)]
     assert (
         told[0][1]["content"] == BAD_TEXTS["direction"].replace("{n}", "13")
@@ -750,7 +752,8 @@ def test_input_errors(tmp_path, call_main, server):
         (others / name).write_text(text, encoding="utf-8")
     cases = [
         (["--base_url", ""], "give --base_url"), (["--local", "x"], "one of them"), 
-        (["--base_url", "here"], "expected an address"),
+        (["--base_url", "here"], "expected an address"), (["--base_url", "http://127.0.0.1:99999/v1"], "expected an address"),
+        (["--base_url", "http://[::1:8765/v1"], "expected an address"), (["--base_url", "http://a b/v1"], "expected an address"),
         (["--model", ""], "needs --model"), (["--concurrency", 0], "--concurrency 0"), (["--timeout", "nan"], "--timeout nan"),
         (["--retries", -1], "--retries -1"), (["--extra", "{"], "--extra: not JSON"), (["--extra", "[]"], "a JSON object"),
         (["--api_key", "钥匙"], "--api_key"),
@@ -835,6 +838,26 @@ def test_transformers_serve(tmp_path, call_main, qwen3_base):
 
 # Found by a critical reader: counts above ninety-nine, words that look like counts, names with numbers, palms.
 FAITHFUL = {
+    "nearly one hundred cars in a parking lot": "停车场里停着近百辆汽车。",
+    "about 30% of the scene is farmland": "约百分之三十的画面是农田。",
+    "two-thirds of the image is forest": "图像的三分之二是森林。",
+    "the road is 3.5 m wide": "道路宽三点五米。",
+    "a road of one and a half kilometres": "一条长一点五公里的道路。",
+    "a city of 1.5 million people": "一座有150万人的城市。",
+    "there are 0 ships in the harbor": "港口里没有船只。",
+    "a four-way intersection": "一个十字路口。",
+    "the 2nd largest lake": "第二大湖泊。",
+    "a village in Shandong": "山东的一座村庄。",
+    "traffic streams along the freeway": "车流沿高速公路行驶。",
+    "a shopping center with a parking lot": "一座商场，带有停车场。",
+    "a hexagonal building": "一座六角形建筑物。",
+    "a maroon roof": "红褐色的屋顶。",
+    "many green trees": "绿树成荫。",
+    "a Boeing 747 at the airport": "机场里有一架Boeing 747。",
+    "the Yellow River": "黄河。",
+    "a 4 x 3 grid of houses": "房屋排成4×3的网格。",
+    "there is no river in the image": "图中没有河流。",
+    "a parking lot without cars": "停车场里空无一车。",
     "a dense forest": "森林十分茂密，显得十分宁静。",
     "dozens of cars in a parking lot": "停车场里有几十辆汽车。",
     "many cars in a parking lot": "停车场里有数十辆汽车。",
@@ -874,6 +897,16 @@ UNFAITHFUL = [
     ("two planes are parked beside a building", "中文：两架飞机停在一栋建筑物旁。", "meta"),
     ("two planes are parked beside a building", "• 两架飞机停在一栋建筑物旁。", "meta"),
     ("two planes are parked beside a building", "两架飞机停在一栋建筑物旁。如有需要请告诉我。", "meta"),
+    ("there is no river in the image", "图中有一条河流。", "negation lost"),
+    ("there is no lake beside the forest", "森林旁有一片湖泊。", "negation lost"),
+    ("ten planes are parked", "停着十几架飞机。", "number missing"),
+    ("a plane on the runway", "跑道的北\ufffd\ufffd侧有一架飞机。", "broken characters"),
+    ("a plane on the runway", "跑道上有一架самолет。", "another script"),
+    ("a plane on the runway", "跑道上有一架飞机。跑道上有一架飞机。", "repetition"),
+    ("a plane on the runway", "跑道上有一架飞机，北侧北侧北侧北侧北侧。", "repetition"),
+    ("a plane on the runway", "这是一段中文描述。跑道上有一架飞机。", "meta"),
+    ("a plane on the runway", "我看不到图像，但跑道上有一架飞机。", "refusal"),
+    ("a plane on the runway", "<think>" * 10_000, "too long"),
     ("2 planes", "2.5架飞机停在那里", "number"),
 ]
 

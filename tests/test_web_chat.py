@@ -52,6 +52,9 @@ def test_turns_stream_with_their_history_and_without_the_adapter(page, picture):
         base = model.chat(picture, "And now?", [("How many buildings?", first)], max_tokens=6)
     _, late = last(page.converse(picture, "And now?", told[:2], [], *fields))
     assert turns_of(plain)[1] == turns_of(late)[0] == ("And now?", base or "…")
+    assert last(page.converse(picture, "Hello", [], [], True, 2, 1, 4, "en")), (
+        "whole numbers, as sliders give at their ends"
+    )
     told, plain = last(page.converse(None, "Hello", [], [], False, 0.0, 1.0, 4, "en"))
     assert len(told) == 2 and plain == [], "without a picture, and without the other answer, if one likes"
     for words in ("", "x" * 5000):
@@ -74,6 +77,11 @@ def test_an_error_of_the_model_reaches_the_reader(page, picture, monkeypatch):
     monkeypatch.setattr(page.chatter, "chat", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(page.talk(picture, "How many?", []))
+    seen, stream = [], page.converse(picture, "How many?", [], [], True, 0.0, 1.0, 6, "en")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        for told, plain in stream:
+            seen.append((len(told), len(plain)))
+    assert seen[-1] == (0, 0), "no question without an answer stays in the conversation"
 
 
 def test_browser_converses(chat_adapter, picture, tmp_path):
