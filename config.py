@@ -745,7 +745,7 @@ def refuse_outside(values, **bounds: tuple[float, float]) -> None:
     for name, (low, high) in bounds.items():
         value = getattr(values, name, None)
         if value is not None and not low <= value <= high:
-            raise InputError(f"--{name} {value}: expected a number from {low} to {high}")
+            raise InputError(f"-{'-' * (len(name) > 1)}{name} {value}: expected a number from {low} to {high}")
 
 
 def refuse_unwritable(folder: str | Path, flag: str) -> None:

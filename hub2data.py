@@ -65,7 +65,7 @@ def read_splits(source: str, config: str | None) -> dict:
     local = Path(source).is_dir()
     if local and not any(Path(source).rglob("*.parquet")):
         raise InputError(f"{source}: no parquet file in this folder; images in folders need no conversion")
-    if not local and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not local and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):  # ./folder, when it is not there
         raise InputError(f"{source}: neither a folder nor ORG/NAME of a dataset")
     try:
         return dict(datasets.load_dataset(source, config, streaming=local))

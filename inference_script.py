@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         for result in sorted((r for r in results if "score" in r), key=lambda r: -r["score"]):
             print(f"{result['score']:+.4f}  {result['text']}")
-    for error in errors[:5]:
+    for error in errors[:5] if args.json_input else dict.fromkeys(error.partition(": ")[2] for error in errors):
         print(f"error: {error}", file=sys.stderr)
     if len(errors) > 5:
         print(f"error: and {len(errors) - 5} more rows", file=sys.stderr)

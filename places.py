@@ -115,7 +115,7 @@ def _groups(outlines: np.ndarray) -> np.ndarray:
     return np.unique(parent, return_inverse=True)[1]
 
 
-def _span(bounds: np.ndarray) -> tuple[float, float]:
+def stretch_of(bounds: np.ndarray) -> tuple[float, float]:
     """The shortest stretch of longitude (west, east >= west) that holds all of (N, 4) bounds; west in -180 to 180."""
     west = (bounds[:, 0] + 180) % 360 - 180
     order = np.argsort(west)
@@ -158,7 +158,7 @@ def feature_collection(rows: list[dict]) -> dict:
     made = {"type": "FeatureCollection", "features": features}
     if bounds:
         bounds = np.array(bounds)
-        west, east = _span(bounds)
+        west, east = stretch_of(bounds)
         box = (west, bounds[:, 1].min(), east - 360 * (east > 180), bounds[:, 3].max())
         made["bbox"] = [round(float(x), 7) for x in box]
     return made
@@ -461,7 +461,7 @@ def _around(outlines: np.ndarray, wide: bool):
     """The box of lon / lat around a place, with room for what edges bulge in the projection; all longitudes where the
     place is `wide` or near a pole."""
     bounds = shapely.bounds(outlines)
-    west, east = _span(bounds)
+    west, east = stretch_of(bounds)
     south, north = bounds[:, 1].min(), bounds[:, 3].max()
     room = 0.01 * max(east - west, north - south)
     west, south, east, north = west - room, south - room, east + room, north + room
@@ -549,7 +549,7 @@ def map_figure(polygons, labels, colours: dict[str, str], path=None, title: str 
     if not len(rings) or len(rings) != len(labels):
         raise ValueError(f"map_figure: {len(rings)} outlines, {len(labels)} labels")
     outlines = _outlines(rings)
-    west, east = _span(shapely.bounds(outlines))
+    west, east = stretch_of(shapely.bounds(outlines))
     middles = shapely.bounds(outlines)[:, [0, 2]].mean(1)
     turns = 360 * np.floor((middles - west) / 360)  # all within one stretch
     outlines = np.array([translate(outline, -turn) for outline, turn in zip(outlines, turns)])

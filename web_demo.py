@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from config import InputError, add_device_flags, refuse_outside, user_errors
+from places import stretch_of
 
 DEMO = {
     "store": "output/demo_search/library.index",
@@ -142,7 +143,9 @@ TEXT = {
 }
 CSS = """
 footer { display: none !important; }
-.toast-title { display: none !important; } /* "Error", in whatever language */
+/* A notice says what is wrong: no "Error" above it, nor over what was found before, whatever the language. */
+.toast-title, [data-testid="status-tracker"]:has(> .error) { display: none !important; }
+.talk button[aria-label="Clear"] { display: none; } /* empties one of two; ours forgets the turns, too */
 .gradio-container h1 { overflow-wrap: normal; word-break: normal; }
 .gradio-container .caption-label { max-width: 100%; font-size: .78rem; }
 .gradio-container .grid-wrap { max-height: none; }
@@ -210,11 +213,12 @@ def map_svg(payloads: list[dict], tile_url: str | None = None, size: tuple[int, 
         lat = max(-85.0, min(85.0, lat))
         return lon / 360 + 0.5, 0.5 - math.log(math.tan(math.pi / 4 + math.radians(lat) / 2)) / (2 * math.pi)
 
+    corners = [(west, south, east + 360 * (east < west), north) for _, (west, south, east, north) in placed]
+    start = stretch_of(np.array(corners))[0]  # neighbours across the antimeridian lie side by side
     boxes = []
-    for rank, (west, south, east, north) in placed:
-        x0, y0 = project(west, north)
-        x1, y1 = project(east + 360 * (east < west), south)
-        boxes.append((rank, x0, y0, x1, y1))
+    for (rank, _), (west, south, east, north) in zip(placed, corners):
+        turn = 360 * (west < start)
+        boxes.append((rank, *project(west + turn, north), *project(east + turn, south)))
     left, top = min(b[1] for b in boxes), min(b[2] for b in boxes)
     right, bottom = max(b[3] for b in boxes), max(b[4] for b in boxes)
     width, height = size
@@ -644,7 +648,8 @@ def build(page: Page):
                     top_p = put(gr.Slider, {"label": "top_p"}, minimum=0.05, maximum=1, value=1, step=0.05)
                     length = put(gr.Slider, {"label": "length"}, minimum=8, maximum=1024, value=256, step=8)
             with gr.Column(scale=2, min_width=420):
-                look = {"height": 420, "render_markdown": False, "buttons": ["copy"]}  # what a model says is no page
+                # What a model says is no page.
+                look = {"height": 420, "render_markdown": False, "buttons": ["copy"], "elem_classes": "talk"}
                 with gr.Row():
                     told = put(gr.Chatbot, {"label": "talk"}, **look)
                     plain = put(gr.Chatbot, {"label": "plain"}, visible=False, **look)

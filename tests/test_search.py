@@ -265,7 +265,7 @@ def test_recall(ask, tmp_path):
     [
         (["query"], "needs words"),
         (["query", " "], "empty text"),
-        (["query", "a", "-k", 0], "--k"),
+        (["query", "a", "-k", 0], "error: -k 0"),
         (["query", "a", "--where", "folder"], "NAME=VALUE"),
         (["query", "a", "--where", "colour=red"], "no point has the attribute 'colour'"),
         (["query", "a", "--bbox", 10, 0, 20, 95], "no box"),

@@ -238,6 +238,11 @@ def test_map_has_a_grid_at_every_scale(side):
 
 
 def test_map_keeps_the_antimeridian_together():
+    made = map_svg([placed(179.7, -17, 179.8, -16.9), placed(-179.8, -17, -179.7, -16.9)])  # side by side
+    drawn = sorted(
+        (float(box.get("x")), float(box.get("width"))) for box in ElementTree.fromstring(made).iterfind("g/rect")
+    )
+    assert drawn[1][0] - drawn[0][0] == pytest.approx(5 * drawn[0][1], rel=0.01) and drawn[0][1] > 90
     made = map_svg([placed(179.9, -17, -179.9, -16.9)])
     box = ElementTree.fromstring(made).find("g/rect")
     assert 0 < float(box.get("x")) < 60 and 560 < float(box.get("width")) < 640
