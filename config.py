@@ -697,7 +697,7 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     trains = namespace.max_steps > 0 or namespace.num_train_epochs or getattr(namespace, "projector_epochs", 0)
     if not trains and not getattr(namespace, "eval_only", None):
         raise InputError("--num_train_epochs 0: nothing would be trained")
-    if "," in str(namespace.report_to):
+    if isinstance(namespace.report_to, str) and "," in namespace.report_to:
         namespace.report_to = [name.strip() for name in namespace.report_to.split(",")]
     refuse_unknown_trackers(namespace.report_to)
     changed = {key: value for key, value in vars(namespace).items() if key in base and value != base[key]}

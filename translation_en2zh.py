@@ -246,7 +246,7 @@ NOUN_ENDS = re.compile(
     "|there|this|it|surrounded|parked|arranged|located|lined|while|as|for|into|under|over|above|below"
 )
 IMPLIED = {2: r"\b(both|pair|couple|double|dual|twin|two)\b", 3: r"\b(triang|triple|tri-|three)",
-           4: r"\b(square|four|corner|quadrup)", 5: r"\b(star|pentag|quintup)", 6: r"\b(half a dozen|hexag)", 8: r"\boctag",
+           4: r"\b(square|four|corner|quadrup)", 5: r"\b(star\b|pentag|quintup)", 6: r"\b(half a dozen|hexag)", 8: r"\boctag",
            12: r"\bdozen", 100: r"\bhundred", 1000: r"\bthousand", 10: r"\b(cross|ten\b|intersect)"}  # fmt: skip
 MANY = re.compile(r"[上成][百千万]|成[荫片]|多|大量|不少|无数|若干|成群|林立|遍布|覆盖|大片|些|[密茂满几数]")
 

@@ -212,6 +212,13 @@ def test_settings_that_would_fail_later(tmp_path):
             parse(VQAConfig, [f"--output_dir={tmp_path / 'run'}", "--use_cpu=true", *words])
 
 
+def test_several_trackers_also_of_a_resumed_run(tmp_path):
+    _, args, changed = read("--report_to", "tensorboard, tensorboard")
+    assert args.report_to == ["tensorboard", "tensorboard"]
+    checkpoint(tmp_path / "run", 7, changed)
+    assert parse(MatchConfig, [f"--resume_from_checkpoint={tmp_path / 'run'}"])[1].report_to == args.report_to
+
+
 def test_resolve_checkpoint(tmp_path):
     run = tmp_path / "run"
     refused(lambda: resolve_checkpoint(run), run, "does not exist")
