@@ -803,13 +803,12 @@ class Endpoint:
         except ImportError:
             raise InputError("--base_url needs the package openai: pip install openai") from None
 
-        options = {}
-        if urlsplit(self.args.base_url).hostname in ("localhost", "127.0.0.1", "::1"):
-            # A proxy of the environment cannot reach a server on this machine.
-            options["http_client"] = openai.DefaultAsyncHttpxClient(trust_env=False)
+        # A proxy of the environment cannot reach a server on this machine. Every step of a redirection is a request.
+        here = urlsplit(self.args.base_url).hostname in ("localhost", "127.0.0.1", "::1")
         client = openai.AsyncOpenAI(
-            api_key=self.args.api_key, base_url=self.args.base_url, timeout=self.args.timeout, max_retries=0, **options
-        )
+            api_key=self.args.api_key, base_url=self.args.base_url, timeout=self.args.timeout, max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=not here, max_redirects=2),
+        )  # fmt: skip
         failures: dict[str, str] = {}
         waiting = iter(jobs)
 

@@ -143,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             )
         if fault.isdigit():
             return self.send(int(fault), json.dumps({"error": {"message": f"planted {fault}"}}))
+        if fault == "loop":
+            return self.send(307, "", {"Location": self.path})
         if fault == "slow":
             server.stop.wait(5)
             self.close_connection = True
@@ -434,6 +436,13 @@ def test_limits(tmp_path, call, server):
     server.times.clear()
     assert call("--requests_per_minute", 600, "--temperature", "1")[0] == 0
     assert server.times[-1] - server.times[0] >= 0.45
+
+
+def test_a_redirection_in_circles_costs_few_requests(tmp_path, call, server):
+    server.plan = {0: ["loop"] * 99}
+    write_input(tmp_path, [[english(0)]])
+    code, _, err = call("--retries", 1)
+    assert code == 2 and "redirects" in err and server.total() == 6, err
 
 
 @pytest.mark.parametrize("status, told", [(401, "--api_key"), (402, "--api_key"), (403, "--api_key"), (404, "--model")])
