@@ -514,9 +514,8 @@ def _open_for_writing(model, root, location, about, attributes, moved, workers):
             raise InputError(f"{root}: none of its {len(plan.rejected)} images can be read: {reasons}") from None
         return plan, store.create(location, record=record, dim=model.settings.projection_dim)
     try:
-        if (
-            not index.count() and index.dim == model.settings.projection_dim
-        ):  # of a run that could read nothing, or was killed
+        # Of a run that could read nothing, or that was killed at its start.
+        if not index.count() and index.dim == model.settings.projection_dim:
             index.annotate(**record)
         # A limit of what is read, which changes no picture; the largest stays, for all that is in to be shown again.
         known = index.record.get("image", {})
@@ -922,14 +921,10 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
         found = match_footprints(*polygons, min_overlap)
         boxes = [_bounds_text(payloads) for payloads, _ in sides]
         remedy = f"overlaps by {min_overlap:.0%}: other places, or tiles of another size or grid"
-        metres = [
-            float(np.median([np.hypot(*p["extra"]["pixel_size_m"]) for p in side])) / 2**0.5 for side in (first, second)
-        ]
-        if not found and not 0.8 < metres[0] / metres[1] < 1.25:
-            tile = round(before.index.record["tile"] * metres[0] / metres[1])
-            remedy += (
-                f"; their pixels are {metres[0]:.2f} m and {metres[1]:.2f} m: index the later images with --tile {tile}"
-            )
+        one, two = (np.median(_metres(side)) for side in (first, second))
+        if before.index.record["tile"] and not 0.8 < one / two < 1.25:
+            tile = round(before.index.record["tile"] * one / two)
+            remedy += f"; their pixels are {one:.2f} m and {two:.2f} m: index the later images with --tile {tile}"
     else:
         notes.append(PairNote("by_name"))
         found = _match_names(first, second)
@@ -965,12 +960,17 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
     return Pairs([first[n] for n in i], [second[n] for n in j], first_vectors[i], second_vectors[j], notes)
 
 
+def _metres(payloads: list[dict]) -> np.ndarray:
+    """(N,): the side of a pixel of each, the root mean square of its two."""
+    return np.array([np.hypot(*payload["extra"]["pixel_size_m"]) for payload in payloads]) / 2**0.5
+
+
 def _grid_notes(before: list[dict], after: list[dict], overlaps: list[float]) -> list[PairNote]:
     """What of the matched tiles' pixels and grids may look like a change."""
     notes = []
-    sizes = [np.array([np.hypot(*p["extra"]["pixel_size_m"]) for p in side]) for side in (before, after)]
+    sizes = [_metres(side) for side in (before, after)]
     if (off := np.abs(np.log(sizes[1] / sizes[0])) > np.log(1.25)).any():
-        medians = [np.median(side[off]) / 2**0.5 for side in sizes]
+        medians = [np.median(side[off]) for side in sizes]
         notes.append(PairNote("resolution", n=int(off.sum()), all=len(off), first=medians[0], second=medians[1]))
     if (mean := float(np.mean(overlaps))) < 0.9:
         notes.append(PairNote("grid", share=mean))
