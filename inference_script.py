@@ -164,10 +164,12 @@ def main(argv: list[str] | None = None) -> int:
     else:
         for result in sorted((r for r in results if "score" in r), key=lambda r: -r["score"]):
             print(f"{result['score']:+.4f}  {result['text']}")
-    for error in errors[:5] if args.json_input else dict.fromkeys(error.partition(": ")[2] for error in errors):
+    # Pairs of the command line have one image and no row to name.
+    told = errors if args.json_input else list(dict.fromkeys(error.partition(": ")[2] for error in errors))
+    for error in told[:5]:
         print(f"error: {error}", file=sys.stderr)
-    if len(errors) > 5:
-        print(f"error: and {len(errors) - 5} more rows", file=sys.stderr)
+    if len(told) > 5:
+        print(f"error: and {len(told) - 5} more rows", file=sys.stderr)
     if len(errors) == len(results) and not args.json_input:
         return 2
     return 1 if errors else 0

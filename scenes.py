@@ -752,9 +752,10 @@ def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None, r
             rejected, duplicates = rejected + found.rejected, duplicates + found.duplicates
             left_out = left_out + found.left_out
             own = [scene for scene in found.scenes if scene.split and _split_of(scene, config) == name]
+            here = {scene.split for scene in found.scenes}
             if name == "test" and not own and any(_split_of(scene, config) == OTHER_TEST for scene in found.scenes):
-                refuse_absent_split(config.test_split, {scene.split for scene in found.scenes})
-            named |= {scene.split for scene in found.scenes}
+                refuse_absent_split(config.test_split, here)
+            named |= here
             if own:
                 others.update(scene.split for scene in found.scenes if _split_of(scene, config) == OTHER_TEST)
             splits[name] = own or found.scenes

@@ -494,27 +494,24 @@ DENIED = re.compile(r"\b(?:no|without)(?: any)? (\w+)")
 STREAMS = re.compile(r"\bstreams?(?= (?:along|past|through|down|by|into)\b)")  # traffic does
 
 
-def check_negation(captions: list[str], text: str, glossary: dict[str, list[str]]) -> list[tuple[str, str]]:
-    """Is a thing there in the text that the captions say is not?"""
-    captions = [caption.lower() for caption in captions]
-    denied = terms_in([noun for caption in captions for noun in DENIED.findall(caption)], glossary)
+def check_glossary(captions: list[str], text: str, glossary: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """Are the terms of the captions translated as the glossary has it, and is nothing there that they say is not?"""
+    captions = [STREAMS.sub(" ", caption.lower()) for caption in captions]
+    # What is not there may be left out of a description.
     said = terms_in([DENIED.sub(" ", caption) for caption in captions], glossary)
+    denied = terms_in([noun for caption in captions for noun in DENIED.findall(caption)], glossary)
+    wrong = [
+        ("glossary", f"“{term}”应译为{'或'.join(accepted)}")
+        for term, accepted in said.items()
+        if not any(one in text for one in accepted)
+    ]
     for accepted in sorted((one for several in said.values() for one in several), key=len, reverse=True):
         text = text.replace(accepted, " ")  # a car park is no car
     clauses = [clause for clause in re.split("[,.;:!?，。；：！？、]", text) if not re.search("[没无未不非]", clause)]
-    return [
+    return wrong + [
         ("negation lost", f"原文说没有{accepted[0]}（{term}）")
         for term, accepted in denied.items()
         if term not in said and any(one in clause for clause in clauses for one in accepted)
-    ]
-
-
-def check_glossary(captions: list[str], text: str, glossary: dict[str, list[str]]) -> list[tuple[str, str]]:
-    said = [DENIED.sub(" ", STREAMS.sub(" ", caption.lower())) for caption in captions]
-    return [  # what is not there may be left out of a description
-        ("glossary", f"“{term}”应译为{'或'.join(accepted)}")
-        for term, accepted in terms_in(said, glossary).items()
-        if not any(one in text for one in accepted)
     ]
 
 
@@ -602,7 +599,6 @@ def check(captions: list[str], text: str, glossary: dict[str, list[str]], min_ch
         *check_directions(captions, text),
         *check_colours(captions, text),
         *check_glossary(captions, text, glossary),
-        *check_negation(captions, text, glossary),
     ]
 
 
