@@ -412,15 +412,16 @@ class IndexReport:
 
 
 def index_library(
-    model: Encoder, root: str | Path, location: str, *, tile: int = 256, stride: int = 192,
-    settings: ImageSettings | None = None, attributes: dict | None = None, workers: int = 1, batch_size: int = 32,
+    model: Encoder, root: str | Path, location: str, *, tile: int | None = None, stride: int | None = None,
+    settings: ImageSettings | dict | None = None, attributes: dict | None = None, workers: int = 1, batch_size: int = 32,
     moved: bool = False, progress: bool = False,
 ) -> IndexReport | None:  # fmt: skip
     """Bring the index at `location` in line with the images below `root`; make it if it is not there.
 
-    tile, stride: pixels of the file; tile 0 never cuts. settings: bands and stretch (default: those of the model's
-    training). attributes: {path: {name: value}} beside "folder", which every image below a folder has. moved: the library
-    is the same in another place. Under `accelerate launch` each process encodes its share and the first writes; the
+    tile, stride: pixels of the file; tile 0 never cuts (default: as in an index that holds images, else 256 and 3/4 of the
+    tile). settings: bands and stretch, or {name: value} of some (default: so, too, else those of the model's training).
+    attributes: {path: {name: value}} beside "folder", which every image below a folder has. moved: the library is the same
+    in another place. Under `accelerate launch` each process encodes its share and the first writes; the
     others return None. Raises InputError: no images, an index of another model, tiling or library, nothing readable.
     """
     from accelerate.utils import broadcast_object_list, gather_object
@@ -428,20 +429,12 @@ def index_library(
     from accelerate import PartialState
 
     state, root, began = PartialState(cpu=model.device.type == "cpu"), Path(root), time.monotonic()
-    settings = settings or ImageSettings.from_dict(model.settings.images)
-    if tile and not 1 <= stride <= tile:
-        raise InputError(f"--tile {tile} --stride {stride}: expected 1 <= stride <= tile, or pixels would be left out")
     if not root.is_dir():
         raise InputError(f"{root}: no such folder of images")
-    about = {
-        "fingerprint": model.fingerprint,
-        "image": settings.to_dict(),
-        "tile": tile,
-        "stride": stride if tile else 0,
-    }
     index = plan = None
     if state.is_main_process:
-        plan, index = _open_for_writing(model, root, location, about, attributes, moved, workers)
+        asked = {"tile": tile, "stride": stride, "settings": settings}
+        plan, index = _open_for_writing(model, root, location, asked, attributes, moved, workers)
         settings = ImageSettings.from_dict(index.record["image"])
     if state.num_processes > 1:
         plan, settings = broadcast_object_list([plan, settings])
@@ -499,21 +492,42 @@ def index_library(
             index.close()
 
 
-def _open_for_writing(model, root, location, about, attributes, moved, workers):
+def _about(model, asked: dict, known: dict) -> dict:
+    """What an index is made with: what is asked for, else what the record of an index says (`known`). Raises InputError."""
+    tile, stride, settings = asked["tile"], asked["stride"], asked["settings"] or {}
+    if tile is None:
+        tile = known.get("tile", 256)
+    if stride is None:
+        stride = known["stride"] if tile == known.get("tile") else tile * 3 // 4
+    if tile and not 1 <= stride <= tile:
+        raise InputError(f"--tile {tile} --stride {stride}: expected 1 <= stride <= tile, or pixels would be left out")
+    settings = settings.to_dict() if isinstance(settings, ImageSettings) else settings
+    image = ImageSettings.from_dict(model.settings.images | known.get("image", {}) | settings)
+    return {"fingerprint": model.fingerprint, "image": image.to_dict(), "tile": tile, "stride": stride if tile else 0}
+
+
+def _open_for_writing(model, root, location, asked, attributes, moved, workers):
     """(the plan, the open index), made where there is none."""
-    record = {"model": model.source, **about, "library": str(root.resolve())}
-    record["created"] = datetime.datetime.now().isoformat(timespec="seconds")
-    how = {"tile": about["tile"], "stride": about["stride"], "attributes": attributes, "workers": workers}
-    how["settings"] = ImageSettings.from_dict(about["image"])
+
+    def made_with(known: dict) -> tuple[dict, dict, dict]:
+        """(what the index is made with, its record, how images are looked for)"""
+        about = _about(model, asked, known)
+        created = datetime.datetime.now().isoformat(timespec="seconds")
+        record = {"model": model.source, **about, "library": str(root.resolve()), "created": created}
+        how = {"tile": about["tile"], "stride": about["stride"], "attributes": attributes, "workers": workers}
+        return about, record, how | {"settings": ImageSettings.from_dict(about["image"])}
+
     try:
         index = store.open(location)
     except store.Missing:
+        _, record, how = made_with({})
         plan = plan_index(root, None, **how)  # before anything is made: a wrong folder leaves nothing behind
         if not plan.files:
             reasons = "; ".join(bad.reason for bad in plan.rejected[:3])
             raise InputError(f"{root}: none of its {len(plan.rejected)} images can be read: {reasons}") from None
         return plan, store.create(location, record=record, dim=model.settings.projection_dim)
     try:
+        about, record, how = made_with(index.record if index.count() else {})
         # Of a run that could read nothing, or that was killed at its start.
         if not index.count() and index.dim == model.settings.projection_dim:
             index.annotate(**record)
@@ -904,8 +918,6 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
     by_place = placed[0].any() or placed[1].any()
     for side, (name, library) in enumerate((("before", before), ("after", after))):
         payloads, vectors = sides[side]
-        if not payloads:
-            raise InputError(f"{library.index.location}: no image is in this index")
         if not by_place or placed[side].all():
             continue
         if not placed[side].any():

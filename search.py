@@ -229,15 +229,13 @@ def run_index(args) -> int:
     need(args, "library", "store")
     refuse_outside(args, batch_size=(1, 4096), tile=(0, 1 << 16), workers=(0, 1024))
     workers = args.workers if args.workers is not None else max(1, min(16, (os.cpu_count() or 2) - 1))
-    from accelerate.utils import broadcast_object_list
     from transformers.utils import logging
 
     from accelerate import PartialState
-    from imagery import ImageSettings
     from library import index_library, read_attributes
     from model import DualEncoder, pick_device
     from scenes import list_rejected
-    from store import is_url
+    from store import is_url, record_of
 
     if not Path(args.library).is_dir():
         raise InputError(f"{args.library}: no such folder of images")
@@ -245,26 +243,18 @@ def run_index(args) -> int:
     if not server and os.environ.get("RANK", "0") == "0":
         refuse_unwritable(args.store, "--store")
     attributes = read_attributes(args.attributes) if args.attributes else None
+    if args.model is None:
+        args.model = recorded_model(args.store) or (DEMO["model"] if args.preset == "demo" else MODEL)
     logging.disable_progress_bar()
     device, dtype = pick_device(args.device, args.dtype)
     state = PartialState(cpu=device == "cpu")
-    known = known_settings(args.store) if state.is_main_process else None  # one process at a time may open it
     if state.num_processes > 1:
-        device, known = str(state.device), broadcast_object_list([known])[0]
-    if args.model is None:
-        args.model = known.get("model") or (DEMO["model"] if args.preset == "demo" else MODEL)
-    tile = args.tile if args.tile is not None else known.get("tile", 256)
-    stride = args.stride
-    if stride is None:
-        stride = known["stride"] if tile == known.get("tile") else tile * 3 // 4
-    if tile and not 1 <= stride <= tile:
-        raise InputError(f"--stride {stride}: expected 1 to {tile} (--tile), or pixels would be left out")
+        device = str(state.device)
     model = DualEncoder.from_pretrained(args.model, base_model=args.base_model, device=device, dtype=dtype)
     given = {name: getattr(args, name) for name in ("bands", "stretch", "nodata", "max_pixels")}
     changed = {name: value for name, value in given.items() if value is not None}
-    settings = ImageSettings.from_dict(model.settings.images | known.get("image", {}) | changed)
     report = index_library(
-        model, args.library, args.store, tile=tile, stride=stride, settings=settings, attributes=attributes,
+        model, args.library, args.store, tile=args.tile, stride=args.stride, settings=changed, attributes=attributes,
         workers=workers, batch_size=args.batch_size, moved=args.moved, progress=True,
     )  # fmt: skip
     if report is None:
@@ -280,7 +270,8 @@ def run_index(args) -> int:
     for note in report.notes:
         print(note, file=sys.stderr)
     if report.blank > report.added / 2:
-        stretch = f"--stretch {settings.stretch}: give --stretch percentile, or a model trained on such files"
+        stretch = record_of(args.store)["image"]["stretch"]
+        stretch = f"--stretch {stretch}: give --stretch percentile, or a model trained on such files"
         print(f"{report.blank} of {report.added} pictures are all black or white under {stretch}", file=sys.stderr)
     if report.unknown:
         print(
@@ -299,15 +290,14 @@ def run_index(args) -> int:
     return 1 if report.rejected else 0
 
 
-def known_settings(location: str) -> dict:
-    """Towers, tiles, bands and stretch that an index was made with; none where there is no image in it yet."""
-    import store
+def recorded_model(location: str) -> str | None:
+    """The towers that an index was made with; None where there is no index yet."""
+    from store import Missing, record_of
 
     try:
-        with store.open(location) as index:
-            return index.record if index.count() else {}
-    except store.Missing:
-        return {}
+        return record_of(location)["model"]
+    except Missing:
+        return None
 
 
 # ----------------------------------------------------------------------------------------------------

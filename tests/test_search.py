@@ -85,7 +85,6 @@ def test_rejected_files_of_a_server_have_a_list_of_their_own(ask, two_dates, mat
     (tmp_path / "rejected.jsonl").write_text("another program's")
     report = IndexReport(rejected=[Rejected("a.tif", -1, "a.tif: broken")])
     monkeypatch.setattr("library.index_library", lambda *_, **__: report)
-    monkeypatch.setattr("search.known_settings", lambda _: {})
     words = ["index", two_dates / "2020", "--model", matcher]
     code, _, err = ask(*words, store="http://localhost:6333/my_library/")
     assert code == 1 and "a.tif: broken" in (tmp_path / "my_library.rejected.jsonl").read_text(), err
