@@ -367,7 +367,7 @@ def transformers_serve(name: str, folder: Path):
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         try:
-            end = time.monotonic() + 60
+            end = time.monotonic() + 180
             while True:
                 try:
                     opener.open(f"http://127.0.0.1:{port}/health", timeout=1)

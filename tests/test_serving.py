@@ -1,13 +1,14 @@
 """The way from an adapter to an OpenAI-compatible server: `train_vqa.py merge`, `transformers serve`, a request with an image."""
 
-import base64
 import importlib.util
+import json
 import re
 
 import pytest
 from PIL import Image
 
 import train_vqa
+from benchmarks import served_answers
 from model import VQA
 from scenes import Question
 from tests.conftest import draw, transformers_serve
@@ -15,21 +16,12 @@ from tests.conftest import draw, transformers_serve
 SERVING = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai", "transformers.cli.serve"))
 
 
-def turns(image, question: str, history=()) -> list[dict]:
-    """A conversation in the words of the protocol; the image stands in the first turn, before the text."""
-    said = [*(text for pair in history for text in pair), question]
-    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
-    url = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
-    messages[0]["content"] = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": said[0]}]
-    return messages
-
-
 @pytest.mark.skipif(not SERVING, reason="transformers serve needs fastapi, uvicorn and openai")
 def test_a_merged_adapter_says_the_same_behind_a_server(answerer, tmp_path, monkeypatch, call_main):
     from openai import BadRequestError, OpenAI
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    answerer(seed=5, strength=0.6, prompt="{question}").save_pretrained(tmp_path / "best_model")
+    answerer(seed=5, strength=0.6, prompt="{question}", max_answer_tokens=12).save_pretrained(tmp_path / "best_model")
     merge = ["merge", "--lora", tmp_path / "best_model", "--output", tmp_path / "merged"]
     assert call_main(train_vqa.main, *merge)[0] == 0
     model = VQA.from_pretrained(tmp_path / "best_model")
@@ -51,13 +43,28 @@ def test_a_merged_adapter_says_the_same_behind_a_server(answerer, tmp_path, monk
     with transformers_serve("merged", tmp_path) as url:
         client = OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
         how = {"model": "merged", "max_tokens": 12, "temperature": 0}
+        samples = []
         for (image, text, history), answer in zip(asked, expected):
-            messages = turns(image, text, history)
+            turns = [*(said for pair in history for said in pair), text]
+            messages = served_answers.messages_of(Image.open(image), turns)
             made = client.chat.completions.create(messages=messages, **how)
-            assert bare(made.choices[0].message.content) == bare(answer)
+            said = made.choices[0].message.content
+            assert bare(said) == bare(answer)
+            samples.append({"image": str(image), "prompt": text, "history": history, "caption": said, "before": "no"})
             parts = client.chat.completions.create(messages=messages, stream=True, **how)
             assert bare("".join(part.choices[0].delta.content or "" for part in parts if part.choices)) == bare(answer)
         prefix, _ = model.prompt.prefix((1, 6, 8))  # what is left of 168 x 140 under 112 x 112 pixels
         assert made.usage.prompt_tokens == len(prefix) + len(model.prompt.branches([text])[0][0])
         with pytest.raises(BadRequestError):
             client.chat.completions.create(messages=messages, **how | {"model": "other"})
+        asking = ["--run", tmp_path, "--base_url", url]
+        lines = [json.dumps(row) + "\n" for row in samples]
+        (tmp_path / "samples.jsonl").write_text("".join(lines))
+        status, printed, _ = call_main(served_answers.main, *asking)
+        assert status == 0 and "3 answers as after training, 0 as before" in printed
+        (tmp_path / "samples.jsonl").write_text("".join([*lines[:2], json.dumps(samples[2] | {"caption": "no"})]))
+        status, printed, _ = call_main(served_answers.main, *asking)
+        assert (
+            status == 1 and "2 answers as after" in printed and "flat.png: '图中有什么？': here 'no', there" in printed
+        )
+    assert "Connection error" in call_main(served_answers.main, *asking)[2]
