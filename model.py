@@ -669,11 +669,18 @@ class ClipEncoder(Encoder):
     project_text = project_image
 
     def tokenize(self, texts: list[str]) -> tuple[list[np.ndarray], int]:
-        """Token ids of each text with the marks its tokenizer sets around it, and how many texts were cut."""
-        limit = self.settings.max_text_tokens
+        """Token ids of each text with the marks its tokenizer sets around it, and how many texts were cut. Raises InputError
+        where the folder's tokenizer is another model's, with words that the text tower has not."""
+        limit, known = self.settings.max_text_tokens, self.model.config.text_config.vocab_size
         whole = self.tokenizer(texts)["input_ids"] if texts else []
         fill = {"padding": "max_length"} if self.fixed_length else {}
         rows = self.tokenizer(texts, truncation=True, max_length=limit, **fill)["input_ids"] if texts else []
+        if (largest := max(map(max, rows), default=0)) >= known:
+            where = self.settings.base_model
+            raise InputError(
+                f"{where}: its tokenizer knows a token {largest}, its text tower has {known}: they are not of one model;"
+                " load it again"
+            )
         return [np.array(row) for row in rows], sum(len(row) > limit for row in whole)
 
 

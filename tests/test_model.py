@@ -479,6 +479,10 @@ def test_a_clip_folder_is_strict(tmp_path):
     tensors["text_projection.weight"] = tensors.pop("stranger") + 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert DualEncoder.from_pretrained(folder).fingerprint != before
+    with (folder / "vocab.json").open() as file:
+        words = json.load(file)
+    (folder / "vocab.json").write_text(json.dumps(words | {"q</w>": 200}))
+    refused(lambda: DualEncoder.from_pretrained(folder).embed_texts(["q"]), folder, "a token 200", "text tower has 160")
     (folder / "preprocessor_config.json").unlink()
     refused(lambda: DualEncoder.from_pretrained(folder), folder, "image processor")
     refused(lambda: DualEncoder.from_pretrained(tmp_path), tmp_path, "not a matcher's checkpoint")
