@@ -378,7 +378,7 @@ class CaptionConfig(DataConfig):
     its own with its own image: the same loss and gradient, several times slower (for comparison)."""
 
     texts_per_scene: int = 0
-    """Captions of each image drawn per epoch (0: all)."""
+    """Captions of each image drawn per epoch (0: all), of its different prompts in turn."""
 
     pack_tokens: int = 16384
     """Tokens of one forward pass. A batch that needs more runs in several, with the gradient of the whole."""

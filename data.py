@@ -5,6 +5,7 @@ import json
 import os
 import re
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -734,10 +735,20 @@ class QuestionDataset(Dataset):
         epoch, index = key
         branches = self.branches[index]
         if self.texts_per_scene and len(branches) > self.texts_per_scene:
-            pick = np.random.default_rng((self.seed, epoch, index)).permutation(len(branches))[: self.texts_per_scene]
-            branches = [branches[i] for i in sorted(pick)]
+            branches = [branches[i] for i in self._drawn(epoch, index)]
         example = {"scene": index, "branches": branches} | self.image(self.scenes[index].image)
         return share_beginning(example) if self.share else example
+
+    def _drawn(self, epoch: int, index: int) -> list[int]:
+        """Which of a scene's texts an epoch takes: at random, but of all that is asked one answer before any second one, or
+        four short captions would outvote the one in detail or in another language."""
+        questions, before = self.scenes[index].questions, Counter()
+        turn: dict[int, int] = {}
+        for i in np.random.default_rng((self.seed, epoch, index)).permutation(len(questions)):
+            asked = questions[i].history, questions[i].text
+            turn[i] = before[asked]
+            before[asked] += 1
+        return sorted(sorted(turn, key=turn.get)[: self.texts_per_scene])
 
     def image(self, path: str) -> dict:
         """What a scene needs of its image: the prefix with room for it, and its tokens or its patches."""

@@ -54,6 +54,25 @@ def unsettled(model: Captioner) -> Captioner:
 # Packing
 
 
+def test_captions_are_drawn_of_all_prompts_in_turn(captioner, scenes):
+    model = captioner()
+    many = [Question(ASK, f"a road and {n} vehicles") for n in range(7)]
+    scene = QuestionScene(scenes[0].image, [*many, Question(ASK_ZH, "一条道路"), Question("In detail.", "two roads")])
+
+    def drawn(count):
+        data = QuestionDataset(
+            [scene], model.prompt, store=pixel_store(model), processor=model.processor, texts_per_scene=count
+        )
+        return [data._drawn(epoch, 0) for epoch in range(40)]
+
+    assert all(len(row) == 3 and row[1:] == [7, 8] for row in drawn(3))
+    assert {row[0] for row in drawn(3)} == set(range(7)), "of one prompt any"
+    pairs = drawn(2)
+    assert all(len({many[i].text if i < 7 else i for i in row}) == 2 for row in pairs), "never two of one prompt"
+    assert {i for row in pairs for i in row} >= {7, 8}
+    assert all(set(row) > {7, 8} for row in drawn(5)) and drawn(5) == drawn(5)
+
+
 KINDS = [{}, {"projector": "linear"}, {"projector": "pixel_shuffle"}, {"lora_rank": 4}, {"freeze_vision_model": False},
          {"freeze_language_model_except_layers": 3}]  # fmt: skip
 
