@@ -498,12 +498,12 @@ PRESETS: dict[str, dict[str, dict]] = {
             "freeze_language_model_except_layers": 4,  # all of them: the small base knows words, not images
             "projector_epochs": 0.5,
             "projector_stage_learning_rate": 1e-2,  # 0.46 nats at its end instead of 0.65: more goes through a new projector
-            "per_device_train_batch_size": 4,  # many small steps, as in the questions' preset
+            "per_device_train_batch_size": 8,  # 60 images a second instead of the 38 at 4, which 16 does not raise
             "per_device_eval_batch_size": 64,
             "max_eval_scenes": 100,
             "texts_per_scene": 2,  # of five, which say much the same: as good captions in two thirds of the time
-            "learning_rate": 2e-3,
-            "num_train_epochs": 2,  # its base reads tables of words already (demo_bases.py)
+            "learning_rate": 3e-3,
+            "num_train_epochs": 3,  # its base reads tables of words already (demo_bases.py)
             "logging_steps": 50,
             "metric_for_best_model": "loss",  # CIDEr of 100 images is too rough to choose by
             "dataloader_num_workers": 0,
