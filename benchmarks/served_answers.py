@@ -1,7 +1,7 @@
 """A merged adapter behind an OpenAI-compatible server says what the adapter said at the end of its training.
 
     python train_vqa.py merge --lora output/demo_chat/best_model --output merged
-    vllm serve merged --max-model-len 512 --limit-mm-per-prompt '{"image": 1, "video": 0}' --generation-config vllm
+    vllm serve merged --max-model-len 8192 --limit-mm-per-prompt '{"image": 1, "video": 0}' --generation-config vllm
     python benchmarks/served_answers.py --run output/demo_chat --base_url http://127.0.0.1:8000/v1
 
 Asks the server questions of the run's samples.jsonl, evenly taken from it, with their history, several at a time, and
@@ -70,8 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     client = OpenAI(base_url=args.base_url, api_key="none", timeout=120)
 
     def ask(sample) -> str:
-        questions = [settings["prompt"].replace("{question}", text) for text in sample["turns"][::2]]
-        turns = [text for pair in zip(questions, [*sample["turns"][1::2], None]) for text in pair][:-1]
+        turns = [
+            text if n % 2 else settings["prompt"].replace("{question}", text) for n, text in enumerate(sample["turns"])
+        ]
         picture = Image.fromarray(read_image(sample["image"], images).rgb)
         made = client.chat.completions.create(
             model=args.model, messages=messages_of(picture, turns), temperature=0, max_tokens=settings["max_answer_tokens"]

@@ -68,8 +68,7 @@ def test_captions_are_drawn_of_all_prompts_in_turn(captioner, scenes):
     assert all(len(row) == 3 and row[1:] == [7, 8] for row in drawn(3))
     assert {row[0] for row in drawn(3)} == set(range(7)), "of one prompt any"
     pairs = drawn(2)
-    assert all(len({many[i].text if i < 7 else i for i in row}) == 2 for row in pairs), "never two of one prompt"
-    assert {i for row in pairs for i in row} >= {7, 8}
+    assert all(row[1] > 6 for row in pairs) and {i for row in pairs for i in row} >= {7, 8}, "never two of one prompt"
     assert all(set(row) > {7, 8} for row in drawn(5)) and drawn(5) == drawn(5)
 
 
