@@ -182,6 +182,7 @@ def main(argv: list[str] | None = None) -> dict:
             model=model, task=PackedTask(evaluate), args=arguments, collator=collator, rates=rates,
             train_dataset=dataset_of(splits["train"], config.texts_per_scene),
             settings={"task": "caption", "settings": changed}, early_stopping=patience,
+            promised=("loss", "CIDEr"),
         )  # fmt: skip
 
     if main_process:

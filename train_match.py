@@ -312,6 +312,7 @@ def main(argv: list[str] | None = None) -> dict:
         settings={"task": "match", "settings": changed},
         rates={"image": config.image_learning_rate, "text": config.text_learning_rate, "head": head_rate},
         early_stopping=config.early_stopping_patience,
+        promised=("mR",),
     )
     results: dict = {"config": changed, "images": {name: len(scenes) for name, scenes in splits.items()}}
     tested = "test" if splits["test"] else "val"

@@ -387,6 +387,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             settings={"task": "chat" if chat else "vqa", "settings": changed},
             rates={"vision": config.vision_learning_rate, "merger": config.merger_learning_rate, "language": None},
             early_stopping=config.early_stopping_patience,
+            promised=("loss",) if chat else ("accuracy", "accuracy_bucketed"),
         )
 
     trainer = trainer_of(args)

@@ -145,6 +145,17 @@ def test_a_run_of_one_step_trains(run, tmp_path):
     assert any(value.any() for key, value in adapter(tmp_path / "run").items() if "lora_B" in key)
 
 
+def test_a_score_that_is_none_is_said_before_training(run, tmp_path):
+    choose = ["--no_blind_baseline", "--max_steps=2", "--load_best_model_at_end=true", "--save_strategy=steps",
+              "--eval_strategy=steps", "--save_steps=1", "--eval_steps=1"]  # fmt: skip
+    with pytest.raises(
+        InputError, match=r"--metric_for_best_model accuracy_presense: expected one of accuracy, .*_presence"
+    ):
+        run(*choose, "--metric_for_best_model=accuracy_presense", output="other")
+    assert not (tmp_path / "other" / "metrics.jsonl").exists(), "no step was made"
+    assert run(*choose, "--metric_for_best_model=eval_accuracy_presence")["best_step"] in (1, 2)
+
+
 def test_folders_that_cannot_be_written_are_said_first(run, tmp_path):
     (tmp_path / "file").write_text("")
     for flag, path in (
