@@ -501,7 +501,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             "per_device_train_batch_size": 8,  # 60 images a second instead of the 38 at 4, which 16 does not raise
             "per_device_eval_batch_size": 64,
             "max_eval_scenes": 100,
-            "texts_per_scene": 2,  # of five, which say much the same: as good captions in two thirds of the time
+            "texts_per_scene": 2,  # of five: the one in detail and one of four that say much the same, in two thirds of the time
             "learning_rate": 3e-3,
             "num_train_epochs": 3,  # its base reads tables of words already (demo_bases.py)
             "logging_steps": 50,

@@ -8,6 +8,7 @@ Loading is strict: a missing, unexpected or misshapen tensor is an error, never 
 import contextlib
 import hashlib
 import heapq
+import itertools
 import json
 import os
 import re
@@ -675,11 +676,10 @@ class ClipEncoder(Encoder):
         whole = self.tokenizer(texts)["input_ids"] if texts else []
         fill = {"padding": "max_length"} if self.fixed_length else {}
         rows = self.tokenizer(texts, truncation=True, max_length=limit, **fill)["input_ids"] if texts else []
-        if (largest := max(map(max, rows), default=0)) >= known:
-            where = self.settings.base_model
+        if (largest := max(itertools.chain.from_iterable(rows), default=0)) >= known:
             raise InputError(
-                f"{where}: its tokenizer knows a token {largest}, its text tower has {known}: they are not of one model;"
-                " load it again"
+                f"{self.settings.base_model}: its tokenizer knows a token {largest}, its text tower has {known}: they are not"
+                " of one model; load it again"
             )
         return [np.array(row) for row in rows], sum(len(row) > limit for row in whole)
 

@@ -11,8 +11,8 @@ two answers that are nearly as probable as each other may change places.
 
 import argparse
 import base64
+import functools
 import io
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -25,16 +25,19 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import InputError, user_errors  # noqa: E402
+from config import InputError, refuse_outside, user_errors  # noqa: E402
 from imagery import ImageSettings, read_image  # noqa: E402
 from scenes import load_json  # noqa: E402
 
 
-def messages_of(picture: Image.Image, turns: Sequence[str]) -> list[dict]:
-    """A conversation in the words of the protocol: questions and answers in turn, the picture before the first."""
+def png_url(picture: Image.Image) -> str:
     png = io.BytesIO()
     picture.save(png, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+def messages_of(url: str, turns: Sequence[str]) -> list[dict]:
+    """A conversation in the words of the protocol: questions and answers in turn, the picture at `url` before the first."""
     made = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
     made[0]["content"] = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": turns[0]}]
     return made
@@ -42,11 +45,8 @@ def messages_of(picture: Image.Image, turns: Sequence[str]) -> list[dict]:
 
 def read_samples(run: Path) -> list[dict]:
     """[{"image", "turns", "before", "after"}] of a run's samples.jsonl, of either task. Raises InputError."""
-    path = run / "samples.jsonl"
-    if not path.exists():
-        raise InputError(f"{path} is missing: give the folder of a finished train_vqa.py run with --run")
     found = []
-    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+    for row in load_json(run / "samples.jsonl"):
         image, question, after = (row.get(a, row.get(b)) for a, b in
                                   (("image", "image_path"), ("prompt", "question"), ("caption", "after")))  # fmt: skip
         turns = [*(text for pair in row.get("history", ()) for text in pair), question]
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_samples", type=int, default=200)
     parser.add_argument("--concurrency", type=int, default=8, help="requests on their way at a time")
     args = parser.parse_args(argv)
+    refuse_outside(args, num_samples=(1, 10**9), concurrency=(1, 1024))
 
     settings = load_json(args.run / "best_model" / "vqa.json")
     images = ImageSettings.from_dict(settings["images"])
@@ -69,14 +70,18 @@ def main(argv: list[str] | None = None) -> int:
     samples = samples[:: max(1, len(samples) // args.num_samples)][: args.num_samples]
     client = OpenAI(base_url=args.base_url, api_key="none", timeout=120)
 
+    @functools.lru_cache(64)  # the samples of an image follow one another
+    def url_of(path: str) -> str:
+        return png_url(Image.fromarray(read_image(path, images).rgb))
+
     def ask(sample) -> str:
         turns = [
             text if n % 2 else settings["prompt"].replace("{question}", text) for n, text in enumerate(sample["turns"])
         ]
-        picture = Image.fromarray(read_image(sample["image"], images).rgb)
+        messages = messages_of(url_of(sample["image"]), turns)
         made = client.chat.completions.create(
-            model=args.model, messages=messages_of(picture, turns), temperature=0, max_tokens=settings["max_answer_tokens"]
-        )  # fmt: skip
+            model=args.model, messages=messages, temperature=0, max_tokens=settings["max_answer_tokens"]
+        )
         return (made.choices[0].message.content or "").strip()
 
     started = time.perf_counter()

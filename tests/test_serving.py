@@ -46,7 +46,7 @@ def test_a_merged_adapter_says_the_same_behind_a_server(answerer, tmp_path, monk
         samples = []
         for (image, text, history), answer in zip(asked, expected):
             turns = [*(said for pair in history for said in pair), text]
-            messages = served_answers.messages_of(Image.open(image), turns)
+            messages = served_answers.messages_of(served_answers.png_url(Image.open(image)), turns)
             made = client.chat.completions.create(messages=messages, **how)
             said = made.choices[0].message.content
             assert bare(said) == bare(answer)
