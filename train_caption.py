@@ -25,7 +25,7 @@ from data import QuestionCollator, QuestionDataset, drop_too_long, drop_unreadab
 from imagery import ImageSettings, read_image
 from model import Captioner, base_folder, pixel_store, weight_files
 from scenes import QuestionScene, captions_as_answers, image_files, load_splits
-from trainer import PackedTask, SceneTrainer, held_out_loss, read_history, write_json
+from trainer import PackedTask, SceneTrainer, check_best_metric, held_out_loss, read_history, write_json
 
 # ----------------------------------------------------------------------------------------------------
 # Data
@@ -182,11 +182,11 @@ def main(argv: list[str] | None = None) -> dict:
             model=model, task=PackedTask(evaluate), args=arguments, collator=collator, rates=rates,
             train_dataset=dataset_of(splits["train"], config.texts_per_scene),
             settings={"task": "caption", "settings": changed}, early_stopping=patience,
-            promised=("loss", "CIDEr"),
         )  # fmt: skip
 
     if main_process:
         write_json(run / "config.json", {"task": "caption", "settings": changed})
+    check_best_metric(args, ("loss", "CIDEr"), lambda: evaluate(model))
     resume = args.resume_from_checkpoint
     first_stage = not resume or Path(resume).parent.name == PROJECTOR_STAGE
     if config.projector_epochs and first_stage:

@@ -30,7 +30,7 @@ from imagery import ImageSettings, colour_histogram, read_image
 from losses import Relations, backward_through_embeddings, count_terms, match_loss, mine_negatives
 from model import DualEncoder, pixel_store
 from scenes import CHINESE, Scene, describe, load_json, load_splits
-from trainer import SceneTrainer, gather_rows, read_history, write_json
+from trainer import SceneTrainer, check_best_metric, gather_rows, read_history, write_json
 
 IDS = ("scene_ids", "scene_texts", "text_ids", "triplets")
 
@@ -303,16 +303,20 @@ def main(argv: list[str] | None = None) -> dict:
     head_rate = config.head_learning_rate
     if head_rate is None:
         head_rate = args.learning_rate * (1 if "full" in (config.image_tower, config.text_tower) else 10)
+
+    def evaluate(current):
+        return watched_metrics(score(current, watched)[0])
+
+    check_best_metric(args, ("mR",), lambda: evaluate(model))
     trainer = SceneTrainer(
         model=model,
-        task=MatchTask(config, lambda current: watched_metrics(score(current, watched)[0])),
+        task=MatchTask(config, evaluate),
         args=args,
         train_dataset=train,
         collator=MatchCollator(train, model.processor, model.tokenizer.pad_token_id),
         settings={"task": "match", "settings": changed},
         rates={"image": config.image_learning_rate, "text": config.text_learning_rate, "head": head_rate},
         early_stopping=config.early_stopping_patience,
-        promised=("mR",),
     )
     results: dict = {"config": changed, "images": {name: len(scenes) for name, scenes in splits.items()}}
     tested = "test" if splits["test"] else "val"

@@ -34,7 +34,7 @@ from data import QuestionCollator, QuestionDataset, drop_too_long, drop_unreadab
 from imagery import ImageSettings, read_image
 from model import VQA, pixel_store, read_config
 from scenes import QuestionScene, is_chinese, load_splits, read_chat, read_conversations, sample_scenes
-from trainer import PackedTask, SceneTrainer, held_out_loss, read_history, write_json
+from trainer import PackedTask, SceneTrainer, check_best_metric, held_out_loss, read_history, write_json
 
 # ----------------------------------------------------------------------------------------------------
 # Data
@@ -387,9 +387,10 @@ def main(argv: list[str] | None = None) -> dict | None:
             settings={"task": "chat" if chat else "vqa", "settings": changed},
             rates={"vision": config.vision_learning_rate, "merger": config.merger_learning_rate, "language": None},
             early_stopping=config.early_stopping_patience,
-            promised=("loss",) if chat else ("accuracy", "accuracy_bucketed"),
         )
 
+    promised = ("loss",) if chat else ("accuracy", "accuracy_bucketed")
+    check_best_metric(args, promised, lambda: evaluate(model, blind=False))
     trainer = trainer_of(args)
     if main_process:
         write_json(run / "config.json", trainer.settings)

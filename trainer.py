@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -39,19 +39,25 @@ class NoStepAfterTheLast(TrainerCallback):
             raise _Finished
 
 
+def check_best_metric(args, promised: Collection[str], evaluate: Callable[[], dict]) -> None:
+    """Raises InputError unless the score that chooses the best step is `promised`, whatever the data, or one of those that
+    `evaluate` finds. To be called before training: the first evaluation may be hours away."""
+    best = args.metric_for_best_model.removeprefix("eval_") if args.load_best_model_at_end else None
+    if best and best not in promised and best not in (found := evaluate()):
+        raise InputError(f"--metric_for_best_model {best}: expected one of {', '.join(found)}")
+
+
 class SceneTrainer(Trainer):
     """Trains `model` on scenes; see the module's docstring for what `task` provides.
 
     `model` provides `save_pretrained(folder, state_dict)`, `load_trained(folder)`, `trained_names()` and
     `parameter_groups()`. `settings` (JSON-able) is written to `config.json` of the run and of every checkpoint.
-    `promised`: scores that `task.evaluate` gives whatever the data.
     """
 
     def __init__(
-        self, *, model, task, args, train_dataset, collator, settings: dict, rates: dict, early_stopping: int = 0,
-        promised: Collection[str] = (),
-    ):  # fmt: skip
-        self.task, self.settings, self.rates, self.promised = task, settings, rates, promised
+        self, *, model, task, args, train_dataset, collator, settings: dict, rates: dict, early_stopping: int = 0
+    ):
+        self.task, self.settings, self.rates = task, settings, rates
         callbacks = [MetricsFile(), EpochOfSampler(self)]
         if early_stopping:
             callbacks.append(EarlyStoppingCallback(early_stopping))
@@ -119,8 +125,6 @@ class SceneTrainer(Trainer):
         return terms.clamp(min=1)
 
     def train(self, *args, **kwargs):
-        if self._best_metric() not in (None, *self.promised):
-            self._scores()  # whether the data gives it is known now, not after the hours to the first evaluation
         # Under autocast a product takes its inputs to 16 bits. peft makes what LoRA reads float32 first: one more copy of
         # every layer's input, in time and in memory, for the same numbers.
         self.model.train()
@@ -167,28 +171,18 @@ class SceneTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         start = time.perf_counter()
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in self._scores().items()}
-        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _best_metric(self) -> str | None:
-        best = self.args.metric_for_best_model if self.args.load_best_model_at_end else None
-        return best and best.removeprefix("eval_")
-
-    def _scores(self) -> dict[str, float]:
-        """What `task.evaluate` finds. Raises InputError where the score that is to choose the best step is none of it."""
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
         with self.accelerator.autocast():
             found = self.task.evaluate(model)
         model.train(training)  # here, not in every step: it visits thousands of modules
-        best = self._best_metric()
-        if best and best not in found:
-            raise InputError(f"--metric_for_best_model {best}: expected one of {', '.join(found)}")
-        return found
+        check_best_metric(self.args, (), lambda: found)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # -- checkpoints: written beside, then renamed, so that a folder named checkpoint-N is always whole
 

@@ -176,6 +176,10 @@ def test_errors_name_the_flag_the_file_or_the_command(run, drawn, bases, tmp_pat
         run(data=tmp_path)
     with pytest.raises(InputError, match="expected 0 to 3, the layers of"):
         run("--freeze_language_model_except_layers=8")
+    best = ["--projector_epochs=1", "--load_best_model_at_end=true", "--save_strategy=epoch", "--eval_strategy=epoch"]
+    with pytest.raises(InputError, match=r"--metric_for_best_model cider: expected one of loss, CIDEr_en"):
+        run(*best, "--metric_for_best_model=cider", output="other")
+    assert not (tmp_path / "other" / "projector").exists(), "before the first stage"
     (tmp_path / "run" / "final").mkdir(parents=True, exist_ok=True)
     with pytest.raises(InputError, match="holds a run already"):
         run()
