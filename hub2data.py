@@ -30,18 +30,17 @@ import pyarrow
 from config import SPLITS, InputError, user_errors
 from imagery import ImageError, image_format, image_size
 from report import csv_text
-from scenes import TEXT_FIELDS, TYPE_FIELDS
+from scenes import ANSWER_FIELDS, TEXT_FIELDS, TYPE_FIELDS
 
 NAMES = {  # what is looked for, and the names of columns that hold it, best first
     "image": ("image", "img", "picture", "jpg", "png", "tif"),
     "name": ("filename", "file_name", "image_name", "image_id", "img_id", "name", "__key__"),
-    "caption": (*TEXT_FIELDS, "raw", "txt"),
     "question": ("question", "questions"),
-    "answer": ("answer", "answers"),
+    "answer": ("answer", "answers", *ANSWER_FIELDS[1:-1]),  # "label" is a class here
+    "caption": (*TEXT_FIELDS, "raw", "txt"),
     "type": (*TYPE_FIELDS, "category"),
     "label": ("label", "labels", "class", "class_name", "scene"),
 }
-HELD_OUT = ("test", "val", "train", "")  # of an image in several splits, the first of these is its split
 ENDINGS = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}  # of the others: their name
 
 
@@ -74,6 +73,18 @@ def read_splits(source: str, config: str | None) -> dict:
         raise InputError(f"{source}: cannot be loaded as a dataset: {type(error).__name__}: {reason}") from None
 
 
+def split_names(splits) -> dict[str, str | None]:
+    """{split as the dataset calls it: ours, or None where it is none of train, val and tests}. All are "", and what is written
+    has no split, where there is only one (the hub calls all of a dataset "train") or none is known."""
+    ours = {}
+    for split in splits:
+        name = SPLITS.get(split.lower(), split)
+        if name not in SPLITS.values():  # RSVQA HR has two tests
+            name = "test_" + re.sub(r"\W", "_", name[4:]).lstrip("_") if name.lower().startswith("test") else None
+        ours[split] = name
+    return ours if len(ours) > 1 and any(ours.values()) else dict.fromkeys(ours, "")
+
+
 def find_columns(features: dict, given: dict[str, str | None]) -> dict[str, str]:
     """{"image": column, ...} of what there is. Raises InputError: no image, nothing to learn, a column that is not there."""
     listed = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
@@ -83,7 +94,11 @@ def find_columns(features: dict, given: dict[str, str | None]) -> dict[str, str]
             if given[what] not in features:
                 raise InputError(f"--{what} {given[what]}: no such column; there are: {listed}")
             found[what] = given[what]
-        elif column := next((name for name in names if name in features), None):
+            continue
+        if what == "answer" and "question" not in found:
+            names = names[:2]  # "ground_truth" is a caption then
+        taken = {*found.values(), *given.values()}
+        if column := next((name for name in names if name in features and name not in taken), None):
             found[what] = column
     pictures = [name for name, kind in features.items() if _holds_pictures(kind)]
     if not given.get("image") and found.get("image") not in pictures:
@@ -135,7 +150,7 @@ class Folder:
         if digest in self.names:
             return self.names[digest]
         stem = os.path.splitext(re.split(r"[/\\]", wanted)[-1])[0]
-        stem = re.sub(r"[^\w.-]", "_", stem).lstrip(".") or "image"
+        stem = re.sub(r"[^\w.-]", "_", stem).lstrip(".")[:60] or "image"
         new = self.root / f"{stem}.new"
         new.write_bytes(data)
         try:
@@ -162,13 +177,15 @@ def texts_of(value) -> list[str]:
 
 
 def collect(splits: dict, columns: dict[str, str], folder: Folder) -> tuple[dict[str, dict], list[str]]:
-    """({image: {"captions", "questions", "label", "split"}}, reasons why rows were left out). The split is "", and what is
-    written has none, where there is only one (the hub calls all of a dataset "train") or its name is not in SPLITS."""
+    """({image: {"captions", "questions", "label", "split"}}, reasons why rows were left out) of {split: rows}. The split is that
+    of `split_names`."""
     import datasets
     from tqdm import tqdm
 
     images, refused = {}, []
-    for split, rows in splits.items():
+    for (split, rows), ours in zip(splits.items(), split_names(splits).values()):
+        if ours is None:
+            continue
         rows = rows.cast_column(columns["image"], datasets.Image(decode=False))
         label = rows.features.get(columns.get("label"))
         bar = tqdm(rows, desc=split, unit="row", leave=False, disable=not sys.stderr.isatty())
@@ -180,16 +197,15 @@ def collect(splits: dict, columns: dict[str, str], folder: Folder) -> tuple[dict
             except ImageError as error:
                 refused.append(f"{split}, row {number}: {error}")
                 continue
-            found = {
-                "split": SPLITS.get(split, "") if len(splits) > 1 else "",
-                "captions": [],
-                "questions": [],
-                "label": None,
-                "rows": 0,
-            }
+            try:
+                questions = questions_of(row, columns) if "question" in columns else []
+            except InputError as error:
+                refused.append(f"{split}, row {number}: {error}")
+                continue
+            found = {"split": ours, "captions": [], "questions": [], "label": None, "rows": 0}
             known = images.setdefault(name, found)
             if known["split"] != found["split"]:
-                first, last = sorted((known, found), key=lambda one: HELD_OUT.index(one["split"]))
+                first, last = sorted((known, found), key=_held_out)
                 reason = f"{name}: a row of split {last['split'] or split}: the image is in {first['split']} too"
                 if first is known:
                     refused.append(reason)
@@ -198,22 +214,29 @@ def collect(splits: dict, columns: dict[str, str], folder: Folder) -> tuple[dict
                 known = images[name] = found
             known["rows"] += 1
             known["captions"] += texts_of(row.get(columns.get("caption")))
-            if "question" in columns:
-                known["questions"] += questions_of(row, columns)
+            known["questions"] += questions
             value = row.get(columns.get("label"))
-            if isinstance(label, datasets.ClassLabel) and isinstance(value, int) and value >= 0:
-                value = label.int2str(value)
+            if isinstance(label, datasets.ClassLabel) and isinstance(value, int):
+                value = label.int2str(value) if value >= 0 else None  # the hub's -1: not labelled
             if isinstance(value, (str, int)) and str(value).strip():
                 known["label"] = str(value).strip()
     return images, refused
 
 
+def _held_out(found: dict) -> tuple[bool, bool]:
+    """Orders splits by what an image that is in several belongs to: a test, then val."""
+    return not found["split"].startswith("test"), found["split"] != "val"
+
+
 def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
-    """A row's questions: one, or a list with a list of as many answers."""
+    """A row's questions: one, or a list with a list of as many answers. Raises InputError."""
     asked, answers = row[columns["question"]], row[columns["answer"]]
     asked, answers = ([v] if not isinstance(v, list) else v for v in (asked, answers))
+    answers = [v.get("answer") if isinstance(v, dict) else v for v in answers]  # VQAv2's
     if len(answers) > len(asked) == 1:  # several people's: the most frequent, the first of equals
         answers = [Counter(map(str, answers)).most_common(1)[0][0]]
+    if len(answers) != len(asked):
+        raise InputError(f"{len(asked)} questions and {len(answers)} answers")
     kind = row.get(columns.get("type"))
     return [{"question": str(q).strip(), "answer": str(a).strip(), "type": kind if isinstance(kind, str) else ""}
             for q, a in zip(asked, answers) if q is not None and a is not None]  # fmt: skip
@@ -250,11 +273,21 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{args.dataset}: its files do not say what their columns are")
     columns = find_columns(features, {what: getattr(args, what) for what in NAMES})
     print("columns: " + ", ".join(f"{what} = {column}" for what, column in columns.items()))
+    for split, ours in split_names(splits).items():
+        if ours is None:
+            print(f"split {split}: left out, it is none of train, val and test")
+    empty = output.exists()  # as seen above; perhaps a link, or where a disk is mounted: it stays, and is filled
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as partial:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output if empty else output.parent) as partial:
             made = Path(partial) / "made"
-            images, refused = collect(splits, columns, Folder(made / "images"))
+            try:
+                images, refused = collect(splits, columns, Folder(made / "images"))
+            except (InputError, pyarrow.ArrowException):
+                raise
+            except (ValueError, TypeError) as error:  # datasets' own, of files with other columns
+                reason = " ".join(str(error).split())[:300]
+                raise InputError(f"{args.dataset}: its files are no one table: {reason}; convert them apart") from None
             files = files_of(images, output)
             if not files:
                 raise InputError(
@@ -264,9 +297,11 @@ def main(argv: list[str] | None = None) -> None:
                 (made / name).write_text(text, encoding="utf-8")
             if refused:
                 (made / "rejected.txt").write_text("\n".join(refused) + "\n", encoding="utf-8")
-            if output.exists():
-                output.rmdir()  # empty, as seen above
-            made.rename(output)
+            if empty:
+                for child in made.iterdir():
+                    child.rename(output / child.name)
+            else:
+                made.rename(output)
     except OSError as error:
         raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
     except pyarrow.ArrowException as error:

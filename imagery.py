@@ -317,13 +317,16 @@ class _Raster:
     def read(self, bands, window, out, settings, nearest=False):
         """Bands of `window` as `out` (H, W): data (C, H, W) in the file's type and mask (C, H, W), True for data."""
         nodata = settings.nodata
-        # GDAL marks band 4 of 4 as alpha where nothing is said; a sensor with files of four bands measures in it.
+        # GDAL marks band 4 of 4 as alpha where nothing is said; a sensor with files of four bands measures in it, and so
+        # does a band that is asked for by its number.
         _, layouts = SENSORS.get(settings.bands, (None, {}))
         flags = self.src.mask_flag_enums
-        measured = len(self.colours) in layouts and any(MaskFlags.alpha in flags[band - 1] for band in bands)
-        # Averaging is the honest way down, but the mean of two palette numbers is some third colour, and GDAL leaves
-        # out of a mean only what the file itself marks as missing.
-        nearest = nearest or self.palette or nodata is not None or measured
+        named = len(self.colours) in layouts or any(self.colours[band - 1] == ColorInterp.alpha for band in bands)
+        measured = named and any(MaskFlags.alpha in flags[band - 1] for band in bands)
+        # Averaging is the honest way down, but the mean of two palette numbers is some third colour, that of radar's
+        # complex numbers of random phases is nothing, and GDAL leaves out of a mean only what the file itself marks as
+        # missing.
+        nearest = nearest or self.palette or nodata is not None or measured or self.dtype.kind == "c"
         resampling = Resampling.nearest if nearest else Resampling.average
         with _gdal(self.path):  # one call for pixels and mask: nodata tags, alpha bands, internal masks
             read = self.src.read(

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import errno
 import fnmatch
+import glob
 import hashlib
 import json
 import logging
@@ -61,9 +62,14 @@ LIKE = {
 def _mend(folder: Path) -> str:
     """The command that repairs `folder`."""
     folder = folder.absolute()
-    if folder.parent.name == "demo" and folder.name in DEMO:
-        return "run `python load.py --preset demo`"
-    return f"run `python load.py {folder.parent.name}/{folder.name}`"
+    if folder.parent.name == "models":
+        return (
+            f"put it there whole (`python load.py FILE.pt` where it was made of a checkpoint), after removing {folder}"
+        )
+    demo = folder.parent.name == "demo" and folder.name in DEMO
+    root = folder.parents[2 if demo else 1]
+    elsewhere = "" if root == Path.cwd() else f" --root {root}"
+    return f"run `python load.py {'--preset demo' if demo else f'{folder.parent.name}/{folder.name}'}{elsewhere}`"
 
 
 def _read_json(path: Path) -> dict:
@@ -84,25 +90,15 @@ def _safetensors_keys(path: Path) -> set[str]:
     the header says where the last tensor ends, and the file must end there too.
 
     Raises InputError if the file is missing, short, too long or has an unreadable header."""
-    mend = f"delete it and {_mend(path.parent)}"
+    from safetensors import SafetensorError, safe_open
+
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise InputError(f"{path} is cut short ({size:,} bytes, its header alone needs more): {mend}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        with safe_open(path, "np") as file:
+            return set(file.keys())
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {_mend(path.parent)}") from None
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{path} has no readable safetensors header ({type(error).__name__}): {mend}") from None
-    if size != end:
-        raise InputError(f"{path} has {size:,} bytes where its header promises {end:,}: {mend}")
-    return set(header)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not whole ({error}): delete it and {_mend(path.parent)}") from None
 
 
 def verify_model(folder: str | os.PathLike) -> None:
@@ -116,7 +112,8 @@ def verify_model(folder: str | os.PathLike) -> None:
     config = _read_json(folder / "config.json")
     if "model_type" not in config:
         raise InputError(f"{folder / 'config.json'} names no model_type: delete it and {_mend(folder)}")
-    _read_json(folder / "tokenizer_config.json")
+    if (folder / "tokenizer_config.json").exists() or not (folder / "vocab.txt").is_file():  # BERT's needs none:
+        _read_json(folder / "tokenizer_config.json")  # Chinese-CLIP is published without
     if (folder / "tokenizer.json").exists():
         _read_json(folder / "tokenizer.json")
     elif not any((folder / name).is_file() for name in ("spiece.model", "vocab.txt")):  # SigLIP's, BERT's
@@ -213,9 +210,12 @@ def convert_bin(folder: Path) -> None:
 
 def _check_space(folder: Path, sizes: dict[str, int]) -> None:
     """Raises InputError if what is still to come does not fit beside `folder`."""
-    there = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0
+    brought = []  # of each file, whole or in part, under its name and what a client adds to it
+    for path, size in sizes.items():
+        parts = folder.rglob(f"{glob.escape(Path(path).name)}*")
+        brought.append(min(size, max((part.stat().st_size for part in parts if part.is_file()), default=0)))
     extra = sum(size for path, size in sizes.items() if path.endswith(".bin"))  # kept until it is converted
-    need = max(0, sum(sizes.values()) - there) + extra
+    need = sum(sizes.values()) - sum(brought) + extra
     home = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(home).free
     if need > free:
@@ -344,7 +344,8 @@ class _Hub:
                     headers.pop("authorization", None)
                 with part.open("ab") as file:
                     if file.tell() > size:
-                        file.truncate(0)
+                        file.seek(0)
+                        file.truncate()
                     http_get(found.location, file, resume_size=file.tell(), headers=headers, expected_size=size)
                 part.replace(folder / path)
 
@@ -636,7 +637,9 @@ def main(argv=None) -> None:
     root = Path(args.root)
     files = [name for name in args.models if name.endswith(CHECKPOINTS)]
     for name in files:
-        if not Path(name).is_file() and (name.count("/") < 2 or ".." in name or args.source not in HUBS):
+        if not Path(name).is_file() and (
+            name.count("/") < 2 or name[0] in "/.~" or ".." in name or args.source not in HUBS
+        ):
             raise InputError(f"{name}: no such file; on a hub it is ORG/NAME/{Path(name).name}")
     args.models = [name for name in args.models if name not in files]
     for name in args.models:
@@ -646,12 +649,15 @@ def main(argv=None) -> None:
     demo = args.preset == "demo" and not args.models and not files
     names = args.models or ([] if files else [f"models/demo/{name}" for name in DEMO] if demo else FULL)
 
+    converted = {
+        name: root / ("models" if Path(name).is_file() else name.split("/")[0]) / Path(name).stem for name in files
+    }
     if args.check:
         broken = 0
-        for name in names:
+        for folder in [*(root / name for name in names), *converted.values()]:
             try:
-                verify_model(root / name)
-                print(f"whole    {root / name}")
+                verify_model(folder)
+                print(f"whole    {folder}")
             except InputError as error:
                 broken += 1
                 print(f"NOT OK   {error}", file=sys.stderr)
@@ -681,13 +687,11 @@ def main(argv=None) -> None:
                 raise InputError(f"--source {args.source} is neither modelscope, huggingface nor a folder")
             copy_model(name, Path(args.source), root, only=len(names) == 1)
         print(f"whole    {root / name}")
-    for name in files:
-        path, folder = Path(name), root / "models" / Path(name).stem
-        if not path.is_file():
-            folder = root / name.split("/")[0] / path.stem
-            if not folder.exists():  # else there is no need to bring it
-                print(f"{name} from {args.source} ...", flush=True)
-                path = download_file(name, root, args.source, args.token, args.endpoint)
+    for name, folder in converted.items():
+        path = Path(name)
+        if not path.is_file() and not folder.exists():  # else there is no need to bring it
+            print(f"{name} from {args.source} ...", flush=True)
+            path = download_file(name, root, args.source, args.token, args.endpoint)
         convert_open_clip(path, folder, args.like, root)
         print(f"whole    {folder}")
 

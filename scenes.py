@@ -19,9 +19,6 @@ from pathlib import Path
 from config import SPLITS, SURROGATE, DataConfig, InputError, by_content
 from imagery import ImageError, image_size
 
-CHINESE = re.compile(r"[\u4e00-\u9fff]")
-
-
 # ----------------------------------------------------------------------------------------------------
 # Files -> scenes
 
@@ -216,23 +213,21 @@ def read_scenes(
     form, entries, fields = _form_of(path, content, roots)
     result = SceneFile([], [], rows=len(entries))
     scenes: dict[str, Scene] = {}
-    found: dict[str, str | None] = {}  # image name -> path, or None with its reason in `bad`
-    bad: dict[str, str] = {}
+    found: dict[str, str | ImageError] = {}  # image name -> path, or why there is none
     seen: dict[tuple, int] = {}  # (image, text, negative) -> its row
     find = _find_image if among is None else _Among(among)
     for number, entry in enumerate(entries):
         try:
             name, rows, split, empty = _rows_of(form, entry, fields)
             if name not in found:
-                found[name] = None
                 try:
                     found[name] = find(name, roots)
                     if found[name] != _Among.OTHER:
                         image_size(found[name])
                 except ImageError as error:
-                    found[name], bad[name] = None, str(error)
-            if found[name] is None:
-                raise InputError(bad[name])
+                    found[name] = error
+            if isinstance(found[name], ImageError):
+                raise found[name]
         except InputError as error:
             result.rejected.append(Rejected(str(path), number, str(error)))
             continue
@@ -247,7 +242,7 @@ def read_scenes(
         if scene.split != split:
             raise InputError(f"{path}: row {number}: image {name!r} is in split {split!r} and in {scene.split!r}")
         for text, negative in rows:
-            if language != "all" and (language == "zh") != bool(CHINESE.search(text)):
+            if language != "all" and (language == "zh") != is_chinese(text):
                 continue
             key = (scene.image, text, negative)
             if seen.get(key, number) == number:
@@ -296,7 +291,7 @@ class _Among:
             if image := self.paths.get(os.path.realpath(root / name)):
                 return image
         base = os.path.basename(name)
-        image, own = self.names.get(base), next((root / name for root in roots if (root / name).is_file()), None)
+        image, own = self.names.get(base), next((root / name for root in roots if os.path.isfile(root / name)), None)
         if image is None or (own and not filecmp.cmp(own, image, shallow=False)):  # another picture of that name
             return self.OTHER
         if not own and self.taken.setdefault(base, name) != name:
@@ -329,7 +324,7 @@ def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list, tuple[s
     if isinstance(content, dict) and content and all(map(_is_nwpu, content.values())):
         entries = []
         for label, rows in content.items():
-            folder = any((root / label / rows[0]["filename"]).is_file() for root in roots)
+            folder = any(os.path.isfile(root / label / rows[0]["filename"]) for root in roots)
             for row in rows:
                 row = row if isinstance(row, dict) else {}
                 keys = [key for key in row if re.fullmatch(r"raw(_\d+)?", key)] or ["raw"]
@@ -400,9 +395,11 @@ def _rows_of(form: str, entry, fields: tuple[str, str]) -> tuple[str, list[tuple
 
 
 def _split_in(entry: dict):
-    """The split that a row names, under our name for it; None where it names none."""
+    """The split that a row names, under our name for it; None where it names none. Raises InputError: no text."""
     split = entry.get(_field(entry, ("split",)))
-    return (SPLITS.get(split.strip().lower(), split.strip()) if isinstance(split, str) else split) or None
+    if not isinstance(split, str | None):
+        raise InputError(f"field 'split': expected a text, found {type(split).__name__} {json.dumps(split)[:60]}")
+    return SPLITS.get(split.strip().lower(), split.strip()) or None if split else None
 
 
 def _says_nothing(text) -> bool:
@@ -434,19 +431,20 @@ def _roots(image_root: str | None) -> list[Path]:
 
 def _find_image(name: str, roots: list[Path]) -> str:
     for root in roots:
-        if (root / name).is_file():
+        if os.path.isfile(root / name):  # Path's own raises where a name is too long or a folder is locked
             return str(root / name)
     if "\\" in name:  # written on Windows
         return _find_image(name.replace("\\", "/"), roots)
     below = [
         str(folder / name)
         for folder in dict.fromkeys(f for root in roots for f in _folders_in(root))
-        if (folder / name).is_file()
+        if os.path.isfile(folder / name)
     ]
     if len(below) == 1:  # RSICD_images/ beside the file, train2017/ and val2017/ in the root
         return below[0]
     remedy = f"it may be {below[0]} or {below[1]}: set --image_root" if below else "set --image_root"
-    raise ImageError(f"{name}: no such image in {' or '.join(str(root) for root in roots)} ({remedy})")
+    shown = name if len(name) <= 200 else f"{name[:60]}... ({len(name)} characters)"
+    raise ImageError(f"{shown}: no such image in {' or '.join(str(root) for root in roots)} ({remedy})")
 
 
 @functools.lru_cache(maxsize=8)
@@ -521,23 +519,22 @@ def read_conversations(
         )
     roots = _roots(image_root) or [path.parent, path.parent / "images"]
     result, scenes = SceneFile([], [], rows=len(content)), {}
-    found: dict[str, str | InputError] = {}
+    found: dict[str, str | ImageError] = {}
     seen = set()
     for number, entry in enumerate(content):
         try:
-            name, questions = _questions_of(entry)
+            (name, questions), split = _questions_of(entry), _split_in(entry)
             if name not in found:
                 try:
                     found[name] = _find_image(name, roots)
                     image_size(found[name])
                 except ImageError as error:
-                    found[name] = InputError(str(error))
-            if isinstance(found[name], InputError):
+                    found[name] = error
+            if isinstance(found[name], ImageError):
                 raise found[name]
         except InputError as error:
             result.rejected.append(Rejected(str(path), number, str(error)))
             continue
-        split = _split_in(entry)
         scene = scenes.setdefault(found[name], QuestionScene(found[name], split=split))
         if scene.split != split:
             raise InputError(f"{path}: row {number}: image {name!r} is in split {split!r} and in {scene.split!r}")
@@ -686,7 +683,7 @@ def image_files(folder: str | Path, files: list[Path] | None = None) -> list[Pat
 
 def is_chinese(text: str) -> bool:
     """Whether there is a Chinese character in a text."""
-    return bool(CHINESE.search(text))
+    return bool(re.search(r"[\u4e00-\u9fff]", text))
 
 
 def has_word(text: str) -> bool:
@@ -823,12 +820,8 @@ def refuse_absent_split(wanted: str, named: set[str | None]) -> None:
         raise InputError(f"--test_split {wanted}: no row is of that split; expected {' or '.join(there) or 'test'}")
 
 
-def find_leaks(
-    splits: dict[str, list[Scene]], content: dict[str, str] | None = None
-) -> list[tuple[str, str, str, str]]:
-    """Images of one split that are in another too, by content: [(path, split, path, split)]. content: what `by_content` says
-    of the images, where that is known."""
-    content = content or by_content(images_of(splits))
+def find_leaks(splits: dict[str, list[Scene]], content: dict[str, str]) -> list[tuple[str, str, str, str]]:
+    """Images of one split that are in another too: [(path, split, path, split)]. content: what `by_content` says of them."""
     first: dict[str, tuple[str, str]] = {}
     leaks = []
     for split, scenes in splits.items():
@@ -849,7 +842,7 @@ def describe(splits: dict[str, list[Scene]]) -> str:
     parts = []
     for name, scenes in splits.items():
         if scenes:
-            texts = Counter("zh" if CHINESE.search(text) else "en" for scene in scenes for text in scene.texts)
+            texts = Counter("zh" if is_chinese(text) else "en" for scene in scenes for text in scene.texts)
             kinds = " + ".join(f"{count} {language}" for language, count in sorted(texts.items()))
             parts.append(f"{name} {len(scenes)} images, {kinds} texts")
     return "; ".join(parts)

@@ -29,7 +29,7 @@ from data import FeatureStore, MatchCollator, MatchDataset, drop_unreadable
 from imagery import ImageSettings, colour_histogram, read_image
 from losses import Relations, backward_through_embeddings, count_terms, match_loss, mine_negatives
 from model import DualEncoder, pixel_store
-from scenes import CHINESE, Scene, describe, load_json, load_splits
+from scenes import Scene, describe, is_chinese, load_json, load_splits
 from trainer import SceneTrainer, check_best_metric, gather_rows, read_history, write_json
 
 IDS = ("scene_ids", "scene_texts", "text_ids", "triplets")
@@ -137,7 +137,7 @@ def score_scenes(image: np.ndarray, text: np.ndarray, scenes: list[Scene], texts
             for _ in range(20):  # a text of another image that is not, word for word, true of this one
                 j = int(others.integers(len(scenes)))
                 candidate = scenes[j].texts[int(others.integers(len(scenes[j].texts)))]
-                same_language = bool(CHINESE.search(candidate)) == bool(CHINESE.search(positive))
+                same_language = is_chinese(candidate) == is_chinese(positive)
                 same_class = scene.label is not None and scenes[j].label == scene.label
                 if candidate not in own[i] and same_language and not same_class:
                     pairs.append((i, row_of[positive], row_of[candidate]))
@@ -153,9 +153,9 @@ def score_scenes(image: np.ndarray, text: np.ndarray, scenes: list[Scene], texts
     # With the repeats within an image, as published tables count: five captions of an RSICD image are five.
     listed = [(i, t) for i, scene in enumerate(scenes) for t in scene.listed or scene.texts]
     languages = {"": listed}
-    chinese = [pair for pair in listed if CHINESE.search(pair[1])]
+    chinese = [pair for pair in listed if is_chinese(pair[1])]
     if 0 < len(chinese) < len(listed):
-        languages |= {"en_": [pair for pair in listed if not CHINESE.search(pair[1])], "zh_": chinese}
+        languages |= {"en_": [pair for pair in listed if not is_chinese(pair[1])], "zh_": chinese}
     for prefix, chosen in languages.items():
         kept = sorted({i for i, _ in chosen})
         place = {i: k for k, i in enumerate(kept)}

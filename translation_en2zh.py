@@ -515,7 +515,6 @@ def check_glossary(captions: list[str], text: str, glossary: dict[str, list[str]
     ]
 
 
-CHINESE = re.compile(r"[\u4e00-\u9fff]")
 MAY_STAY = re.compile(
     r"[A-Za-z]|[kcmdn]?m2?|km2|ha|px|pixels?|RGB|GPS|GSD|UAV|SAR|NDVI|NIR|SWIR|DEM|DSM|GIS|LED|ATM|ETC|Landsat|Sentinel|LiDAR"
 )
@@ -527,7 +526,7 @@ OTHER_SCRIPT = re.compile(  # Cyrillic, Hebrew, Arabic, Indic and Thai, kana, Ha
 
 
 def check_language(captions: list[str], text: str) -> list[tuple[str, str]]:
-    if not CHINESE.search(text):
+    if not is_chinese(text):
         return [("not Chinese", "回答不是中文")]
     if OTHER_SCRIPT.search(text):
         return [("another script", f"回答里有中文以外的文字“{OTHER_SCRIPT.search(text)[0]}”")]

@@ -65,7 +65,7 @@ def write_qwen3(folder, shards=2, seed=0, vocab=None) -> Path:
 
 def write_clip_tokenizer(folder, family="clip") -> None:
     """The tokenizer beside the tiny model of `write_clip`: CLIP's byte pairs, SigLIP's sentencepiece with its fixed length of
-    64, Chinese-CLIP's BERT."""
+    64, Chinese-CLIP's BERT, which is published without settings."""
     import json
 
     if family == "clip":
@@ -88,7 +88,7 @@ def write_clip_tokenizer(folder, family="clip") -> None:
     else:
         words = sorted(set("".join(TEXT)) - {" "})
         (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-        settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 512, "do_lower_case": True}
+        return
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

@@ -17,6 +17,7 @@ import hub2data
 from config import InputError
 from library import read_attributes
 from scenes import read_conversations, read_scenes
+from tests.conftest import refused
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,6 +119,68 @@ def test_labels(tmp_path):
     assert names[0] == "x.png" and names[1].startswith("x_") and len(names) == 2  # two pictures of one name
     found = read_attributes(tmp_path / "out/labels.csv")
     assert found["x.png"] == {"label": "Sea Lake"} and found[names[1]]["label"] == "River"
+
+
+def test_unlabelled_images_are_no_class(tmp_path):
+    source = write(tmp_path / "in", "train", {"image": [image(0), image(1)], "label": [0, -1]},
+                   {"label": datasets.ClassLabel(names=["River"])})  # fmt: skip
+    hub2data.main([str(source), "--output", str(tmp_path / "out")])
+    assert [row.get("label") for row in read_attributes(tmp_path / "out/labels.csv").values()].count("River") == 1
+    assert "-1" not in (tmp_path / "out/labels.csv").read_text()
+
+
+def test_splits_of_other_names_are_never_trained_on(tmp_path, capsys):
+    """Several tests stay tests; what is none of train, val and test is left out and said."""
+    for n, split in enumerate(("train", "validation", "testA", "test_phili", "extra")):
+        write(tmp_path / "in", split, {"image": [image(n)], "question": ["a?"], "answer": ["b"]})
+    hub2data.main([str(tmp_path / "in"), "--output", str(tmp_path / "out")])
+    lines = (tmp_path / "out/rsvqa-dataset.csv").read_text().splitlines()[1:]
+    assert sorted(line.rpartition(",")[2] for line in lines) == ["test_A", "test_phili", "train", "val"]
+    assert "split extra: left out" in capsys.readouterr().out
+    for split in ("en", "zh"):  # names that say nothing of training
+        write(tmp_path / "languages", split, {"image": [image(len(split))], "caption": [split]})
+    hub2data.main([str(tmp_path / "languages"), "--output", str(tmp_path / "both")])
+    assert [scene.split for scene in read_scenes(tmp_path / "both").scenes] == [None]
+
+
+def test_answers_as_vqav2_and_vrsbench_have_them(tmp_path):
+    answers = [[{"answer": "no"}, {"answer": "yes"}, {"answer": "yes"}]]
+    source = write(tmp_path / "v2", "train", {"image": [image(0)], "question": ["is it?"], "answers": answers})
+    hub2data.main([str(source), "--output", str(tmp_path / "out")])
+    assert (tmp_path / "out/rsvqa-dataset.csv").read_text().splitlines()[1].endswith(",is it?,yes,")
+    columns = {"image": [image(0), image(1)], "question": ["how many?", "where?"], "ground_truth": ["3", "there"]}
+    hub2data.main([str(write(tmp_path / "vrs", "train", columns)), "--output", str(tmp_path / "vqa")])
+    assert sorted(os.listdir(tmp_path / "vqa")) == ["images", "rsvqa-dataset.csv"]
+    columns = {"image": [image(0)], "ground_truth": ["a farm"]}
+    hub2data.main([str(write(tmp_path / "said", "train", columns)), "--output", str(tmp_path / "captions")])
+    assert read_scenes(tmp_path / "captions").scenes[0].texts == ["a farm"]
+    columns = {"image": [image(0), image(1)], "question": [["a?", "b?", "c?"], ["d?"]], "answer": [["1", "2"], ["3"]]}
+    hub2data.main([str(write(tmp_path / "odd", "train", columns)), "--output", str(tmp_path / "uneven")])
+    assert "3 questions and 2 answers" in (tmp_path / "uneven/rejected.txt").read_text()
+
+
+def test_an_empty_folder_is_filled_where_it_is(captions, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    hub2data.main([str(captions), "--output", str(tmp_path / "link")])
+    assert (tmp_path / "link").is_symlink() and read_scenes(tmp_path / "disk").scenes
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    hub2data.main([str(captions), "--output", "."])
+    assert sorted(os.listdir()) == ["captions.json", "images", "rejected.txt"]
+
+
+def test_long_names(tmp_path):
+    source = write(tmp_path / "in", "train", {"image": [image(0)], "name": ["船" * 200], "caption": ["a ship"]})
+    hub2data.main([str(source), "--output", str(tmp_path / "out")])
+    assert read_scenes(tmp_path / "out").scenes[0].texts == ["a ship"]
+
+
+def test_files_of_several_tables(tmp_path):
+    write(tmp_path / "in", "train", {"image": [image(0)], "caption": ["a"]})
+    write(tmp_path / "in", "test", {"image": [image(1)], "caption": ["b"], "extra": [1]})
+    refused(lambda: hub2data.main([str(tmp_path / "in"), "--output", str(tmp_path / "out")]), "in", "no one table")
+    assert os.listdir(tmp_path) == ["in"]
 
 
 @pytest.mark.parametrize("cell", [png(0), {"bytes": png(0), "path": "a/0.png"}], ids=["bytes", "with path"])

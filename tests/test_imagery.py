@@ -296,6 +296,23 @@ def test_complex_radar_shows_its_amplitude(tmp_path):
 # ---------------------------------------------------------------------------------------------- bands
 
 
+def test_complex_radar_keeps_its_amplitude_when_made_small(tmp_path):
+    phase = np.exp(1j * np.random.default_rng(0).uniform(0, 6.28, (256, 256)))
+    data = (np.repeat([100, 200], 128) * phase).astype(np.complex64)[None]
+    path = write_tif(tmp_path / "a.tif", data)
+    small = read_image(path, ImageSettings(stretch="reflectance", reflectance=(100, 200)), max_side=64).rgb[..., 0]
+    assert small[:, :31].max() < 3 and small[:, 33:].min() > 252
+
+
+def test_a_fourth_band_that_is_asked_for_is_no_mask(tmp_path):
+    """GDAL calls band 4 of 4 alpha where nothing is said; near infrared is nothing over water."""
+    data = np.full((4, 8, 8), 100, np.uint8)
+    data[3, :, :4] = 0
+    path = write_tif(tmp_path / "nir.tif", data)
+    assert read_image(path, ImageSettings(bands="4,1,2")).valid == 1
+    assert read_image(path, ImageSettings(bands="1,2,3")).valid == 0.5
+
+
 def bands_of(tmp_path, count, settings="auto", **options) -> tuple:
     data = np.arange(count * 16, dtype=np.uint8).reshape(count, 4, 4)
     path = write_tif(tmp_path / "bands.tif", data, photometric="MINISBLACK", **options)

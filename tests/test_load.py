@@ -99,9 +99,9 @@ def test_a_missing_file_is_named_with_the_command_that_mends_it(model, name):
 def test_one_byte_short_or_long_is_seen(model):
     data = (model / SHARD).read_bytes()
     (model / SHARD).write_bytes(data[:-1])
-    refused(lambda: load.verify_model(model), SHARD, f"{len(data) - 1:,} bytes", f"promises {len(data):,}")
+    refused(lambda: load.verify_model(model), SHARD, "is not whole")
     (model / SHARD).write_bytes(data + b"\0")
-    refused(lambda: load.verify_model(model), SHARD, f"{len(data) + 1:,} bytes")
+    refused(lambda: load.verify_model(model), SHARD, "is not whole")
     for broken in (b"", data[:5], b"\xff" * 100, b"<html>not found</html>" * 9, data[:40]):
         (model / SHARD).write_bytes(broken)
         refused(lambda: load.verify_model(model), SHARD)
@@ -133,6 +133,24 @@ def test_check_reports_every_model_and_exits_1(tiny, tmp_path, capsys):
         load.main(["--check", "--root", root, "Org/None", NAME])
     assert stop.value.code == 1
     assert "Org/None" in capsys.readouterr().err
+
+
+def test_the_command_that_mends_says_where(tiny, tmp_path):
+    refused(
+        lambda: load.verify_model(tmp_path / "disk" / "Org" / "Gone"), f"load.py Org/Gone --root {tmp_path / 'disk'}`"
+    )
+    lost = tmp_path / "disk" / "models" / "demo" / "clip"
+    refused(lambda: load.verify_model(lost), f"load.py --preset demo --root {tmp_path / 'disk'}`")
+    refused(lambda: load.verify_model(tmp_path / "models" / "epoch_5"), "python load.py FILE.pt")
+
+
+def test_bert_vocabulary_needs_no_settings(tmp_path):
+    """Chinese-CLIP is published with its vocab.txt alone."""
+    folder = write_clip(tmp_path / "hub" / "OFA-Sys" / "chinese", "chinese_clip")
+    assert not (folder / "tokenizer_config.json").exists()
+    with Hub({"OFA-Sys/chinese": folder}) as hub:
+        made = fetch(hub, tmp_path / "here", "huggingface", "OFA-Sys/chinese")
+    assert DualEncoder.from_pretrained(made).embed_texts(["一片农田"]).shape == (1, 24)
 
 
 # --- the choice of files ---
@@ -629,6 +647,18 @@ def test_a_checkpoint_on_a_hub_is_brought_and_converted(checkpoint, tmp_path, so
         refused(lambda: load.main(["Org/GeoCLIP/ckpt/RS_ViT.pt", *where]), "RS_ViT is there already")
         assert not hub.log
     load.verify_model(tmp_path / "here" / "Org" / "RS_ViT")
+
+
+def test_check_of_a_checkpoint(checkpoint, tmp_path, capsys):
+    _, path, _ = checkpoint
+    command = [str(path), "--like", "org/clip-base", "--root", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        load.main([*command, "--check"])
+    assert stop.value.code == 1 and "NOT OK" in capsys.readouterr().err
+    load.main(command)
+    load.main([*command, "--check"])
+    assert f"whole    {tmp_path / 'models' / 'Remote-ViT'}" in capsys.readouterr().out
+    refused(lambda: load.main([str(tmp_path / "runs" / "x.pt")]), "no such file")
 
 
 def test_checkpoints_that_cannot_be_converted(checkpoint, tmp_path):

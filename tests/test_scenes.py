@@ -10,11 +10,13 @@ import pytest
 
 from config import DataConfig, InputError
 from scenes import (
-    CHINESE,
     Scene,
+    by_content,
     captions_as_answers,
     find_leaks,
     image_files,
+    images_of,
+    is_chinese,
     load_json,
     load_splits,
     read_chat,
@@ -458,7 +460,11 @@ def test_copies_of_a_picture_are_held_out_together(folder):
     path = save(folder / "c.json", rows)
     for seed in range(5):
         splits = load_splits(DataConfig(train_file=str(path), val_fraction=0.3), seed)
-        assert len(splits["val"]) == 6 and len(splits["train"]) == 14 and not find_leaks(splits)
+        assert (
+            len(splits["val"]) == 6
+            and len(splits["train"]) == 14
+            and not find_leaks(splits, by_content(images_of(splits)))
+        )
 
 
 def test_a_second_test_split_is_said_and_can_be_chosen(folder, capsys):
@@ -519,7 +525,8 @@ def test_same_image_under_another_name_is_refused(folder, splits, capsys):
     refused(lambda: load_splits(DataConfig(train_file=str(path))), "a0.png", "other name.png", second, "--allow_leak")
     kept = load_splits(DataConfig(train_file=str(path), allow_leak=True))
     assert sum(map(len, kept.values())) == 4 and "warning: 1 images" in capsys.readouterr().out
-    assert not find_leaks({"train": [Scene(str(folder / "a1.png"))], "val": [Scene(str(folder / "a2.png"))]})
+    splits = {"train": [Scene(str(folder / "a1.png"))], "val": [Scene(str(folder / "a2.png"))]}
+    assert not find_leaks(splits, by_content(images_of(splits)))
 
 
 def test_few_bad_rows_are_listed_and_the_run_goes_on(folder, capsys):
@@ -547,4 +554,21 @@ def test_real_ucm_captions(monkeypatch):
     assert len({scene.image for scene in scenes}) == 2100
     english = load_splits(DataConfig(train_file=str(UCM / "ucm_captions.jsonl"), language="en"))
     texts = [text for part in english.values() for scene in part for text in scene.texts]
-    assert texts and not any(CHINESE.search(text) for text in texts) and len(texts) > 2100
+    assert texts and not any(is_chinese(text) for text in texts) and len(texts) > 2100
+
+
+@pytest.mark.parametrize("read", [read_scenes, read_conversations])
+@pytest.mark.parametrize("value", [0, 1, ["train"]])
+def test_a_split_that_is_no_text(folder, read, value):
+    rows = [{"image": f"a{i}.png", "caption": "x", "question": "a?", "answer": "b", "split": "train"} for i in range(4)]
+    rows[1]["split"] = value
+    refused(lambda: read(save(folder / "rows.json", rows)), "row 1", "field 'split': expected a text")
+
+
+@pytest.mark.parametrize("read", [read_scenes, read_conversations])
+def test_an_image_that_is_written_into_its_row(folder, read):
+    """Inline base64 is no path: the row is bad, not the run, and the message is short."""
+    rows = [{"image": f"a{i}.png", "caption": "x", "question": "a?", "answer": "b"} for i in range(4)]
+    rows[1]["image"] = "A" * 5000
+    found = read(save(folder / "rows.json", rows), max_rejected=0.5)
+    assert len(found.scenes) == 3 and len(found.rejected[0].reason) < 400
