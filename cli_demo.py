@@ -66,16 +66,18 @@ class Talk:
     def __init__(self, model, args, say):
         self.model, self.args, self.say = model, args, say
         self.image: str | None = None
+        self.pixels: dict = {}
         self.turns: list[tuple[str, str]] = []
+        self.asked: tuple[str, list] | None = None
         self.stopped = False
 
     def take(self, path: str | None) -> None:
         """Another image; the turns about the one before go. Raises imagery.ImageError."""
         from model import pixel_store
 
-        if path:
-            _ = pixel_store(self.model)[path]  # an unreadable file is said now, and the old image stays
-        self.image, self.turns = path or None, []
+        # Read once for all turns; an unreadable file is said now, and the old image stays.
+        self.pixels = {path: pixel_store(self.model)[path]} if path else {}
+        self.image, self.turns, self.asked = path or None, [], None
 
     def answer(self, question: str, history, label: str) -> str:
         """Ask, and write the answer as it comes. Ctrl-C ends it where it is."""
@@ -96,7 +98,7 @@ class Talk:
         try:
             said = self.model.chat(
                 self.image, question, history, max_tokens=self.args.max_length, temperature=self.args.temperature,
-                top_p=self.args.top_p, stop=lambda: self.stopped,
+                top_p=self.args.top_p, stop=lambda: self.stopped, store=self.pixels,
                 streamer=Shown(self.model.tokenizer, skip_prompt=True, skip_special_tokens=True),
             )  # fmt: skip
         finally:
@@ -124,14 +126,14 @@ class Talk:
         if word == "stop":
             return False
         if word == "clear":
-            self.turns = []
+            self.turns, self.asked = [], None
             print(self.say("cleared"))
         elif word == "before":
-            if not self.turns:
+            if not self.asked:
                 print(self.say("nothing"))
             else:
                 with self.model.before():
-                    self.answer(self.turns[-1][0], self.turns[:-1], "before")
+                    self.answer(*self.asked, "before")
         elif path is not None:
             try:
                 if path:
@@ -140,7 +142,8 @@ class Talk:
             except ImageError as error:
                 print(error)
         else:
-            said = self.answer(text, self.turns, "answer")
+            self.asked = text, [*self.turns]
+            said = self.answer(*self.asked, "answer")
             self.turns.append((text, said or "…"))
             if len(self.turns) > self.args.max_turns:
                 self.turns = self.turns[-self.args.max_turns :]
@@ -172,6 +175,9 @@ def reader():
     """A function that asks for a line; prompt_toolkit in a terminal, for it edits wide characters rightly and keeps a
     history; plain lines from a pipe. Raises EOFError at the end."""
     if not sys.stdin.isatty():
+        for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+            if hasattr(stream, "reconfigure"):  # bytes that are no UTF-8 are told, not a traceback
+                stream.reconfigure(errors=errors)
 
         def read(prompt):
             line = sys.stdin.readline()

@@ -200,11 +200,15 @@ def compare(
             pixels = images.read([scene.image for scene in chunk])
             made = answer_rows(model, [scene for scene in chunk if scene.image in pixels], pixels, decode)
             rows += made
-            found += [row for row in made if not only or row["flip"] in only]
+            chosen = [row for row in made if not only or row["flip"] in only]
+            for path in pixels.keys() - {row["image_path"] for row in chosen}:
+                images.pictures.pop(path, None)  # what is not shown
+            found += chosen
             bar.update(len(chunk))
-            counts = Counter(row["image_path"] for row in found)
-            if only and number and sum(min(2, count) for count in counts.values()) >= number:
-                break
+            if only and number:
+                counts = Counter(row["image_path"] for row in found)
+                if sum(min(2, count) for count in counts.values()) >= number:
+                    break
     if not rows:
         raise InputError("no image could be read:" + "".join(f"\n  {bad}" for bad in list(images.bad.values())[:5]))
     if number and only:
@@ -294,12 +298,13 @@ def full_score(args, base: str, config: VQAConfig) -> str:
     """The command that scores the adapter on all questions."""
     words = ["python", "train_vqa.py"] + (["--preset", args.preset] if args.preset != "full" else [])
     words += ["--eval_only", "--lora", args.lora]
-    for flag, value, usual in (
+    for flag, value, usual in (  # files have no usual one: --eval_only takes those of the adapter's training
         ("--base_model", base, config.base_model),
-        ("--test_file", args.data, config.test_file),
+        ("--test_file", args.data, None),
         ("--image_root", args.image_root, None),
-        ("--test_split", args.test_split, config.test_split),
+        ("--test_split", args.test_split, None),
         ("--decode", args.decode, config.decode),
+        ("--prompt", args.prompt, None),
     ):
         words += [flag, value] if value != usual else []
     return shlex.join(words)

@@ -645,6 +645,7 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     resume = flag_value("--resume_from_checkpoint", argv)
     if resume:
         checkpoint = resolve_checkpoint(resume)
+        checkpoint = checkpoint if checkpoint.name else checkpoint.absolute()  # "." has no parent
         try:
             json.loads((checkpoint / "trainer_state.json").read_text())
             record = json.loads((checkpoint / "config.json").read_text())
@@ -661,6 +662,9 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         run = checkpoint.parent.parent if checkpoint.parent.name == PROJECTOR_STAGE else checkpoint.parent
         parser.set_defaults(**(base | known | {"output_dir": str(run)}))
     namespace = parser.parse_args(argv)
+    for name in ("neftune_noise_alpha", "label_smoothing_factor"):
+        if getattr(namespace, name):
+            raise InputError(f"--{name}: these models' losses know nothing of it; leave it out")
     if namespace.use_liger_kernel:
         raise InputError(
             "--use_liger_kernel: would change nothing, the Trainer does not know these models; --torch_compile of train_vqa.py"
@@ -675,6 +679,10 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
 
         namespace.output_dir = f"output/training_{datetime.now():%Y%m%d_%H%M%S}"
     run = Path(namespace.output_dir)
+    if run.name == PROJECTOR_STAGE and not resume:
+        raise InputError(
+            f"--output_dir {run}: {PROJECTOR_STAGE} is what a captioner's first stage is called; give another"
+        )
     writes = not getattr(namespace, "eval_only", None) or keeps_scores(argv)
     if writes and not resume and holds_run(run):
         raise InputError(
@@ -682,17 +690,21 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         )
     if writes and os.environ.get("RANK", "0") == "0":
         refuse_unwritable(run, "--output_dir")
-    if preset == "full" and "--bf16" not in argv and not resume:
+    if preset == "full" and not resume:
         import torch
 
-        # bf16 products are several times slower than fp32 on a CPU, so they are for CUDA alone.
-        namespace.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not namespace.use_cpu
-        namespace.tf32 = True if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 else None
+        cuda = torch.cuda.is_available() and not namespace.use_cpu
+        if not flag_given("--bf16", argv) and not namespace.fp16:
+            # bf16 products are several times slower than fp32 on a CPU, so they are for CUDA alone.
+            namespace.bf16 = cuda and torch.cuda.is_bf16_supported()
+        if not flag_given("--tf32", argv):
+            namespace.tf32 = True if cuda and torch.cuda.get_device_capability()[0] >= 8 else None
     many = (1, 10**9)
     refuse_outside(
         namespace, learning_rate=(0, 1e3), num_train_epochs=(0, 10**6), per_device_train_batch_size=many,
         per_device_eval_batch_size=many, gradient_accumulation_steps=many, seed=(0, 2**32 - 1),
-        dataloader_num_workers=(0, 1024), weight_decay=(0, 1e3), max_grad_norm=(0, 1e9),
+        dataloader_num_workers=(0, 1024), weight_decay=(0, 1e3), max_grad_norm=(0, 1e9), data_seed=(0, 2**32 - 1),
+        adam_beta1=(0, 0.9999), adam_beta2=(0, 0.99999),
     )  # fmt: skip
     trains = namespace.max_steps > 0 or namespace.num_train_epochs or getattr(namespace, "projector_epochs", 0)
     if not trains and not getattr(namespace, "eval_only", None):
@@ -710,6 +722,10 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         except (ValueError, NotImplementedError, ImportError) as error:
             raise InputError(f"these settings do not go together: {error}") from None
     config, training_args = parts
+    if training_args.world_size > 1 and not resume and not flag_value("--output_dir", argv):
+        from accelerate.utils import broadcast_object_list
+
+        (training_args.output_dir,) = broadcast_object_list([training_args.output_dir])  # each has its own clock
     if getattr(config, "early_stopping_patience", 0) and not training_args.load_best_model_at_end:
         raise InputError("--early_stopping_patience: needs evaluations and --load_best_model_at_end")
     if resume:
@@ -861,7 +877,7 @@ def check(config: DataConfig) -> None:
         "margin": (0, 2), "mine_margin": (0, 2), "max_samples": (1, 10**9), "projection_dim": (1, 65536),
         "lora_rank": (0 if isinstance(config, CaptionConfig) else 1, 4096),
         "projection_hidden": (0, 65536), "max_text_tokens": (2, 32768), "texts_per_scene": (0, 10**6),
-        "grad_cache_chunk": (0, 10**9), "min_pixels": (1, 10**9), "max_pixels": (28 * 28, 10**9), "temperature": (1e-4, 10),
+        "grad_cache_chunk": (0, 10**9), "min_pixels": (1, 10**9), "max_pixels": (28 * 28, 10**9), "temperature": (0.01, 10),
         "max_eval_scenes": (1, 10**9), "max_eval_questions": (1, 10**9), "pack_tokens": (64, 10**9),
         "eval_pack_tokens": (64, 10**9), "max_question_tokens": (1, 32768), "max_answer_tokens": (1, 4096),
         "early_stopping_patience": (0, 10**9), "lora_alpha": (1, 10**6), "max_caption_tokens": (1, 4096),
@@ -871,6 +887,46 @@ def check(config: DataConfig) -> None:
     if config.min_pixels > config.max_pixels:
         raise InputError(f"--min_pixels {config.min_pixels} is above --max_pixels {config.max_pixels}")
     config.cache_dir = cache_folder(config.cache_dir)
+
+
+def use_files_of_training(config, args, argv: list[str], folder: str | Path, more: tuple[str, ...] = ()) -> str | None:
+    """Score a checkpoint with the files and the split it was trained with where the command line names no others: a baseline
+    is made of the training texts, and those of another data set would flatter or shame it; an image that was trained on must
+    not be held out now. `more`: other settings to take over. Returns where the training's images are looked for, None: where
+    --image_root says. Raises InputError where it was trained for another task."""
+    try:
+        record = json.loads((Path(folder) / "config.json").read_text())
+        recorded = record["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # another tool's
+    task = "rsvqa" if record.get("task") == "vqa" else record.get("task")
+    if task in ("rsvqa", "chat") and task != getattr(config, "task", None):
+        raise InputError(f"{folder}: was trained with --task {task}: give that")
+    given = flag_value("--train_file", argv) or flag_value("--data", argv)
+    if given and os.path.abspath(given) != os.path.abspath(recorded.get("train_file", "")):
+        return None
+    defaults = {field.name: field.default for part in (type(config), type(args)) for field in dataclasses.fields(part)}
+    names = (
+        "train_file",
+        "val_file",
+        "test_file",
+        "image_root",
+        "val_fraction",
+        "test_split",
+        "language",
+        "max_samples",
+        "seed",
+    )
+    for name in (*names, *more):  # what a run does not record had the library's default, whatever the presets say
+        if not flag_given(f"--{name}", argv):
+            setattr(config if hasattr(config, name) else args, name, recorded.get(name, defaults[name]))
+    if config.image_root == recorded.get("image_root"):
+        return None
+    # Names may be the same in two data sets: the training's are looked for where they were, and only then in the new place.
+    beside = Path(config.train_file).parent
+    return os.pathsep.join(
+        [recorded.get("image_root") or f"{beside}{os.pathsep}{beside / 'images'}", config.image_root]
+    )
 
 
 def whole_checkpoints(run: Path) -> dict[int, Path]:

@@ -89,7 +89,8 @@ def take_usable(path: Path, rows: list[dict], max_rejected: float) -> tuple[dict
     for number, row in enumerate(rows):
         name = row["image_path"]
         if name not in places:  # 100 questions ask about one image
-            found = [place for place in (name, str(path.parent / name)) if os.path.isfile(place)]
+            # Beside the CSV first, where data2csv.py means them: another data set here may have a picture of that name.
+            found = [place for place in (str(path.parent / name), name) if os.path.isfile(place)]
             places[name] = os.path.abspath(found[0]) if found else None
         if reason := reason_against(row) or (None if places[name] else f"no such image: {name}"):
             rejected.append({"file": str(path), "row": number, "reason": reason})
@@ -225,6 +226,8 @@ def main(argv: list[str] | None = None) -> None:
 
     for path, part in parts.items():
         print(f"{path}: {len(part)} rows" + (f" ({counts(row['split'] for row in part)})" if part else ""))
+    if not parts[test]:
+        print(f"no image is held out for testing: train with `python train_vqa.py --data {train}`")
     pairs = {(content[row["image_path"]], row["split"]) for row in usable.values()}
     how = "as given" if given else f"by image, seed {args.seed}"
     print(f"splits {how}: {len(images)} images ({counts(split for _, split in pairs)})")

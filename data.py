@@ -1,9 +1,11 @@
 """Scenes to tensors: pixels read and resized once, features kept, a scene packed into one sequence."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import threading
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -108,6 +110,19 @@ class SquareResize:
         return np.ascontiguousarray(made.transpose(1, 2, 0))
 
 
+@contextlib.contextmanager
+def _kept(entry: Path, what: str):
+    """Gives the path of a temporary file, which becomes `entry` at the end: whole or not at all. Raises InputError."""
+    temporary = entry.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, entry)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{entry.parent}: cannot keep {what}: {error}; see --cache_dir") from None
+
+
 class PixelStore:
     """Resized RGB pixels by image path, made once and kept on disk under `cache_dir/pixels`.
 
@@ -130,17 +145,8 @@ class PixelStore:
                 entry.unlink(missing_ok=True)  # cut short by a full disk: make it anew
         pixels = self.resized(path, read_image(path, self.settings).rgb)
         if entry is not None:
-            temporary = entry.with_suffix(f".{os.getpid()}.{id(pixels)}.tmp")
-            try:
-                entry.parent.mkdir(parents=True, exist_ok=True)
-                with open(temporary, "wb") as file:
-                    np.save(file, pixels)
-                os.replace(temporary, entry)
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                raise InputError(
-                    f"{entry.parent}: cannot keep resized images: {error.strerror}; see --cache_dir"
-                ) from None
+            with _kept(entry, "resized images") as temporary, open(temporary, "wb") as file:
+                np.save(file, pixels)
         return pixels
 
     def resized(self, path: str, rgb: np.ndarray) -> np.ndarray:
@@ -177,8 +183,13 @@ class PixelStore:
             except ImageError as error:
                 return str(error)
 
-        paths = list(dict.fromkeys(paths))
-        missing = [path for path in paths if (entry := self._entry(path)) is None or not entry.exists()]
+        def is_kept(path):
+            try:
+                return (entry := self._entry(path)) is not None and entry.exists()
+            except ImageError:  # gone: `attempt` says so
+                return False
+
+        missing = [path for path in dict.fromkeys(paths) if not is_kept(path)]
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow and GDAL release the GIL
             reasons = list(
                 tqdm(pool.map(attempt, missing), total=len(missing), desc=desc, disable=not missing, leave=False)
@@ -272,6 +283,11 @@ def drop_too_long(
     if rejected:
         print(f"data: {len(rejected)} texts left out as too long" + (f", listed in {report}" if report else ""))
         list_rejected(report, rejected)
+    for name in splits:
+        if splits[name] and not kept[name]:
+            raise InputError(
+                f"no text of the {name} split is short enough: see {' and '.join(flag for flag, _ in limits.values())}"
+            )
     return kept
 
 
@@ -304,12 +320,9 @@ class FeatureStore:
             # Not the keys: one may be a long text, and an array is as wide as its longest entry.
             digests = [name_of[key] for key in missing]
             table.update(zip(digests, features))
-            self.folder.mkdir(parents=True, exist_ok=True)
             name = digest_of("\n".join(digests))
-            temporary = self.folder / f"{name}.{os.getpid()}.tmp"
-            with open(temporary, "wb") as file:
+            with _kept(self.folder / f"{name}.npz", "features") as temporary, open(temporary, "wb") as file:
                 np.savez(file, digests=np.array(digests), features=features)
-            os.replace(temporary, self.folder / f"{name}.npz")
         return np.stack([table[name_of[key]] for key in keys])
 
 
@@ -338,15 +351,8 @@ class TokenStore:
         for start in tqdm(range(0, len(missing), batch), desc="encoding images", disable=not missing, leave=False):
             chunk = missing[start : start + batch]
             for path, (tokens, grid) in zip(chunk, encode(chunk)):
-                entry = self._entry(path)
-                temporary = entry.with_suffix(f".{os.getpid()}.tmp")
-                try:
-                    entry.parent.mkdir(parents=True, exist_ok=True)
+                with _kept(self._entry(path), "image tokens") as temporary:
                     save_file({"tokens": tokens.contiguous().cpu(), "grid": torch.tensor(grid)}, temporary)
-                    os.replace(temporary, entry)
-                except (OSError, SafetensorError) as error:
-                    temporary.unlink(missing_ok=True)
-                    raise InputError(f"{entry.parent}: cannot keep image tokens: {error}; see --cache_dir") from None
 
 
 def _whole_safetensors(path: Path) -> bool:
@@ -522,7 +528,7 @@ class ChatPrompt:
         asked = token_ids(self.tokenizer, [question + self.after for question in questions])
         if answers is None:
             return [(np.array(ids), 0) for ids in asked]
-        said = token_ids(self.tokenizer, answers)
+        said = token_ids(self.tokenizer, [self.marks.sub(" ", answer) for answer in answers])
         return [(np.array([*q, *a, self.end]), len(a) + 1) for q, a in zip(asked, said)]
 
 

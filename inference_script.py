@@ -11,6 +11,7 @@ back with "error" instead, the others are scored, and the exit code is 1 (0: eve
 
 import argparse
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,7 +57,7 @@ def score_rows(
             result["error"] = f"row {number}: {reason}"
 
     def located(path: str) -> str:
-        return str(root / path) if root and (root / path).exists() and not Path(path).is_absolute() else path
+        return str(root / path) if root and os.path.exists(root / path) and not Path(path).is_absolute() else path
 
     good = [i for i, result in enumerate(results) if "error" not in result]
     paths = {path: k for k, path in enumerate(dict.fromkeys(rows[i]["image_path"] for i in good))}
@@ -159,8 +160,9 @@ def main(argv: list[str] | None = None) -> int:
 
         write_atomic(args.json_output, json.dumps(results, ensure_ascii=False, indent=2) + "\n")
         print(f"{len(results) - len(errors)} of {len(results)} rows scored -> {args.json_output}", file=sys.stderr)
-    elif args.json_input:
-        print(json.dumps(results, ensure_ascii=False, indent=2))
+    elif args.json_input or args.json_output:
+        said = json.dumps(results, ensure_ascii=False, indent=2)
+        print(said.encode("utf-8", "replace").decode())  # half a surrogate pair is told as an error, and shown as "?"
     else:
         for result in sorted((r for r in results if "score" in r), key=lambda r: -r["score"]):
             print(f"{result['score']:+.4f}  {result['text']}")

@@ -103,7 +103,10 @@ def weight_files(folder: str | Path) -> list[Path]:
         raise InputError(f"{folder}: no model here (config.json is missing); {command}")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{index}: not whole; {command}") from None
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
@@ -226,13 +229,18 @@ def read_config(folder: str | Path):
         raise InputError(
             f"{folder}: no model here (config.json is missing); run `python load.py`, or `make demo` first"
         )
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise InputError(f"{path}: not a model configuration: {str(error).splitlines()[0]}") from None
+    config = _config_in(folder)
     if config.model_type not in TOWERS:
         raise InputError(f"{path}: model_type {config.model_type!r}: expected one of {', '.join(TOWERS)}")
     return config
+
+
+def _config_in(folder: str | Path):
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        path = Path(folder) / "config.json"
+        raise InputError(f"{path}: not a model configuration: {str(error).splitlines()[0]}") from None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -445,7 +453,7 @@ class DualEncoder(Encoder):
             return ClipEncoder.from_pretrained(name, device=device, dtype=dtype)
         try:
             settings = DualEncoderSettings(**json.loads((folder / SETTINGS).read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             if not folder.is_dir():
                 raise InputError(f"{folder}: no model here; run `python load.py {name}`, or train one") from None
             raise InputError(f"{folder}: not a matcher's checkpoint ({SETTINGS} is missing)") from None
@@ -465,7 +473,7 @@ class DualEncoder(Encoder):
         model = cls(settings, *towers, tokenizer, processor, base)
         model.load_trained(folder)
         model._came_from(name, _digest([folder / SETTINGS, folder / "preprocessor_config.json"], [folder / WEIGHTS]))
-        return model.to(device=device, dtype=dtype).eval()
+        return _in_dtype(model, dtype).to(device).eval()
 
     def trained_names(self) -> list[str]:
         """Names of the tensors a checkpoint holds: those of towers in training, the heads, scale and bias."""
@@ -482,10 +490,6 @@ class DualEncoder(Encoder):
             if getattr(self.settings, f"{side}_tower") != "frozen":
                 tower = getattr(self, f"{side}_tower")
                 tower.gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **_) -> None:
-        """The name newer transformers call."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """{"image", "text", "head": names of trained parameters}: each may have its own learning rate."""
@@ -619,10 +623,7 @@ class ClipEncoder(Encoder):
         """Raises InputError: another family, a tensor missing or unexpected, no tokenizer or image processor."""
         name, folder = str(folder), base_folder(str(folder))
         weight_files(folder)
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (ValueError, OSError, KeyError) as error:
-            raise InputError(f"{folder}: not a model configuration: {str(error).splitlines()[0]}") from None
+        config = _config_in(folder)
         if config.model_type not in CLIPS:
             known = f"a matcher's checkpoint ({SETTINGS}) or model_type {', '.join(CLIPS)}"
             raise InputError(f"{folder / 'config.json'}: model_type {config.model_type!r}: expected {known}")
@@ -649,7 +650,12 @@ class ClipEncoder(Encoder):
             images=ImageSettings().to_dict(),
         )
         made = cls(settings, model, tokenizer, processor)
-        settings_files = [folder / "config.json", folder / "preprocessor_config.json"]
+        names = (
+            "config.json",
+            "preprocessor_config.json",
+            "processor_config.json",
+        )  # the last: newer transformers write it
+        settings_files = [path for file in names if (path := folder / file).is_file()]
         made._came_from(name, _digest(settings_files, weight_files(folder)))
         return made.to(device=device).eval()
 
@@ -709,6 +715,14 @@ COPIED_SETTINGS = (
     "max_text_tokens",
     "loss",
 )
+
+
+def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters in `dtype`; buffers stay: rotary frequencies in bf16 are wrong by some percent of a score
+    at a distance of 200 tokens."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def add_lora(tower: nn.Module, targets: str, settings) -> None:
@@ -1003,6 +1017,7 @@ class VQA(nn.Module):
             except ValueError as error:
                 raise InputError(f"{config.base_model}: LoRA cannot be added: {str(error).splitlines()[0]}") from None
             model = cls(settings, adapted, tokenizer, processor)
+        model._train_in_float32()
         return model.to(device) if config.quantize == "none" else model
 
     @classmethod
@@ -1066,6 +1081,14 @@ class VQA(nn.Module):
                 raise InputError(
                     f"{folder}: the adapter holds nothing for {missing[0]} ({len(missing)} such modules are missing)"
                 )
+        start = str(record.get("init_lora_weights")).lower()
+        if start.startswith(
+            ("pissa", "olora", "corda", "loftq")
+        ):  # peft takes the start off the base: "before" would be no base
+            raise InputError(
+                f"{folder / ADAPTER_CONFIG}: init_lora_weights {start!r} changes the base itself; save it as plain LoRA first, by"
+                " peft's path_initial_model_for_weight_conversion"
+            )
         try:
             lora = LoraConfig(**{key: value for key, value in record.items() if key in LoraConfig.__dataclass_fields__})
             lora.target_modules, lora.inference_mode = modules, not trainable
@@ -1073,10 +1096,18 @@ class VQA(nn.Module):
             model = cls(settings, get_peft_model(base, lora), tokenizer, processor)
         except (TypeError, ValueError) as error:
             raise InputError(f"{folder / ADAPTER_CONFIG}: {str(error).splitlines()[0]}") from None
+        if trainable:
+            model._train_in_float32()
         model.set_tensors(folder / ADAPTER, tensors)
         model = model if quantize != "none" else model.to(device)
         model.eval().check_alive(folder)
         return model
+
+    def _train_in_float32(self) -> None:
+        """peft sees to LoRA's matrices; a merger or a tower that is trained whole would be a copy in the base's dtype."""
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # updates of 1e-5 vanish in bf16
 
     def adapter_state(self, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
         """The trained tensors under the names peft saves them by."""
@@ -1124,28 +1155,21 @@ class VQA(nn.Module):
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     @torch.no_grad()
-    def check_alive(self, where) -> float:
-        """Show that the adapter does something: some B matrix is not zero, and a probe's hidden state changes with it; the
-        largest change is returned. Raises InputError: an adapter that was never trained, or does not reach the model."""
-        b = [p for name, p in self.named_parameters() if "lora_B" in name]
-        if b and not any(bool(p.any()) for p in b):
+    def check_alive(self, where) -> None:
+        """Show that the adapter does something: some B matrix is not zero, and a probe's hidden state changes with it (the
+        model is in eval mode). Raises InputError: an adapter that was never trained, or does not reach the model."""
+        b = {name: p for name, p in self.named_parameters() if "lora_B" in name}
+        if b and not any(bool(p.any()) for p in b.values()):
             raise InputError(f"{where}: all {len(b)} B matrices are zero: the adapter was never trained")
+        if not any("language_model" in name for name in b):
+            return
         ids, _ = self.prompt.prefix(None)
         ids = torch.tensor([*ids, *self.prompt.branches(["Is there a road?"])[0][0]], device=self.device)[None]
-        training = self.training
-        self.eval()
         on = self.qwen.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
         with self.before():
             off = self.qwen.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
-        self.train(training)
-        change = float((on - off).abs().max())
-        if (
-            b
-            and any("language_model" in name for name, _ in self.named_parameters() if "lora_B" in name)
-            and not change > 0
-        ):
+        if torch.equal(on, off):
             raise InputError(f"{where}: the adapter changes no output: it does not reach the model")
-        return change
 
     def before(self):
         """Context in which the model is its base: the adapter is off, and modules trained in full are the original ones."""
@@ -1159,13 +1183,17 @@ class VQA(nn.Module):
             for module in self.peft.modules():
                 if hasattr(module, "reset_lora_parameters"):
                     module.reset_lora_parameters("default", True)
+                    if "default" in module.lora_variant:  # DoRA's magnitudes
+                        module.lora_variant["default"].init(module, "default")
                 if type(module).__name__ == "ModulesToSaveWrapper":
                     module.modules_to_save["default"].load_state_dict(module.original_module.state_dict())
+        self._train_in_float32()
 
-    def merge(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    def merge(self, folder: str | Path, dtype: torch.dtype | None = None, settings: bool = True) -> None:
         """Write base and adapter as one model in the layout of the base, which plain transformers and vLLM load, with the
-        adapter's `vqa.json` (prompt, bands, stretch) for whoever asks it; `dtype` of the file: by default the base's. The
-        model itself has no adapter any more after it."""
+        adapter's `vqa.json` (prompt, bands, stretch) for whoever asks it, unless not `settings`; `dtype` of the file: by
+        default the base's. The model itself has no adapter any more after it."""
+        folder = Path(folder).resolve()  # a link, perhaps to a larger disk, stays
         base = base_folder(self.settings.base_model)
         record = json.loads((base / "config.json").read_text())
         name = record.get("dtype") or record.get("torch_dtype") or "float32"
@@ -1175,12 +1203,13 @@ class VQA(nn.Module):
         merged.save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
         self.processor.save_pretrained(partial)
-        write_settings(partial / VQA_SETTINGS, self.settings)
-        open_weights(partial, VQA_SETTINGS)
+        if settings:
+            write_settings(partial / VQA_SETTINGS, self.settings)
+            open_weights(partial, VQA_SETTINGS)
         for name in ("chat_template.json", "chat_template.jinja", "vocab.json", "merges.txt"):
             if (base / name).is_file() and not (partial / name).exists():
                 shutil.copy(base / name, partial / name)
-        Path(folder).rmdir() if Path(folder).is_dir() else None  # the caller saw that it is empty
+        folder.rmdir() if folder.is_dir() else None  # the caller saw that it is empty
         os.replace(partial, folder)
 
     # -- for the trainer
@@ -1189,10 +1218,6 @@ class VQA(nn.Module):
         """Recompute activations in the backward pass (called by the Trainer)."""
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         self.qwen.gradient_checkpointing_enable(options)
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **_) -> None:
-        """The name newer transformers call."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def compile_layers(self, **options) -> None:
         """See `compile_layers`."""
@@ -1213,13 +1238,22 @@ class VQA(nn.Module):
         them."""
         visual = self.qwen.model.visual
         weight = next(visual.parameters())
-        tokens = visual(pixel_values.to(weight.dtype), grid_thw=image_grid_thw).pooler_output
+        whole = "full" in (
+            self.settings.vision_tower,
+            self.settings.merger,
+        )  # then they are float32 beside a base of 16 bits
+        several = whole and len({p.dtype for p in visual.parameters()}) > 1
+        kind = self.device.type
+        mixed = torch.autocast(kind, torch.bfloat16) if several and not torch.is_autocast_enabled(kind) else None
+        with mixed or contextlib.nullcontext():
+            tokens = visual(pixel_values.to(weight.dtype), grid_thw=image_grid_thw).pooler_output
         return list(tokens.split((image_grid_thw.prod(-1) // self.processor.merge_size**2).tolist()))
 
     def token_store(self, cache_dir: str, store: PixelStore) -> TokenStore:
         """Where the image tokens of this model's base are kept."""
         weight = next(self.qwen.model.visual.parameters())
-        return TokenStore(cache_dir, f"{self.settings.base_fingerprint} {store.recipe} {weight.dtype}")
+        quantized = getattr(self.qwen.config, "quantization_config", "")  # the tower, too, then answers otherwise
+        return TokenStore(cache_dir, f"{self.settings.base_fingerprint} {store.recipe} {weight.dtype}{quantized}")
 
     @torch.no_grad()
     def prepare_tokens(self, tokens: TokenStore, store: PixelStore, paths: list[str], batch_size: int = 32) -> None:
@@ -1516,6 +1550,8 @@ class Captioner(nn.Module):
     def __init__(self, settings: CaptionerSettings, vision, language, tokenizer, processor):
         super().__init__()
         self.settings, self.tokenizer, self.processor = settings, tokenizer, processor
+        if not settings.freeze_vision_model:
+            vision = vision.float()  # all of it: images run through layers, too, that are not trained
         self.vision, self.language = vision.requires_grad_(False), language.requires_grad_(False)
         side = vision.config.image_size // vision.config.patch_size
         width = language.get_input_embeddings().embedding_dim
@@ -1635,7 +1671,7 @@ class Captioner(nn.Module):
         language, tokenizer = load_language(roots["language"], dtype, tokenizer_from=folder)
         model = cls(settings, vision, language, tokenizer, processor)
         model.load_trained(folder)
-        return model.to(device=device, dtype=dtype).eval()
+        return _in_dtype(model, dtype).to(device).eval()
 
     def save_pretrained(self, folder: str | Path, state_dict: dict | None = None) -> None:
         """Write the trained tensors and all that use must share with training; the bases are named, not copied."""
@@ -1688,10 +1724,6 @@ class Captioner(nn.Module):
         self.language.gradient_checkpointing_enable(options)
         if not self.settings.freeze_vision_model:
             self.vision.gradient_checkpointing_enable(options)
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **_) -> None:
-        """The name newer transformers call."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def compile_layers(self, **options) -> None:
         """See `compile_layers`."""
@@ -1777,12 +1809,14 @@ class Captioner(nn.Module):
     @torch.no_grad()
     def can_pack(self) -> bool:
         """Whether the language model runs a packed row as it runs the rows apart. One whose attention does something of its
-        own (a sliding window, a cap on scores, positions that are no rotary ones) does not, and is trained row by row."""
+        own (a sliding window, a cap on scores, positions that are no rotary ones) does not, and is trained row by row. The
+        probe is as long as a row may be, or a window would be wider than it."""
         draw = torch.Generator().manual_seed(0)
         words = self.language.get_input_embeddings()
-        ids = torch.randint(0, words.num_embeddings, (16,), generator=draw)
-        scene = {"prefix": (ids[:6].numpy(), np.tile(np.arange(6), (3, 1))),
-                 "branches": [(ids[6:10].numpy(), 4), (ids[10:].numpy(), 6)]}  # fmt: skip
+        first, longest = len(self.prompt.prefix()[0]), self.settings.max_caption_tokens
+        ids = torch.randint(0, words.num_embeddings, (first + longest + 6,), generator=draw).numpy()
+        scene = {"prefix": (ids[:first], np.tile(np.arange(first), (3, 1))),
+                 "branches": [(ids[first:-6], longest), (ids[-6:], 6)]}  # fmt: skip
         batch = {name: value.to(self.device) for name, value in pack([scene]).items()}
         rows = pad_questions([scene], 0)
         training = self.training
@@ -1857,7 +1891,7 @@ def load_vision(folder: str | Path, dtype: torch.dtype = torch.float32, processo
     """(vision encoder, image processor) of a CLIP or SigLIP folder. Raises InputError."""
     folder = Path(folder)
     weight_files(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = _config_in(folder)
     kind = config.model_type.removesuffix("_vision_model")
     if kind not in VISION:
         raise InputError(

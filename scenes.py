@@ -554,13 +554,23 @@ def read_conversations(
 
 
 def read_chat(path: str | Path, **options) -> SceneFile:
-    """`read_conversations`; or a file of captions in any form of `read_scenes`, as answers to their own prompts or to a
-    request for a description. options: those of both."""
+    """`read_conversations` without answers that hold no word, which cannot be scored; or a file of captions in any form of
+    `read_scenes`, as answers to their own prompts or to a request for a description. options: those of both."""
     rows = _listed(load_rows(Path(path))) if Path(path).is_file() else None
     first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
     one = _field(first, QUESTION_FIELDS) and _field(first, ANSWER_FIELDS) and not _field(first, ("caption", "captions"))
     if one or any(form[0] in first for form in CONVERSATIONS):
-        return read_conversations(path, **options)
+        found = read_conversations(path, **options)
+        for scene in found.scenes:
+            silent = [question for question in scene.questions if not has_word(question.answer)]
+            found.left_out += [
+                Rejected(str(path), q.id, f"{q.answer!r} of {scene.image} holds no word") for q in silent
+            ]
+            scene.questions = [question for question in scene.questions if has_word(question.answer)]
+        found.scenes = [scene for scene in found.scenes if scene.questions]
+        if not found.scenes:
+            raise InputError(f"{path}: no answer in it holds a word")
+        return found
     found = read_scenes(path, **options)
     found.scenes = captions_as_answers(found.scenes, "Describe the image.", "描述这幅图像。")
     return found
@@ -714,9 +724,11 @@ def sample_scenes(scenes: list, most: int, seed: int = 0) -> list:
     return [scenes[i] for i in sorted(picked)]
 
 
-def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None, read=read_scenes) -> dict[str, list]:
+def load_splits(
+    config: DataConfig, seed: int = 0, report: Path | None = None, read=read_scenes, train_root: str | None = None
+) -> dict[str, list]:
     """`{"train", "val", "test"}` scenes of a configuration; "test" may be empty. `read`: `read_scenes` (texts) or
-    `read_conversations` (questions).
+    `read_conversations` (questions). `train_root`: in place of `config.image_root` for all but the test file.
 
     A file's own `split` fields are used where no file is named for that split; else `val_fraction` of the training
     images is held out. Bad rows are appended to `report` (rejected.jsonl). Raises InputError, also when an image (the
@@ -724,13 +736,10 @@ def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None, r
     """
     if not config.train_file:
         raise InputError("no training data: give --train_file (or --preset demo)")
-    options = {
-        "image_root": config.image_root,
-        "language": config.language,
-        "max_rejected": config.max_rejected,
-    }
+    options = {"language": config.language, "max_rejected": config.max_rejected}
+    root = config.image_root if train_root is None else train_root
     splits: dict[str, list] = {"train": [], "val": [], "test": []}
-    found = read(config.train_file, **options)
+    found = read(config.train_file, image_root=root, **options)
     rejected, duplicates, left_out = found.rejected, found.duplicates, found.left_out
     others, named = Counter(), {scene.split for scene in found.scenes}
     for scene in found.scenes:
@@ -745,7 +754,7 @@ def load_splits(config: DataConfig, seed: int = 0, report: Path | None = None, r
             splits[name].append(scene)
     for name in ("val", "test"):
         if file := getattr(config, f"{name}_file"):
-            found = read(file, **options)
+            found = read(file, image_root=config.image_root if name == "test" else root, **options)
             rejected, duplicates = rejected + found.rejected, duplicates + found.duplicates
             left_out = left_out + found.left_out
             own = [scene for scene in found.scenes if scene.split and _split_of(scene, config) == name]

@@ -186,7 +186,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     if main_process:
         write_json(run / "config.json", {"task": "caption", "settings": changed})
-    check_best_metric(args, ("loss", "CIDEr"), lambda: evaluate(model))
+    scored = [f"CIDEr_{language}" for language in prompts if in_language(watched, language)[0]]
+    check_best_metric(args, ("loss", *scored, "CIDEr"))
     resume = args.resume_from_checkpoint
     first_stage = not resume or Path(resume).parent.name == PROJECTOR_STAGE
     if config.projector_epochs and first_stage:

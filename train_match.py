@@ -10,8 +10,8 @@ Leaves in output/training_YYYYMMDD_HHMMSS/: best_model/, checkpoint-N/, config.j
 report.html, and TensorBoard events.
 """
 
+import json
 import os
-import random
 import re
 import time
 from collections import Counter
@@ -24,12 +24,12 @@ import torch
 
 import metrics
 import report
-from config import MatchConfig, keeps_scores, parse, user_errors
-from data import FeatureStore, MatchCollator, MatchDataset, drop_unreadable
+from config import InputError, MatchConfig, flag_value, keeps_scores, parse, use_files_of_training, user_errors
+from data import FeatureStore, MatchCollator, MatchDataset, digest_of, drop_unreadable
 from imagery import ImageSettings, colour_histogram, read_image
 from losses import Relations, backward_through_embeddings, count_terms, match_loss, mine_negatives
 from model import DualEncoder, pixel_store
-from scenes import Scene, describe, is_chinese, load_json, load_splits
+from scenes import Scene, describe, is_chinese, load_json, load_splits, sample_scenes
 from trainer import SceneTrainer, check_best_metric, gather_rows, read_history, write_json
 
 IDS = ("scene_ids", "scene_texts", "text_ids", "triplets")
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> dict:
     started = time.perf_counter()
 
     if config.eval_only:
-        return evaluate_only(config, args, keep=main_process and keeps_scores(argv))
+        return evaluate_only(config, args, argv, keep=main_process and keeps_scores(argv))
 
     # ---- data and model
     splits = load_splits(config, args.seed, run / "rejected.jsonl" if main_process else None)
@@ -259,7 +259,8 @@ def main(argv: list[str] | None = None) -> dict:
     model.to(args.device)
     features = {}
     if config.cache_dir:
-        recipe = f"{model.settings.base_fingerprint} {store.recipe} {config.max_text_tokens}"
+        dtype = next(model.parameters()).dtype
+        recipe = f"{model.settings.base_fingerprint} {store.recipe} {config.max_text_tokens} {dtype}"
         if config.image_tower == "frozen":
             compute = partial(model.embed_images, store=store, batch_size=args.eval_batch_size, pool_only=True)
             features["image"] = partial(
@@ -284,13 +285,19 @@ def main(argv: list[str] | None = None) -> dict:
     if config.whiten_init and not args.resume_from_checkpoint:
         start_white(model, splits["train"], train, store, features, args.eval_batch_size)
     if config.mine_negatives:
-        kept = run / "mined_negatives.json"
+        kept, rows = run / "mined_negatives.json", _rows_digest(splits["train"])
         if args.resume_from_checkpoint and kept.is_file():
-            negatives = load_json(kept)
+            found = load_json(kept)
+            if not isinstance(found, dict) or found.get("rows") != rows:
+                raise InputError(
+                    f"{kept}: mined for other training rows than these; resume with the files that the run began with, or"
+                    " start a new run"
+                )
+            negatives = found["negatives"]
         else:
             negatives = mined_negatives(model, splits["train"], config, args)
             if main_process:
-                write_json(kept, negatives)
+                write_json(kept, {"rows": rows, "negatives": negatives})
         for scene, found in zip(splits["train"], negatives):
             scene.rows = [(text, new or old) for (text, old), new in zip(scene.rows, found)]
         filled = sum(new is not None for found in negatives for new in found)
@@ -298,8 +305,7 @@ def main(argv: list[str] | None = None) -> dict:
         train = dataset_of(splits["train"])
 
     # ---- training
-    picked = sorted(random.Random(0).sample(range(len(splits["val"])), min(config.max_eval_scenes, len(splits["val"]))))
-    watched = [splits["val"][i] for i in picked]
+    watched = sample_scenes(splits["val"], config.max_eval_scenes)
     head_rate = config.head_learning_rate
     if head_rate is None:
         head_rate = args.learning_rate * (1 if "full" in (config.image_tower, config.text_tower) else 10)
@@ -323,13 +329,18 @@ def main(argv: list[str] | None = None) -> dict:
     if main_process:
         write_json(run / "config.json", trainer.settings)
     untrained = run / "untrained.json"  # of the first start: a resumed run must not measure it on whatever it loads
+    rows = _rows_digest(splits[tested])
     if args.resume_from_checkpoint and untrained.is_file():
-        results["untrained"] = load_json(untrained)
+        found = load_json(untrained)
+        if found.get("rows") == rows:
+            results["untrained"] = found["scores"]
+        else:
+            say(f"{untrained}: measured on other rows than these are; the table has no line before training")
     else:
         model.eval()
         results["untrained"] = flat(score(model, splits[tested])[0])
         if main_process:
-            write_json(untrained, results["untrained"])
+            write_json(untrained, {"rows": rows, "scores": results["untrained"]})
     outcome = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     best = trainer.save_best()
 
@@ -348,6 +359,10 @@ def main(argv: list[str] | None = None) -> dict:
     return results
 
 
+def _rows_digest(scenes) -> str:
+    return digest_of(json.dumps([[scene.image, scene.rows] for scene in scenes]))
+
+
 def _stored(feature_store: FeatureStore, compute, items: list[str], name=str) -> np.ndarray:
     """Features of texts or image files; `name(item)` is what an entry is kept under."""
     item_of = {name(item): item for item in items}
@@ -358,16 +373,17 @@ def _stored(feature_store: FeatureStore, compute, items: list[str], name=str) ->
 
 def mined_negatives(model, scenes, config, args) -> list[list[str | None]]:
     """For each scene and each of its rows, the text to tell apart from the row's own (None: none qualifies)."""
+    texts = list(dict.fromkeys(t for scene in scenes for t in scene.texts))
+    place = {t: i for i, t in enumerate(texts)}
+    miner = model.eval()
     if config.mine_model:
-        miner = DualEncoder.from_pretrained(config.mine_model, device=str(args.device)).eval()
+        miner = DualEncoder.from_pretrained(config.mine_model, device=str(args.device))
+    text = miner.embed_texts(texts, batch_size=4 * args.eval_batch_size).numpy()
+    if config.mine_model:
         own_store = pixel_store(miner, config.cache_dir)
-        _, image, text, texts = evaluate_scenes(miner, scenes, own_store, {}, config, args.eval_batch_size)
-        place = {t: i for i, t in enumerate(texts)}
+        paths = [scene.image for scene in scenes]
+        image = miner.embed_images(paths, store=own_store, batch_size=args.eval_batch_size).numpy()
     else:
-        texts = list(dict.fromkeys(t for scene in scenes for t in scene.texts))
-        place = {t: i for i, t in enumerate(texts)}
-        model.eval()
-        text = model.embed_texts(texts, batch_size=4 * args.eval_batch_size).numpy()
         image = np.stack([text[[place[t] for t in scene.texts]].mean(0) for scene in scenes])
         image /= np.maximum(np.linalg.norm(image, axis=1, keepdims=True), 1e-9)
     rows = [(i, place[t]) for i, scene in enumerate(scenes) for t, _ in scene.rows]
@@ -376,12 +392,14 @@ def mined_negatives(model, scenes, config, args) -> list[list[str | None]]:
     return [[texts[n] if (n := int(next(picked))) >= 0 else None for _ in scene.rows] for scene in scenes]
 
 
-def evaluate_only(config: MatchConfig, args, keep: bool) -> dict:
+def evaluate_only(config: MatchConfig, args, argv: list[str], keep: bool) -> dict:
     """`--eval_only`: the table of a checkpoint on the test split (else the validation split), printed and returned, and with
     `keep` left in --output_dir."""
-    model = DualEncoder.from_pretrained(config.eval_only, device=str(args.device))
+    moved = flag_value("--base_model", argv)
+    model = DualEncoder.from_pretrained(config.eval_only, base_model=moved, device=str(args.device))
     store = pixel_store(model, config.cache_dir)
-    splits = drop_unreadable(load_splits(config, args.seed), store, config.max_rejected)
+    root = use_files_of_training(config, args, argv, config.eval_only)
+    splits = drop_unreadable(load_splits(config, args.seed, train_root=root), store, config.max_rejected)
     print(f"data: {describe(splits)}")
     tested = "test" if splits["test"] else "val"
     found, image, text, texts = evaluate_scenes(model, splits[tested], store, {}, config, args.eval_batch_size)
@@ -488,14 +506,15 @@ def write_report(run, results, scenes, image, text, texts, settings) -> None:
     history = read_history(run)
     row_of = {t: i for i, t in enumerate(texts)}
     pool = list(dict.fromkeys(t for scene in scenes for t in scene.texts))
-    scores = image @ text[[row_of[t] for t in pool]].T  # (N, pool)
+    chosen = text[[row_of[t] for t in pool]].T
     cards = []
     for i, scene in enumerate(scenes):
-        order = np.argsort(-scores[i], kind="stable")
+        scores = image[i] @ chosen  # of one image: those of all are as large as the data squared
+        order = np.argsort(-scores, kind="stable")
         rank = next(k for k, j in enumerate(order) if pool[j] in scene.texts)
-        lines = [(pool[j], float(scores[i, j]), pool[j] in scene.texts) for j in order[:5]]
+        lines = [(pool[j], float(scores[j]), pool[j] in scene.texts) for j in order[:5]]
         if rank >= 5:
-            lines.append((pool[order[rank]], float(scores[i, order[rank]]), True))
+            lines.append((pool[order[rank]], float(scores[order[rank]]), True))
         cards.append((rank, -lines[0][1], i, lines))
     cards.sort(key=lambda card: card[:3])
 
@@ -515,10 +534,9 @@ def write_report(run, results, scenes, image, text, texts, settings) -> None:
         ("Best retrievals", gallery(cards[:6])),
         ("Worst retrievals", gallery(cards[-6:][::-1])),
     ]  # fmt: skip
-    if history:
-        curves = report.curves_figure(
-            history, {"loss": "training loss", "eval_mR": "mR", "eval_accuracy": "triplet accuracy"}
-        )
+    curves = {"loss": "training loss", "eval_mR": "mR", "eval_accuracy": "triplet accuracy"}
+    if any(key in row for row in history for key in curves):
+        curves = report.curves_figure(history, curves)
         sections.insert(1, ("Curves", report.figure_html(curves, "training curves")))
     report.page("Matching images and texts", sections, run / "report.html", subtitle=f"{run}")
 

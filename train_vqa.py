@@ -13,9 +13,7 @@ results.json, samples.jsonl (every test question with its answers before and aft
 
 import argparse
 import copy
-import dataclasses
 import json
-import os
 import random
 import sys
 import time
@@ -29,10 +27,20 @@ import transformers
 import caption_scores
 import metrics
 import report
-from config import InputError, VQAConfig, flag_given, flag_value, keeps_scores, parse, refuse_unwritable, user_errors
+from config import (
+    InputError,
+    VQAConfig,
+    flag_given,
+    flag_value,
+    keeps_scores,
+    parse,
+    refuse_unwritable,
+    use_files_of_training,
+    user_errors,
+)  # fmt: skip
 from data import QuestionCollator, QuestionDataset, drop_too_long, drop_unreadable, image_settings, row_align
 from imagery import ImageSettings, read_image
-from model import VQA, pixel_store, read_config
+from model import VQA, VQA_SETTINGS, load_processor, pixel_store, read_config
 from scenes import QuestionScene, is_chinese, load_splits, read_chat, read_conversations, sample_scenes
 from trainer import PackedTask, SceneTrainer, check_best_metric, held_out_loss, read_history, write_json
 
@@ -152,7 +160,7 @@ def summary(results: dict, best) -> str:
 
 
 def score_chat(made: dict, scenes: list[QuestionScene], train: list[QuestionScene]) -> tuple[dict, list[dict]]:
-    """({language of the question: `caption_scores.compare` of before and after}, a row for every question).
+    """({language, Chinese where question or answer is: `caption_scores.compare` of before and after}, a row for every question).
 
     Beside them: how many training answers there are and how many of them are distinct, for what a data set repeats a
     model copies; and the answers that equal the truth, apart for first questions and for those that follow others."""
@@ -164,10 +172,14 @@ def score_chat(made: dict, scenes: list[QuestionScene], train: list[QuestionScen
     guesses = {"most frequent answer to the question": [usual.get(question.text, "") for _, question in listed]}
     scores, rows = {}, []
     for language in ("en", "zh"):
-        chosen = [n for n, (_, question) in enumerate(listed) if is_chinese(question.text) == (language == "zh")]
+
+        def spoken(question):
+            return is_chinese(question.text + question.answer) == (language == "zh")  # noqa: B023 - used in this turn only
+
+        chosen = [n for n, (_, question) in enumerate(listed) if spoken(question)]
         if not chosen:
             continue
-        learnt = [[question.answer] for question in known if is_chinese(question.text) == (language == "zh")]
+        learnt = [[question.answer] for question in known if spoken(question)]
         truths = [[listed[n][1].answer] for n in chosen]
         found = caption_scores.compare(
             {name: [texts[n] for n in chosen] for name, texts in said.items()}, truths, learnt, language=language
@@ -236,15 +248,17 @@ def main(argv: list[str] | None = None) -> dict | None:
     started = time.perf_counter()
     if config.eval_only and not config.lora:
         raise InputError("--eval_only: give the adapter to score with --lora")
+    root = None
     if config.eval_only:
-        use_files_of_training(config, args, argv)
+        more = ("max_question_tokens", "max_answer_tokens")
+        root = use_files_of_training(config, args, argv, config.lora, more)
     rejected = run / "rejected.jsonl" if main_process and not config.eval_only else None
 
     # ---- data and model
     if not config.lora:
         read_config(config.base_model)  # a missing base is said before the data is read
     read = read_chat if config.task == "chat" else read_conversations
-    splits = load_splits(config, args.seed, rejected, read=read)
+    splits = load_splits(config, args.seed, rejected, read=read, train_root=root)
     if config.max_test_scenes:
         splits["test"] = sample_scenes(splits["test"], config.max_test_scenes)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -265,7 +279,10 @@ def main(argv: list[str] | None = None) -> dict | None:
         if not args.resume_from_checkpoint:
             refuse_other_settings(model, config, argv)
         changed["base_model"] = model.settings.base_model
-        model.settings.answers = model.settings.answers or answers
+        if config.eval_only:
+            model.settings.answers = model.settings.answers or answers
+        else:  # what it learns from now on
+            model.settings.answers, model.settings.max_answer_tokens = answers, config.max_answer_tokens
     else:
         model = VQA.from_base(config, seed=args.seed, answers=answers, **options)
     limits = {
@@ -275,7 +292,9 @@ def main(argv: list[str] | None = None) -> dict | None:
     advice = "" if chat else "answers that are sentences are for --task chat"
     splits = drop_too_long(splits, model.tokenizer, config.max_rejected, rejected, advice, **limits)
     store = pixel_store(model, config.cache_dir)
-    splits = drop_unreadable(splits, store, config.max_rejected, rejected)
+    tested = "test" if splits["test"] else "val"
+    used = [tested] if config.eval_only else [*splits]  # of the others the answers alone are needed
+    splits |= drop_unreadable({name: splits[name] for name in used}, store, config.max_rejected, rejected)
     say(f"data: {describe(splits)}")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -286,12 +305,11 @@ def main(argv: list[str] | None = None) -> dict | None:
     tokens = None
     if frozen and config.cache_dir and config.packing:
         tokens = model.token_store(config.cache_dir, store)
-        paths = [scene.image for scenes in splits.values() for scene in scenes]
+        paths = [scene.image for name in used for scene in splits[name]]
         if main_process:
             model.prepare_tokens(tokens, store, paths, args.eval_batch_size)
         if args.world_size > 1:
             torch.distributed.barrier()
-    tested = "test" if splits["test"] else "val"
     held = splits[tested]
 
     collator = QuestionCollator(
@@ -458,41 +476,20 @@ def write_report(run: Path, results: dict, samples: list[dict], settings: ImageS
 def refuse_other_settings(model: VQA, config: VQAConfig, argv: list[str]) -> None:
     """Raises InputError for a flag that says otherwise than the adapter of --lora, which keeps what it was trained with."""
     lora, sides = model.peft.peft_config["default"], model.processor.size
+    targets = {name.rpartition(".")[2] for name in lora.target_modules if "language_model" in name}
     images = image_settings(config).to_dict()
     own = {
         "lora_rank": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout, "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora, "vision_tower": model.settings.vision_tower, "merger": model.settings.merger,
         "prompt": model.settings.prompt, "min_pixels": sides["shortest_edge"], "max_pixels": sides["longest_edge"],
+        "lora_targets": sorted(targets),
     }  # fmt: skip
     own |= {name: value for name, value in model.settings.images.items() if name != "max_pixels"}
     asked = vars(config) | {name: images[name] for name in images if name != "max_pixels"}
+    asked["lora_targets"] = sorted(config.lora_targets)
     for name, value in own.items():
         if flag_given(f"--{name}", argv) and asked[name] != value:
             raise InputError(f"--{name}: {config.lora} was trained with {value!r} and keeps that; leave the flag out")
-
-
-def use_files_of_training(config: VQAConfig, args, argv: list[str]) -> None:
-    """Score an adapter with the files and the split it was trained with where the command line names no others: the majority
-    baseline is made of the training answers, and those of another data set would flatter or shame it; an image that was
-    trained on must not be held out now. Raises InputError where it was trained for another task."""
-    try:
-        record = json.loads((Path(config.lora) / "config.json").read_text())
-        recorded = record["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # another tool's adapter
-    task = "rsvqa" if record.get("task") == "vqa" else record.get("task")
-    if task in ("rsvqa", "chat") and task != config.task:
-        raise InputError(f"{config.lora}: was trained with --task {task}: give that")
-    given = flag_value("--train_file", argv) or flag_value("--data", argv)
-    if given and os.path.abspath(given) != os.path.abspath(recorded.get("train_file", "")):
-        return
-    defaults = {field.name: field.default for part in (VQAConfig, type(args)) for field in dataclasses.fields(part)}
-    names = "train_file val_file test_file image_root val_fraction test_split language max_samples seed"
-    for name in names.split():  # what a run does not record had the library's default, whatever the presets say
-        if not flag_given(f"--{name}", argv):
-            setattr(config if hasattr(config, name) else args, name, recorded.get(name, defaults[name]))
-    if recorded.get("image_root") not in (None, config.image_root):  # the test's images, and then the training's
-        config.image_root = os.pathsep.join([config.image_root, recorded["image_root"]])
 
 
 def merge(argv: list[str]) -> None:
@@ -511,9 +508,14 @@ def merge(argv: list[str]) -> None:
         raise InputError(f"{output}: is there already and not empty; give another --output")
     refuse_unwritable(output.absolute().parent, "--output: its folder")
     model = VQA.from_pretrained(args.lora, base_model=args.base)
-    model.merge(output, None if args.dtype == "auto" else getattr(torch, args.dtype))
+    ours = (Path(args.lora) / VQA_SETTINGS).is_file()
+    if not ours:
+        model.processor, _ = load_processor(model.settings.base_model)  # the base's pixel limits, not our preset's
+    model.merge(output, None if args.dtype == "auto" else getattr(torch, args.dtype), settings=ours)
     print(f"merged  {output}")
-    if model.settings.prompt != "{question}":
+    if not ours:
+        print("an adapter of another tool: ask it as that tool did")
+    elif model.settings.prompt != "{question}":
         print(f"ask it as it was trained: {model.settings.prompt!r}")
 
 

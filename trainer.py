@@ -31,6 +31,15 @@ class _Finished(Exception):
     """The checkpoint that is resumed is of the last step."""
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """Goes on counting after a resume. (transformers restores a callback only together with the patience it had.)"""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self.early_stopping_patience_counter = kept.get("early_stopping_patience_counter", 0)
+
+
 class NoStepAfterTheLast(TrainerCallback):
     """The Trainer asks whether training is over after a step only, and would go one too far from a checkpoint of the end."""
 
@@ -39,11 +48,11 @@ class NoStepAfterTheLast(TrainerCallback):
             raise _Finished
 
 
-def check_best_metric(args, promised: Collection[str], evaluate: Callable[[], dict]) -> None:
+def check_best_metric(args, promised: Collection[str], evaluate: Callable[[], dict] | None = None) -> None:
     """Raises InputError unless the score that chooses the best step is `promised`, whatever the data, or one of those that
     `evaluate` finds. To be called before training: the first evaluation may be hours away."""
     best = args.metric_for_best_model.removeprefix("eval_") if args.load_best_model_at_end else None
-    if best and best not in promised and best not in (found := evaluate()):
+    if best and best not in promised and best not in (found := evaluate() if evaluate else promised):
         raise InputError(f"--metric_for_best_model {best}: expected one of {', '.join(found)}")
 
 
@@ -60,13 +69,12 @@ class SceneTrainer(Trainer):
         self.task, self.settings, self.rates = task, settings, rates
         callbacks = [MetricsFile(), EpochOfSampler(self)]
         if early_stopping:
-            callbacks.append(EarlyStoppingCallback(early_stopping))
+            callbacks.append(EarlyStopping(early_stopping))
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, data_collator=collator, callbacks=callbacks,
             eval_dataset=train_dataset,  # the Trainer asks for one; `evaluate` below leaves evaluation to the task
         )  # fmt: skip
         self.add_callback(NoStepAfterTheLast())  # after the progress bar's: it raises, and each that has begun is ended
-        self.can_return_loss = True
         self.saved_step = self.trained = None
         if self.args.n_gpu > 1:  # one process would split scene batches with DataParallel, which cannot know how
             raise InputError(
@@ -132,7 +140,9 @@ class SceneTrainer(Trainer):
             try:
                 return super().train(*args, **kwargs)
             except _Finished:
-                if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+                if self.args.load_best_model_at_end and self.state.best_global_step:  # the run may have been moved
+                    best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+                    self.state.best_model_checkpoint = str(best)
                     self._load_best_model()
                 self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
                 return TrainOutput(self.state.global_step, 0.0, {})
@@ -177,12 +187,17 @@ class SceneTrainer(Trainer):
         with self.accelerator.autocast():
             found = self.task.evaluate(model)
         model.train(training)  # here, not in every step: it visits thousands of modules
-        check_best_metric(self.args, (), lambda: found)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _determine_best_metric(self, metrics, trial):
+        better = super()._determine_best_metric(metrics, trial)
+        if better and self.args.load_best_model_at_end:  # --eval_steps may be below --save_steps
+            self.control.should_save = True
+        return better
 
     # -- checkpoints: written beside, then renamed, so that a folder named checkpoint-N is always whole
 
@@ -231,13 +246,15 @@ class SceneTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _drop_old(self, run: Path) -> None:
-        limit = self.args.save_total_limit
-        if not limit:
-            return
-        keep = {self.state.best_model_checkpoint, str(run / f"checkpoint-{self.state.global_step}")}
+        """Delete checkpoints above --save_total_limit, and those of a run that went back to an earlier one: a resume would
+        take them for the newest."""
+        limit, step = self.args.save_total_limit, self.state.global_step
+        keep = {self.state.best_model_checkpoint, str(run / f"checkpoint-{step}")}
         found = [path for path in sort_checkpoints(str(run), use_mtime=False) if Path(path).name[11:].isdigit()]
+        left = [path for path in found if int(Path(path).name[11:]) > step]
+        found = [path for path in found if path not in left]
         old = [path for path in found if path not in keep and str(Path(path)) not in keep]
-        for path in old[: max(0, len(found) - limit)]:
+        for path in left + old[: max(0, len(found) - limit) if limit else 0]:
             doomed = f"{path}{DOOMED}"
             os.replace(path, doomed)  # a kill while deleting leaves no half checkpoint under a whole one's name
             shutil.rmtree(doomed, ignore_errors=True)

@@ -892,7 +892,9 @@ class Endpoint:
 
     def _raise_for(self, error) -> None:
         status = error.status_code
-        said = f"HTTP {status}: {one_line(error.message)}".replace(self.args.api_key, "***")
+        said = f"HTTP {status}: {one_line(error.message)}"
+        if self.args.api_key != "none":  # what stands for no key
+            said = said.replace(self.args.api_key, "***")
         where = f"{self.args.base_url}: {said}"
         if status in (401, 402, 403):
             raise InputError(f"{where}; check --api_key (OPENAI_API_KEY) and what the account may use") from None

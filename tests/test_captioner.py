@@ -148,6 +148,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
     ("qwen2", SMALL, True),
     ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 2, "eos_token_id": 1}, False),
     ("mistral", SMALL | {"sliding_window": 3}, False),  # branches further away than the window
+    ("mistral", SMALL | {"sliding_window": 16}, False),  # as long as a caption, shorter than a row
     ("gemma2", SMALL | {"query_pre_attn_scalar": 16, "final_logit_softcapping": 0.5}, False),  # the head caps its scores
 ])  # fmt: skip
 def test_any_language_model_trains_and_writes(kind, options, packs, captioner, qwen3_base, scenes, tmp_path):
@@ -376,6 +377,20 @@ def test_no_thought_leaks_into_a_caption(captioner, scenes):
         assert model.caption([scene.image for scene in scenes[:2]]) == ["a farm", "a road"]
     finally:
         model.tokenizer.__class__.batch_decode = kept
+
+
+def test_a_trained_vision_encoder_beside_16_bits(captioner, scenes, tmp_path):
+    model = captioner(dtype=torch.bfloat16, freeze_vision_model=False)
+    assert {p.dtype for p in model.vision.parameters()} == {torch.float32}
+    images = [scene.image for scene in scenes]
+    assert len(model.caption(images, max_tokens=3)) == len(model.embed_images(images, pixel_store(model))) == 3
+
+
+def test_rotary_frequencies_stay_float32(captioner, tmp_path):
+    captioner().save_whole(tmp_path / "final")
+    model = Captioner.from_pretrained(tmp_path / "final", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for name, b in model.named_buffers() if "inv_freq" in name} == {torch.float32}
 
 
 def test_sixteen_bit_bases(captioner, scenes):

@@ -267,11 +267,11 @@ def test_one_percent_is_still_allowed(here, call):
 def test_images_beside_the_csv(here, call, monkeypatch):
     ten(here)
     (here / "else" / "tiles").mkdir(parents=True)
-    (here / "else" / "tiles" / "3.tif").write_bytes(b"nearer")
+    (here / "else" / "tiles" / "3.tif").write_bytes(b"of another data set")
     monkeypatch.chdir(here / "else")
     assert call("--csv", "../rsvqa-dataset.csv")[0] == 0
     images = {image_of(row) for row in load(here / "else" / "data_vl.json")}
-    assert str(here / "else" / "tiles" / "3.tif") in images and str(here / "tiles" / "4.tif") in images
+    assert str(here / "tiles" / "3.tif") in images and str(here / "tiles" / "4.tif") in images
     assert len(images) == 10 and all(os.path.isabs(path) for path in images)
 
 

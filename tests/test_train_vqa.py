@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import train_vqa
-from config import InputError, VQAConfig, refuse_unwritable
+from config import InputError, VQAConfig, refuse_unwritable, use_files_of_training
 from model import VQA
 from scenes import read_chat, read_conversations
 from tests.conftest import conversation, draw, relative, run_on_two_processes
@@ -79,18 +79,21 @@ def test_eval_only_takes_the_files_of_training(run, base, asked, tmp_path, monke
     assert named["majority"]["exact"]["micro"] == 0 and named["after"] == trained["after"]
 
 
-def test_images_of_another_test_file_come_before_those_of_training(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"settings": {"train_file": "a.json", "image_root": "theirs"}}))
-    for argv, root in (
-        ([], "theirs"),
-        (["--image_root=ours", "--test_file=b.json"], os.pathsep.join(["ours", "theirs"])),
+@pytest.mark.parametrize("recorded, first", [("theirs", ["theirs"]), (None, ["d", "d/images"])])
+def test_images_of_another_test_file_are_not_those_of_training(recorded, first, tmp_path):
+    """Two data sets may number their images alike: each file's are looked for in its own place."""
+    settings = {"train_file": "d/a.json"} | ({"image_root": recorded} if recorded else {})
+    (tmp_path / "config.json").write_text(json.dumps({"settings": settings}))
+    for argv, root, train_root in (
+        ([], recorded, None),
+        (["--image_root=ours", "--test_file=b.json"], "ours", os.pathsep.join([*first, "ours"])),
     ):
         config = VQAConfig(
             lora=str(tmp_path), image_root=(argv and "ours") or None, test_file="b.json", val_fraction=0.5
         )
         args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, seed=7)
-        train_vqa.use_files_of_training(config, args, argv)
-        assert (config.train_file, config.image_root, args.seed) == ("a.json", root, 42)
+        assert use_files_of_training(config, args, argv, tmp_path) == train_root
+        assert (config.train_file, config.image_root, args.seed) == ("d/a.json", root, 42)
         assert config.test_file == (None if not argv else "b.json")  # not the preset's
 
 

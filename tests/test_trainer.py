@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -234,8 +235,6 @@ def test_frozen_towers_with_cached_features_give_the_same_curve(train, tmp_path)
 
 
 def test_features_are_made_anew_when_an_image_changes(train, tmp_path, drawn):
-    import shutil
-
     from tests.conftest import draw
 
     images = Path(shutil.copytree(drawn.images, tmp_path / "images"))
@@ -275,12 +274,20 @@ def test_a_resumed_run_keeps_its_mined_negatives(train, tmp_path):
     measured = json.loads((tmp_path / "run" / "untrained.json").read_text())
     again = train(tmp_path / "run", f"--resume_from_checkpoint {tmp_path / 'run' / 'checkpoint-3'}")
     assert_identical(weights(tmp_path / "run" / f"checkpoint-{last}"), whole)
-    assert again["untrained"] == measured
+    assert again["untrained"] == measured["scores"]
     # With other negatives the run would have gone elsewhere: the file is what decides.
     mined = tmp_path / "run" / "mined_negatives.json"
-    mined.write_text(json.dumps([[None] * len(row) for row in json.loads(mined.read_text())]))
+    found = json.loads(mined.read_text())
+    mined.write_text(json.dumps(found | {"negatives": [[None] * len(row) for row in found["negatives"]]}))
     train(tmp_path / "run", f"--resume_from_checkpoint {tmp_path / 'run' / 'checkpoint-3'}")
     assert distance(weights(tmp_path / "run" / f"checkpoint-{last}"), whole) > 0
+    for path in (mined, tmp_path / "run" / "untrained.json"):  # of other data: nothing is paired with the wrong rows
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": "other"}))
+    with pytest.raises(InputError, match="mined for other training rows"):
+        train(tmp_path / "run", f"--resume_from_checkpoint {tmp_path / 'run' / 'checkpoint-3'}")
+    mined.unlink()
+    again = train(tmp_path / "run", f"--resume_from_checkpoint {tmp_path / 'run' / 'checkpoint-3'}")
+    assert "untrained" not in again
 
 
 def test_a_trained_matcher_can_mine(train, tmp_path, capsys):
@@ -304,6 +311,18 @@ def test_eval_only_scores_a_checkpoint_as_its_run_did(train, tmp_path):
         assert again[name] == pytest.approx(value), name
     kept = tmp_path / "other"
     assert json.loads((kept / "results.json").read_text())["trained"] == json.loads(json.dumps(again))
+
+
+def test_eval_only_scores_what_was_held_out_then(flags, tmp_path, monkeypatch):
+    """By another seed or share other images would be held out, which were trained on."""
+    monkeypatch.setattr(train_match, "histogram_baseline", lambda *a: {})
+    monkeypatch.setattr(train_match, "write_report", lambda *a: None)
+    own = [word for word in flags if not word.startswith(("--val_file", "--test_file"))]
+    split = ["--seed=7", "--val_fraction=0.4", "--max_steps=2"]
+    trained = train_match.main([*own, *split, f"--output_dir={tmp_path / 'run'}"])
+    only = ["--preset=demo", f"--eval_only={tmp_path / 'run' / 'best_model'}", "--use_cpu=true", "--cache_dir=none"]
+    again = train_match.main(only)
+    assert again["images"] == trained["images"] and again["trained"] == trained["trained"]
 
 
 def test_colours_know_no_word_of_the_test(tmp_path):
@@ -392,6 +411,40 @@ def test_resume_from_an_earlier_checkpoint_replaces_later_ones(train, tmp_path):
     words = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-4"), "--margin", "1.5"]
     train_match.main(words)
     assert distance(before, weights(tmp_path / "run" / "checkpoint-8")) > 1e-4
+
+
+def test_a_branch_that_was_left_is_not_resumed(train, tmp_path):
+    every = "--save_strategy steps --eval_strategy steps --save_steps 2 --eval_steps 2 --save_total_limit 9"
+    train(tmp_path / "run", f"--max_steps 6 {every}")
+    train_match.main(["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2"), "--max_steps=4"])
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_patience_goes_on_after_a_resume(train, tmp_path, scripted):
+    scripted([0.5, 0.4, 0.3, 0.2])
+    train(tmp_path / "whole", "--num_train_epochs 4 --early_stopping_patience 2 --save_total_limit 9")
+    assert read_history(tmp_path / "whole")[-1]["step"] == 12
+    scripted([0.3, 0.2, 0.1])
+    again = train_match.main(["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-8")])
+    assert (again["steps"], again["best_step"]) == (12, 4)
+
+
+def test_a_best_step_between_saves_is_saved(train, tmp_path, scripted):
+    scripted([0.5, 0.1, 0.2, 0.3])
+    every = "--eval_strategy steps --eval_steps 1 --save_strategy steps --save_steps 2"
+    results = train(tmp_path / "run", f"--max_steps 4 {every}")
+    assert results["best_step"] == 1
+    assert_identical(weights(tmp_path / "run" / "best_model"), weights(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_a_run_that_is_over_may_be_moved(train, tmp_path, scripted):
+    scripted([0.5, 0.1])
+    train(tmp_path / "run", "--num_train_epochs 2")
+    best = weights(tmp_path / "run" / "best_model")
+    shutil.rmtree(tmp_path / "run" / "best_model")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train_match.main(["--resume_from_checkpoint", str(tmp_path / "moved")])
+    assert_identical(weights(tmp_path / "moved" / "best_model"), best)
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(train, tmp_path):

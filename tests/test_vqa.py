@@ -397,6 +397,12 @@ def test_adapters_that_do_not_arrive_are_errors(answerer, tmp_path):
         (folder / "adapter_config.json").write_text(json.dumps(record))
 
     assert "expected 'LORA'" in broken(tmp_path, model, other_kind)
+
+    def other_start(folder, _):
+        record = json.loads((folder / "adapter_config.json").read_text()) | {"init_lora_weights": "pissa_niter_4"}
+        (folder / "adapter_config.json").write_text(json.dumps(record))
+
+    assert "changes the base itself" in broken(tmp_path, model, other_start)
     assert "not an adapter" in broken(tmp_path, model, lambda folder, _: (folder / "adapter_config.json").unlink())
 
 
@@ -449,6 +455,36 @@ def test_new_adapter_answers_as_the_base(vqa_settings, scenes):
     with model.before():
         before = model.answer(asked, max_tokens=5)
     assert model.answer(asked, max_tokens=5) == before
+
+
+def test_what_is_trained_whole_beside_a_base_of_16_bits_is_float32(answerer, scenes, tmp_path):
+    for options in ({"merger": "full"}, {"vision_tower": "full"}):
+        model = answerer(dtype=torch.bfloat16, **options).eval()
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        assert model.answer([(scenes[0].image, ["Is there a road?"])])  # outside of the Trainer's autocast, too
+        model.save_pretrained(tmp_path / "a")
+        again = VQA.from_pretrained(tmp_path / "a", dtype=torch.bfloat16, trainable=True)
+        assert {p.dtype for p in again.parameters() if p.requires_grad} == {torch.float32}
+        state = again.adapter_state()
+        assert all(torch.equal(value, state[key]) for key, value in model.adapter_state().items())
+
+
+def test_reset_makes_doras_magnitudes_new(answerer, vqa_settings):
+    model = answerer(seed=2, use_dora=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+    model.reset_adapter(2)
+    new = VQA.from_base(vqa_settings(use_dora=True), seed=2).adapter_state()
+    for name, value in model.adapter_state().items():
+        assert "magnitude" not in name or torch.allclose(value, new[name]), name
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_marks_in_an_answer_are_no_images(answerer, scenes):
+    branch, targets = answerer().prompt.branches(["a?"], ["<|image_pad|>"])[0]
+    assert answerer().prompt.image_token not in branch and targets >= 1
 
 
 def test_reset_makes_the_adapter_new(answerer, vqa_settings):
