@@ -5,8 +5,8 @@
     python caption.py eval --model_path outputs/final --test_dir test_images --output_file eval_results.json
     python caption.py eval --model_path outputs/final --test_dir test_images --references captions.json ...
 
-eval writes captions of every image; with --references also their scores, and a page with the best and the worst beside
---output_file. An image that cannot be read is listed with its reason, the others are captioned, and the exit code is 1
+eval writes captions of every image; with --references those of the images that have some, their scores, and a page with the
+best and the worst beside --output_file. An image that cannot be read is listed with its reason, the others are captioned, and the exit code is 1
 (0: all done; 2: nothing was done).
 """
 
@@ -92,6 +92,8 @@ def checked(args) -> None:
     if args.output_file:
         refuse_unwritable_file(args.output_file, "--output_file")
     if args.command == "eval":
+        if Path(args.output_file).suffix.lower() in (".html", ".htm"):
+            raise InputError(f"--output_file {args.output_file}: a JSON file; the page stands beside it as .html")
         args.cache_dir = cache_folder(args.cache_dir)
 
 
@@ -171,7 +173,8 @@ def generate(args) -> int:
     elif len(paths) > 1:
         for path, caption in captions.items():
             print(f"{path}\t{caption}")
-    return (say_broken(broken) and 2) if not captions else say_broken(broken)
+    code = say_broken(broken)
+    return code if captions else 2
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -201,20 +204,26 @@ def reference_scenes(args, images: list[str], language: str) -> dict[str, list[s
     return {image: texts for image, texts in chosen.items() if texts}
 
 
-def read_objects(path: str, images: list[str]) -> tuple[dict, list, list[list[str]]]:
-    """(words of each object, phrases to ignore, objects in each image) of an --objects file. Raises InputError."""
+def read_objects(path: str, images: list[str]) -> tuple[dict, list, dict[str, list[str]]]:
+    """(words of each object, phrases to ignore, {image: objects in it}) of an --objects file. Raises InputError."""
     content = load_json(path)
     if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in ("words", "images")):
         raise InputError(f'{path}: expected {{"words": {{object: [word]}}, "images": {{image: [object]}}}}')
-    words, listed = content["words"], content["images"]
-    present = []
+    words, listed, ignore = content["words"], content["images"], content.get("ignore", [])
+    lists = [("words", *item) for item in words.items()] + [("images", *item) for item in listed.items()]
+    for field, name, value in [*lists, ("ignore", "it", ignore)]:
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise InputError(
+                f"{path}: field {field!r}: {name}: expected a list of texts, found {json.dumps(value)[:60]}"
+            )
+    present = {}
     for image in images:
         if Path(image).name not in listed:
             raise InputError(f"{path}: field 'images': {Path(image).name} is missing")
-        present.append(listed[Path(image).name])
-        if unknown := set(present[-1]) - set(words):
+        present[image] = listed[Path(image).name]
+        if unknown := set(present[image]) - set(words):
             raise InputError(f"{path}: field 'words': {sorted(unknown)[0]!r} of {Path(image).name} is missing")
-    return words, content.get("ignore", []), present
+    return words, ignore, present
 
 
 def objects_line(found: dict) -> str:
@@ -233,6 +242,7 @@ def evaluate(args) -> int:
     import caption_scores
     import metrics
     import report
+    from data import drop_unreadable
     from imagery import ImageSettings, read_image
     from model import pixel_store
     from trainer import write_json
@@ -245,14 +255,28 @@ def evaluate(args) -> int:
                 f"--language {args.language}: the model was trained in another; give the --prompt to ask it with"
             )
     prompt = args.prompt = args.prompt or model.default_prompt()
-    language = args.language or ("zh" if is_chinese(prompt) else "en")
+    learnt = {text: name for name, text in model.settings.prompts.items()}
+    language = args.language or learnt.get(prompt) or ("zh" if is_chinese(prompt) else "en")
     images = [str(path) for path in image_files(args.test_dir)]
     references = reference_scenes(args, images, language) if args.references else {}
     if references:
         if unscored := len(images) - len(references):
             print(f"{unscored} images of {args.test_dir} have no reference in split or language and are left out")
         images = list(references)
+    # What the captions are compared with is read before they are written, which may take hours.
+    known = []
+    if references and args.training:
+        found = read_scenes(
+            args.training, more_roots=(args.test_dir,), language=language, max_rejected=args.max_rejected
+        )
+        known = [scene for scene in found.scenes if scene.split in (None, "train")]
+        if not known:
+            raise InputError(f"{args.training}: no row of split 'train'")
+    told = read_objects(args.objects, images) if args.objects else None
     store = pixel_store(model, args.cache_dir)
+    if known:
+        seen = drop_unreadable({"train": known}, store, args.max_rejected)["train"]
+        seen_vectors, seen_texts = model.embed_images([s.image for s in seen], store), [s.listed for s in seen]
     captions, broken = write_captions(model, store, images, args)
     if not captions:
         raise InputError(f"{args.test_dir}: no image could be read; {next(iter(broken.values()))}")
@@ -264,12 +288,9 @@ def evaluate(args) -> int:
     if references:
         truths = [references[image] for image in images]
         made, texts = {"captioner": [captions[image] for image in images]}, []
-        if args.training:
-            found = read_scenes(args.training, more_roots=(args.test_dir,), language=language)
-            known = [scene for scene in found.scenes if scene.split in (None, "train")]
-            texts = [scene.listed for scene in known]
-            pooled = [model.embed_images(paths, store) for paths in (images, [scene.image for scene in known])]
-            made = caption_scores.baselines(*pooled, texts) | made
+        if known:
+            texts = seen_texts
+            made = caption_scores.baselines(model.embed_images(images, store), seen_vectors, texts) | made
         found = caption_scores.compare(made, truths, texts, language=language)
         for row, truth, scores in zip(rows, truths, caption_scores.per_image(found["captioner"])):
             row |= {"references": truth} | scores
@@ -277,8 +298,9 @@ def evaluate(args) -> int:
         for title, table, columns, notes in caption_scores.tables(found):
             print(f"{title}, prompt {prompt!r}", report.table_text(table, columns), notes, "", sep="\n")
             sections.append((title, report.table_html(table, columns) + f"<p>{html.escape(notes)}</p>"))
-    if args.objects:
-        words, ignore, present = read_objects(args.objects, images)
+    if told:
+        words, ignore, named = told
+        present = [named[image] for image in images]
         found = result["objects"] = metrics.object_mentions(list(captions.values()), present, words, ignore)
         line = objects_line(found)
         print(line)

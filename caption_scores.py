@@ -139,7 +139,11 @@ def _in_child(task: str, **given) -> tuple[dict | None, str]:
     seconds = SECONDS[task] + SECONDS_PER_TEXT[task] * len(texts)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     child = subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve()), task], encoding="utf-8", start_new_session=True, **pipes
+        [sys.executable, str(Path(__file__).resolve()), task],
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+        **pipes,
     )
     try:
         out, noise = child.communicate(json.dumps(given), timeout=seconds)

@@ -511,6 +511,8 @@ def demo_scenes(data_dir: Path, side: int) -> Scenes | None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the GIL
         pictures = list(pool.map(picture, rows))
     train, held = ([i for i, row in enumerate(rows) if row["split"] == split] for split in ("train", "val"))
+    if not train or not held:
+        raise InputError(f"{data_dir}: no scene of its validation split; draw more: python demo_data.py --scenes 8")
     return Scenes(rows, pictures, [covers.index(row["cover"]) for row in rows], covers, kinds, train, held)
 
 
@@ -690,7 +692,7 @@ def _facts(row: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     for group in row["groups"]:
         kind, place = group["kind"], REGIONS_ZH.get(group["where"])
         chat.append((f"数一数{NOUNS_ZH[kind]}。", str(counts[kind])))
-        if place and sum(other["kind"] == kind for other in row["groups"]) == 1:
+        if place:
             chat += [(f"Where do the {many[kind]} lie?", group["where"]), (f"{NOUNS_ZH[kind]}位于何处？", place)]
     short += [(" area", row["rural_urban"]), (" cover", row["cover"])]
     chat.append(("Which kind of area, rural or urban?", row["rural_urban"]))

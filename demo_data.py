@@ -27,7 +27,7 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 from rasterio.warp import transform as reproject
 
-from config import InputError, in_workers, user_errors
+from config import InputError, in_workers, refuse_unwritable, user_errors
 
 VERSION = 8  # raise it whenever the same seed gives other bytes: folders of an older version are then not 'done'
 MANY = 9  # from nine on, captions say 'many'; seven and eight are never drawn, so no word is ever borderline
@@ -431,7 +431,7 @@ def _summed(t: dict) -> dict:
 
 
 def later_truth(truth: dict) -> tuple[dict, list[dict]]:
-    """The same place one to three years on: (its truth, the changes). Two in five change only their season."""
+    """The same place in another season, two months to four years on: (its truth, the changes). Two in five change only that."""
     rng = np.random.default_rng([truth["seed"], truth["img_id"], 1])
     t = json.loads(json.dumps(truth))
     t["season"] = str(
@@ -596,7 +596,7 @@ def say_zh(fact: tuple, noun: bool = False) -> str:
 
 
 def caption_facts(t: dict) -> list[list[tuple]]:
-    """The facts of the five captions: the land cover first, then one to four more; both languages tell the same."""
+    """The facts of the five captions: the land cover first, then one to five more; both languages tell the same."""
     rng = np.random.default_rng([t["seed"], t["img_id"], 2])
     groups = [("group", g["kind"], g["count"], g["where"]) for g in t["groups"]]
     groups.sort(key=lambda g: g[2] >= MANY)  # a countable group says more than 'many houses'
@@ -705,7 +705,7 @@ def area_m2(t: dict, kind: str) -> int:
 
 
 def questions(truth: dict) -> list[dict]:
-    """12 to 20 questions in the manner of RSVQA: [{"type", "question", "answer"}]."""
+    """11 to 21 questions in the manner of RSVQA: [{"type", "question", "answer"}]."""
     rng, t, out = np.random.default_rng([truth["seed"], truth["img_id"], 5]), truth, []
     counts = t["counts"]
     yes, no = ([k for k in counts if (counts[k] > 0) == want] for want in (True, False))
@@ -759,7 +759,7 @@ def dialogues(truth: dict, language: str = "en") -> list[list[list[str]]]:
     names nothing ("How many are there?") or a kind alone ("And ships?"): the turns before it say what is meant. (Only the one
     about clouds stands for itself.)"""
     rng, t, zh = np.random.default_rng([truth["seed"], truth["img_id"], 6]), truth, language == "zh"
-    groups = [g for g in t["groups"] if sum(other["kind"] == g["kind"] for other in t["groups"]) == 1]
+    groups = t["groups"]
     absent = [kind for kind in KINDS if not t["counts"][kind]]
 
     def number(kind):
@@ -1115,7 +1115,7 @@ def _object(c: _Canvas, d: ImageDraw.ImageDraw, o: dict, rng):
         fill([(x * 0.1, y) for x, y in BOX], shell, 0.8)
     elif kind == "field":
         track = rng.random() < 0.6
-        fill([(x * 1, y) for x, y in BOX], (168, 88, 66) if track else (110, 140, 84))
+        fill(BOX, (168, 88, 66) if track else (110, 140, 84))
         for n, k in enumerate(np.linspace(-0.375, 0.375, 6)):
             fill([(x * 0.76, y * 0.15 + k) for x, y in BOX], (96, 146, 80) if n % 2 else (82, 130, 70))
         white = (240, 240, 236)
@@ -1338,7 +1338,9 @@ def generate(
     this is left as it is, one that an older version of this script left and nobody touched is replaced; any other
     folder is an `InputError`, unless `force` and the folder is one of ours.
     """
-    output = Path(output)
+    output = Path(os.path.realpath(output))  # a link, perhaps to a larger disk, stays one
+    if output == Path.cwd():
+        raise InputError(f"--output {output}: is the folder you are in; give a new one")
     if not (isinstance(scenes, int) and 1 <= scenes <= 99999) or not (isinstance(seed, int) and seed >= 0):
         raise InputError(
             f"demo data needs 1 to 99999 scenes and a seed of 0 or more, not scenes={scenes!r}, seed={seed!r}"
@@ -1358,10 +1360,11 @@ def generate(
                 f"{output} holds other demo data or was altered ({found['settings']}): "
                 "--force replaces it, or choose another --output"
             )
+    refuse_unwritable(output.parent, "--output: its folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        new, counts = temp / "new", {}
+        new = temp / "new"
         for name in ("images", "images_later", "rsvqa_images"):
             (new / name).mkdir(parents=True)
         kept = [i for i in range(scenes) if i % 10 >= 7]  # val and test

@@ -26,11 +26,16 @@ import numpy as np
 
 def write_atomic(path, data: str | bytes) -> Path:
     """Write beside `path` and rename: a reader sees the old file or the new one, never half of it."""
+    data = data.encode("utf-8", "replace") if isinstance(data, str) else data
     path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe, /dev/stdout
+        path.write_bytes(data)
+        return path
+    path = Path(os.path.realpath(path))  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data.encode("utf-8", "replace") if isinstance(data, str) else data)
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,10 +9,12 @@ layers or LoRA. Leaves in the output folder: final/ (a whole model), checkpoint-
 results.json, captions.jsonl (every test image with its references and captions), report.html, TensorBoard events.
 """
 
+import contextlib
 import copy
 import json
 import random
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ import transformers
 
 import caption_scores
 import report
-from config import PROJECTOR_STAGE, CaptionConfig, parse, user_errors
+from config import PROJECTOR_STAGE, CaptionConfig, InputError, parse, user_errors
 from data import QuestionCollator, QuestionDataset, drop_too_long, drop_unreadable, row_align
 from imagery import ImageSettings, read_image
 from model import Captioner, base_folder, pixel_store, weight_files
@@ -33,13 +35,12 @@ from trainer import PackedTask, SceneTrainer, check_best_metric, held_out_loss, 
 
 def prompts_of(scenes: list[QuestionScene]) -> dict[str, str]:
     """{language: its most frequent prompt}, the language with the most captions first."""
-    asked: dict[str, dict[str, int]] = {}
+    asked: dict[str, Counter] = {}
     for scene in scenes:
         for question in scene.questions:
-            counts = asked.setdefault(question.kind, {})
-            counts[question.text] = counts.get(question.text, 0) + 1
-    languages = sorted(asked, key=lambda language: -sum(asked[language].values()))
-    return {language: max(asked[language], key=asked[language].get) for language in languages}
+            asked.setdefault(question.kind, Counter())[question.text] += 1
+    languages = sorted(asked, key=lambda language: -asked[language].total())
+    return {language: asked[language].most_common(1)[0][0] for language in languages}
 
 
 def in_language(scenes: list[QuestionScene], language: str) -> tuple[list[str], list[list[str]]]:
@@ -55,21 +56,21 @@ def in_language(scenes: list[QuestionScene], language: str) -> tuple[list[str], 
 def describe(splits: dict[str, list[QuestionScene]]) -> str:
     parts = []
     for name, scenes in splits.items():
-        kinds: dict[str, int] = {}
-        for question in (q for scene in scenes for q in scene.questions):
-            kinds[question.kind] = kinds.get(question.kind, 0) + 1
+        kinds = Counter(question.kind for scene in scenes for question in scene.questions)
         if scenes:
             parts.append(f"{name} {len(scenes)} images, {' + '.join(f'{n} {k}' for k, n in kinds.items())} captions")
     return "; ".join(parts)
 
 
 def without_caption(config: CaptionConfig, splits: dict[str, list[QuestionScene]]) -> int:
-    """How many images of a data folder no caption is about (0 where the data is a file)."""
+    """How many images of a data folder no caption is about (0 where the data is a file, or only a part of it is asked for)."""
     folder = Path(config.train_file)
-    if not folder.is_dir():
+    if not folder.is_dir() or config.max_samples or config.language != "all" or config.image_root:
         return 0
     described = {Path(scene.image).resolve() for scenes in splits.values() for scene in scenes}
-    images = image_files(folder / "images") if (folder / "images").is_dir() else []
+    images = []
+    with contextlib.suppress(InputError):  # none with a usual ending
+        images = image_files(folder / "images")
     return sum(path.resolve() not in described for path in images)
 
 
@@ -111,6 +112,10 @@ def main(argv: list[str] | None = None) -> dict:
     if count := without_caption(config, splits):
         say(f"data: {count} images of {config.train_file} have no caption and are left out")
     prompts = prompts_of(splits["train"])
+    if splits["test"] and not any(in_language(splits["test"], language)[0] for language in prompts):
+        raise InputError(
+            f"the test split has no caption in a language of the training split ({', '.join(prompts)}): nothing could be scored"
+        )
     model = Captioner.from_base(
         config, seed=args.seed, dtype=torch.bfloat16 if args.bf16 else torch.float32, prompts=prompts
     ).to(args.device)
@@ -193,6 +198,7 @@ def main(argv: list[str] | None = None) -> dict:
     if config.projector_epochs and first_stage:
         twin = copy.copy(args)
         twin.output_dir, twin.num_train_epochs = str(run / PROJECTOR_STAGE), config.projector_epochs
+        twin.max_steps = -1  # of the second stage; it would count more than the epochs
         twin.learning_rate, twin.load_best_model_at_end, twin.eval_strategy = (
             config.projector_stage_learning_rate,
             False,

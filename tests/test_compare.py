@@ -231,7 +231,9 @@ def test_only_searches_until_enough_are_found(call, tmp_path, model, world, monk
     images = Images(model, 0)
     rows, shown = compare(model, world.scenes(), images, number=2, only=["lost"], seed=1)
     assert len(shown) == 2 and 1 <= len(images.pictures) < 6
-    assert len(rows) == 6 * len({row["image_path"] for row in rows})  # whole scenes, and none after the second was found
+    assert len(rows) == 6 * len(
+        {row["image_path"] for row in rows}
+    )  # whole scenes, and none after the second was found
     rows, shown = compare(model, world.scenes(), Images(model, 0), number=0, only=["lost"])
     assert len(rows) == 36 and len(shown) == sum(row["flip"] == "lost" for row in rows) > 2
     again = compare(model, world.scenes(), Images(model, 0), number=500, only=["lost"])[1]

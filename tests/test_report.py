@@ -368,3 +368,12 @@ def test_best_and_worst_of_dialogues_show_an_image_once():
     (best, shown), (worst, others) = caption_sections(rows, lambda _: np.zeros((8, 8, 3), np.uint8), number=1)
     assert (best, worst) == ("Best", "Worst") and "a10" in shown and "b5" not in shown and "a0" in others
     assert "Ships? … Yes." in shown and "Where? … ?" in shown and "adapter off: off" in shown
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+    (tmp_path / "target.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("target.json")
+    write_atomic(tmp_path / "link.json", "new")
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "target.json").read_text() == "new"
+    write_atomic("/dev/null", "gone")
+    assert not os.path.isfile("/dev/null")

@@ -151,7 +151,7 @@ def test_a_folder_with_images_and_captions(run, drawn, tmp_path, capsys):
     shutil.copytree(drawn.images, data / "images")
     shutil.copy(drawn.captions, data / "captions.json")
     draw(data / "images" / "nobody.png", 77)
-    results = run("--language=en", "--max_steps=1", "--projector_epochs=0", data=data)
+    results = run("--max_steps=1", "--projector_epochs=0", data=data)
     assert results["images"]["train"] == 13
     assert f"1 images of {data} have no caption" in capsys.readouterr().out
 
@@ -274,6 +274,27 @@ def test_eval_counts_objects(trained, drawn, tmp_path, capsys):
     captions = [row["caption"] for row in json.loads((tmp_path / "r.json").read_text())["captions"]]
     right = sum("water" in text for text in captions)
     assert found["recall"] == pytest.approx(right / len(captions))
+
+
+def test_what_captions_are_compared_with_is_read_first(trained, drawn, tmp_path, monkeypatch):
+    """A mistake in it must not cost the hours that writing captions takes."""
+    monkeypatch.setattr(caption, "write_captions", lambda *_: pytest.fail("captions were written before"))
+    common = ["eval", "--model_path", str(trained[0] / "final"), "--test_dir", str(drawn.images)]
+    common += ["--output_file", str(tmp_path / "r.json"), "--references", str(drawn.captions), "--language=en"]
+    objects = tmp_path / "objects.json"
+    for words, named, said in (
+        ({"ship": "ship"}, {}, "ship: expected a list of texts"),
+        ({}, {"a.png": None}, "a.png"),
+    ):
+        objects.write_text(json.dumps({"words": words, "images": named}))
+        with pytest.raises(InputError, match=said):
+            caption.main([*common, "--objects", str(objects)])
+    rows = [row | {"split": "test"} for row in json.loads(drawn.captions.read_text())]
+    (tmp_path / "tests.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match="no row of split 'train'"):
+        caption.main([*common, "--training", str(tmp_path / "tests.json")])
+    with pytest.raises(InputError, match="the page stands beside it"):
+        caption.main([word.replace("r.json", "r.html") for word in common])
 
 
 def test_a_broken_image_is_named_and_the_others_are_captioned(trained, drawn, tmp_path, capsys):
