@@ -6,8 +6,8 @@
     python caption.py eval --model_path outputs/final --test_dir test_images --references captions.json ...
 
 eval writes captions of every image; with --references those of the images that have some, their scores, and a page with the
-best and the worst beside --output_file. An image that cannot be read is listed with its reason, the others are captioned, and the exit code is 1
-(0: all done; 2: nothing was done).
+best and the worst beside --output_file. An image that cannot be read is listed with its reason, the others are captioned, and
+the exit code is 1 (0: all done; 2: nothing was done).
 """
 
 import argparse

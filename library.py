@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import shapely
 import torch
 from tqdm import tqdm
 
@@ -161,6 +162,7 @@ def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
         raise InputError(f"{path}: column {bad[0]!r}: expected one word of letters, digits and _")
     if taken := [name for name in others if name in RESULT]:
         raise InputError(f"{path}: column {taken[0]!r}: results have a field of that name already; rename the column")
+    rows = [[cell.strip() for cell in row] for row in rows]
     return {
         row[at]: {name: value for n, (name, value) in enumerate(zip(names, row)) if value and n != at} for row in rows
     }
@@ -216,7 +218,7 @@ def plan_index(
     below = files_below(root)
     found = {path.relative_to(root).as_posix(): path for path in image_files(root, below)}
     if attributes is None:
-        kept = index.record.get("waiting", {}) | index.attributes() if index is not None else {}
+        kept = index.attributes() | index.record.get("waiting", {}) if index is not None else {}
         attributes = {name: values for name, values in kept.items() if name in found}
     unknown = sorted(set(attributes) - set(found))
     if unknown and len(unknown) == len(attributes):
@@ -305,7 +307,7 @@ class TileBatches(torch.utils.data.Dataset):
     ):  # fmt: skip
         """share: which of the batches; each of several processes takes its own."""
         self.root, self.files, self.settings = root, files, settings
-        self.resize, self.processor = pixel_store(model).resize, model.processor
+        self.store, self.processor = pixel_store(model), model.processor
         tiles = [(number, window) for number, file in enumerate(files) for window in file.windows]
         self.batches = [tiles[start : start + batch_size] for start in range(0, len(tiles), batch_size)][share]
 
@@ -323,7 +325,7 @@ class TileBatches(torch.utils.data.Dataset):
                     if not picture.valid:
                         empty += 1
                         continue
-                    pixels.append(self.resize(picture.rgb))
+                    pixels.append(self.store.resized(self.files[number].path, picture.rgb))
                     blank += is_blank(pixels[-1])
                     tiles.append((number, window, facts(picture)))
             except ImageError as error:
@@ -563,6 +565,9 @@ class _Writer:
         self.ready: list[Point] = []
         self.broken: dict[int, str] = {}
         self.stale = set(plan.stale)
+        # A killed run goes on without them on its command line: they wait in the record for the files they are of.
+        if coming := _own_attributes({file.path: file.attributes for file in plan.files}):
+            index.annotate(waiting=index.record.get("waiting", {}) | coming)
 
     def write(self, turn: list[tuple[Vectors | None, TileBatch]]) -> None:
         """Bring to disk what `encode` gave, in any order of tiles."""
@@ -610,13 +615,9 @@ class _Writer:
         """Take out what is gone, and all of a file of which some part could not be read."""
         broken = {self.plan.files[number].path: reason for number, reason in self.broken.items()}
         self.report.rejected += [Rejected(path, -1, reason) for path, reason in sorted(broken.items())]
-        self.report.removed += len(self.stale - set(broken))
+        self.report.removed += len(self.stale)
         # Attributes live on the points, and these files have none; written before their points go.
-        waiting = {}
-        for bad in self.report.rejected:
-            known = self.plan.attributes.get(bad.file, {}).items()
-            if given := {name: value for name, value in known if name != "folder"}:
-                waiting[bad.file] = given
+        waiting = _own_attributes({bad.file: self.plan.attributes.get(bad.file, {}) for bad in self.report.rejected})
         if waiting != self.index.record.get("waiting", {}):
             self.index.annotate(waiting=waiting)
         self.index.remove(path=sorted({*self.stale, *broken}))
@@ -768,10 +769,7 @@ class Library:
         fetch = 4 * k
         while True:
             found = self.index.search(vector, fetch, filter=filter, exact=exact)
-            kept: list[Hit] = []
-            for hit in found:
-                if len(kept) < k and not any(same_place(hit.payload, other.payload) for other in kept):
-                    kept.append(hit)
+            kept = _places_once(found, k)
             if len(kept) == k or len(found) < fetch or fetch >= 256 * k:
                 return kept
             fetch *= 4
@@ -805,32 +803,65 @@ class Library:
             return self.model.probabilities(cosines).float().cpu().numpy()
 
 
+def _own_attributes(of_file: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Without the folder, which every file's place tells, and without files that have no other."""
+    listed = {
+        path: {name: value for name, value in known.items() if name != "folder"} for path, known in of_file.items()
+    }
+    return {path: known for path, known in listed.items() if known}
+
+
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Vectors (..., D) brought to length 1."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
+def _places_once(hits: list[Hit], k: int) -> list[Hit]:
+    """The first k hits that show no place of an earlier one. `same_place` is asked of those alone that may be one."""
+    boxes = np.array([hit.payload["footprint"] or [np.nan] * 4 for hit in hits]).reshape(-1, 4)
+    boxes[:, 2] += 360 * (boxes[:, 2] < boxes[:, 0])  # across the antimeridian
+    kept: list[int] = []
+    of_path: dict[str, list[int]] = {}
+    for n, hit in enumerate(hits):
+        mine, box, others = of_path.setdefault(hit.payload["path"], []), boxes[n], boxes[kept]
+        turn = 360 * np.round((box[0] + box[2] - others[:, 0] - others[:, 2]) / 720)
+        meet = (others[:, 0] + turn < box[2]) & (others[:, 2] + turn > box[0])
+        meet &= (others[:, 1] < box[3]) & (others[:, 3] > box[1])
+        near = {*mine, *(kept[i] for i in np.flatnonzero(meet))}
+        if not any(same_place(hit.payload, hits[m].payload) for m in near):
+            kept.append(n)
+            mine.append(n)
+            if len(kept) == k:
+                break
+    return [hits[n] for n in kept]
+
+
 def same_place(a: dict, b: dict) -> bool:
-    """Whether two points show one place at one time: windows of one file, or footprints, of which the smaller is covered by
-    more than NEIGHBOURS. Files without a time are of one time where they are in one folder."""
+    """Whether two points show one place at one time: windows of one file, or outlines on the ground (footprints, where one has
+    no outline), of which the smaller is covered by more than NEIGHBOURS. Files without a time are of one time where they are
+    in one folder."""
     if a["path"] == b["path"]:
         if a["window"] is None or b["window"] is None:
             return True
-        boxes = [(c, r, c + w, r + h) for c, r, w, h in (a["window"], b["window"])]
+        first, second = (shapely.box(c, r, c + w, r + h) for c, r, w, h in (a["window"], b["window"]))
     elif (
         a["footprint"]
         and b["footprint"]
         and a["time"] == b["time"]
         and (a["time"] or a["path"].rpartition("/")[0] == b["path"].rpartition("/")[0])
     ):
-        boxes = []
-        for west, south, east, north in (a["footprint"], b["footprint"]):
-            boxes.append((west, south, east + 360 * (east < west), north))
+        # Not the boxes round them: those of tiles that are turned, as in polar projections, overlap where the tiles do not.
+        outlines = [p["extra"].get("polygon") for p in (a, b)]
+        if all(outlines):
+            first, second = (shapely.make_valid(shapely.Polygon(outline)) for outline in outlines)
+        else:
+            sides = ((w, s, e + 360 * (e < w), n) for w, s, e, n in (a["footprint"], b["footprint"]))
+            first, second = (shapely.box(*side) for side in sides)
+        if turns := round((first.bounds[0] + first.bounds[2] - second.bounds[0] - second.bounds[2]) / 720):
+            second = shapely.transform(second, lambda xy: xy + np.array([360 * turns, 0]))
     else:
         return False
-    (l1, b1, r1, t1), (l2, b2, r2, t2) = boxes
-    common = max(0.0, min(r1, r2) - max(l1, l2)) * max(0.0, min(t1, t2) - max(b1, b2))
-    return common > NEIGHBOURS * min((r1 - l1) * (t1 - b1), (r2 - l2) * (t2 - b2))
+    return shapely.area(shapely.intersection(first, second)) > NEIGHBOURS * min(first.area, second.area)
 
 
 def geojson(payloads: list[dict], properties: list[dict]) -> str:

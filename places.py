@@ -216,7 +216,9 @@ def read_regions(path) -> list[tuple[str, shapely.Geometry]]:
         problem = _problem([coordinates] if kind == "Polygon" else coordinates)
         if problem:
             raise wrong(f"{at} has {problem}", export)
-        parts = _polygons_of(shapely.make_valid(shape(geometry)))
+        polygons = [coordinates] if kind == "Polygon" else coordinates
+        flat = [[[position[:2] for position in ring] for ring in rings] for rings in polygons]  # without heights
+        parts = _polygons_of(shapely.make_valid(shape({"type": "MultiPolygon", "coordinates": flat})))
         if not parts:
             raise wrong(f"{at} encloses no area", "draw it anew or leave it out of the file")
         properties = feature.get("properties")
@@ -247,7 +249,7 @@ def _problem(polygons) -> str | None:
     for ring in (ring for polygon in polygons for ring in polygon):
         try:
             points = np.array([[float(x) for x in position[:2]] for position in ring])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             points = np.zeros(0)
         if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
             return "a ring that is no list of [longitude, latitude]"

@@ -177,6 +177,10 @@ def need(args, *names: str) -> None:
 
 
 def open_library(args, location: str | None = None, encoder=None):
+    import store
+
+    if not store.is_url(location or args.store):
+        store.record_of(location or args.store)  # a mistyped path is said before torch is loaded
     from transformers.utils import logging
 
     from library import Library

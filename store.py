@@ -598,7 +598,9 @@ class _Edge(Store):
         self.location, self._folder, self._shard, self._lock = str(folder), folder, None, None
         shard = folder / "shard"
         if create:
-            if folder.exists() and (not folder.is_dir() or {f.name for f in folder.iterdir()} - {"shard", "in_use"}):
+            if folder.exists() and (
+                not folder.is_dir() or {f.name for f in folder.iterdir()} - {"shard", "in_use", "index.json.partial"}
+            ):
                 what = "an index already" if (folder / "index.json").exists() else "no empty folder"
                 raise InputError(f"{folder}: is {what}; give another --store, or remove it first")
             try:

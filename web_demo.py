@@ -280,24 +280,35 @@ class Page:
         self.args, self.library, self.after, self.captioner, self.vqa = args, library, after, captioner, vqa
         self.chatter = chatter
         self.lock = threading.Lock()  # the generating models keep state while they run
-        settings = library.settings if library else ImageSettings()
-        self.settings = ImageSettings.from_dict(settings.to_dict() | {"max_pixels": args.max_pixels})
+        self.settings = library.settings if library else ImageSettings()
         self.folder = Path(tempfile.mkdtemp(prefix="web_demo_"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.pairs = None
 
-    def read(self, path: str | None, language: str = "en"):
-        """(H, W, 3) uint8 of an upload, by its content. Raises InputError with what a visitor should know: without our
-        paths."""
-        from imagery import image_size, read_image
+    def read(self, path: str | None, language: str = "en", model=None):
+        """(H, W, 3) uint8 of an upload, by its content, with the bands and the stretch of `model` (default: of the library).
+        Raises InputError with what a visitor should know: without our paths."""
+        from imagery import ImageSettings, image_size, read_image
 
+        settings = model.settings.images if model else self.settings.to_dict()
         if not path:
             return None
         with self.own_name(path, language):
             height, width = image_size(path)
             if height * width > 4 * self.args.max_pixels:  # read block by block, but 2 s and 1 GB for a file of 20 kB
                 raise InputError(self.say("large", language, name=Path(path).name, width=width, height=height))
-            return read_image(path, self.settings, max_side=2048).rgb
+            bounded = ImageSettings.from_dict(settings | {"max_pixels": self.args.max_pixels})
+            return read_image(path, bounded, max_side=2048).rgb
+
+    def pixels(self, model, path: str | None, language: str) -> dict:
+        """{path: pixels as the vision tower of `model` takes them}; empty without a picture. Raises InputError."""
+        from model import pixel_store
+
+        rgb = self.read(path, language, model)
+        if rgb is None:
+            return {}
+        with self.own_name(path, language):
+            return {path: pixel_store(model).resized(path, rgb)}
 
     @contextlib.contextmanager
     def own_name(self, path: str | None, language: str = "en"):
@@ -321,8 +332,9 @@ class Page:
         """The path of a new file for a visitor to download; files of an hour ago are dropped."""
         self.folder.mkdir(parents=True, exist_ok=True)  # what cleans /tmp may have taken it
         for old in self.folder.iterdir():
-            if old.stat().st_mtime < time.time() - 3600:
-                shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another visitor's search may have dropped it just now
+                if old.stat().st_mtime < time.time() - 3600:
+                    shutil.rmtree(old, ignore_errors=True)
         path = Path(tempfile.mkdtemp(dir=self.folder)) / name
         path.write_text(content, encoding="utf-8")
         return str(path)
@@ -462,23 +474,26 @@ class Page:
         return "".join(parts)
 
     def describe(self, picture, prompt, language):
-        if self.read(picture, language) is None:
+        pixels = self.pixels(self.captioner, picture, language)
+        if not pixels:
             raise InputError(self.say("need_picture", language))
-        with self.lock, self.own_name(picture):
-            caption = self.captioner.caption([picture], prompt=(prompt or "").strip()[:MOST_TEXT] or None)[0]
+        prompt = (prompt or "").strip()[:MOST_TEXT] or None
+        with self.lock:
+            caption = self.captioner.caption([picture], prompt=prompt, store=pixels)[0]
         return f"<p>{html.escape(caption)}</p>"
 
     def ask(self, picture, questions, language):
-        if self.read(picture, language) is None:
+        pixels = self.pixels(self.vqa, picture, language)
+        if not pixels:
             raise InputError(self.say("need_picture", language))
         lines = self.texts(questions, language)
-        with self.lock, self.own_name(picture):
-            answers = self.vqa.answer([(picture, lines)])[0]
+        with self.lock:
+            answers = self.vqa.answer([(picture, lines)], store=pixels)[0]
         return "".join(f"<p><b>{html.escape(q)}</b><br>{html.escape(a)}</p>" for q, a in zip(lines, answers))
 
-    def talk(self, picture, question, history, *, adapter=True, temperature=0.0, top_p=1.0, max_tokens=256):
-        """The answer to a question after [(question, answer)] turns, as it grows: a generator of texts. Closing it stops the
-        model."""
+    def talk(self, pixels, question, history, *, adapter=True, temperature=0.0, top_p=1.0, max_tokens=256):
+        """The answer to a question after [(question, answer)] turns about the picture of `self.pixels`, as it grows: a generator
+        of texts. Closing it stops the model."""
         from transformers import TextIteratorStreamer
 
         halt, failed = threading.Event(), []
@@ -488,8 +503,8 @@ class Page:
             try:
                 with self.lock, contextlib.nullcontext() if adapter else self.chatter.before():
                     self.chatter.chat(
-                        picture, question, history, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
-                        streamer=streamer, stop=halt.is_set,
+                        next(iter(pixels), None), question, history, temperature=temperature, top_p=top_p,
+                        max_tokens=max_tokens, streamer=streamer, stop=halt.is_set, store=pixels,
                     )  # fmt: skip
             except Exception as error:  # the reader below must not wait for ever
                 failed.append(error)
@@ -515,7 +530,7 @@ class Page:
             raise InputError(self.say("need_text", language))
         if len(question) > MOST_TEXT:
             raise InputError(self.say("too_long", language, n=MOST_TEXT))
-        self.read(picture, language)  # None is allowed: a question about no image
+        pixels = self.pixels(self.chatter, picture, language)  # none is allowed: a question about no image
         how = {"temperature": temperature, "top_p": top_p, "max_tokens": int(length)}
         told, plain = list(told or []), list(plain or [])
         history = turns_of(told)[-20:]  # for both: without the adapter the same question is asked at the same place
@@ -525,10 +540,9 @@ class Page:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
             yield told, plain
             try:
-                with self.own_name(picture):
-                    for text in self.talk(picture, question, history, adapter=adapter, **how):
-                        messages[-1]["content"] = text
-                        yield told, plain
+                for text in self.talk(pixels, question, history, adapter=adapter, **how):
+                    messages[-1]["content"] = text
+                    yield told, plain
             except Exception:  # a question without an answer would be part of what is asked next
                 del messages[-2:]
                 yield told, plain
@@ -575,13 +589,13 @@ def build(page: Page):
 
         return run
 
-    def upload():
-        """A field for a picture, read by content, with a preview of what was read."""
+    def upload(model=None):
+        """A field for a picture, read by content as `model` reads it, with a preview of what was read."""
         file = put(gr.File, {"label": "picture"}, type="filepath", height=150)
         shown = gr.Image(show_label=False, visible=False, interactive=False, height=240, buttons=[])
 
         def preview(path, language):
-            return gr.update(value=page.read(path, language), visible=path is not None)
+            return gr.update(value=page.read(path, language, model), visible=path is not None)
 
         file.change(kind(preview), [file, choice], shown, show_progress="hidden", api_visibility="private")
         return file
@@ -627,11 +641,11 @@ def build(page: Page):
             button("search", run, inputs, [status, gallery, drawn, saved], (words.submit, without.submit))
         return described
 
-    def picture_tab(name, action, *fields):
+    def picture_tab(name, action, *fields, model=None):
         """A picture and fields at the left, what comes of them at the right."""
         with put(gr.Tab, {"label": name}), gr.Row():
             with gr.Column():
-                picture = upload()
+                picture = upload(model)
                 given = [make() for make in fields]
                 place = gr.Column()
             out = gr.HTML(padding=False)
@@ -641,7 +655,7 @@ def build(page: Page):
     def converse_tab():
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                picture = upload()
+                picture = upload(page.chatter)
                 compare = put(gr.Checkbox, {"label": "compare"})
                 with put(gr.Accordion, {"label": "how"}, open=False):
                     temperature = put(gr.Slider, {"label": "temperature"}, minimum=0, maximum=2, value=0, step=0.05)
@@ -722,12 +736,16 @@ def build(page: Page):
                         button("monitor", page.monitor, [lines, choice], out)
             if page.captioner:
                 first_prompt = page.captioner.default_prompt
-                picture_tab("describe", page.describe, lambda: put(gr.Textbox, {"label": "prompt"}, value=first_prompt))
+                picture_tab(
+                    "describe", page.describe, lambda: put(gr.Textbox, {"label": "prompt"}, value=first_prompt),
+                    model=page.captioner,
+                )  # fmt: skip
             if page.vqa:
                 picture_tab(
                     "ask",
                     page.ask,
                     lambda: put(gr.Textbox, {"label": "question", "placeholder": "question_hint"}, lines=3),
+                    model=page.vqa,
                 )
             if page.chatter:
                 with put(gr.Tab, {"label": "converse"}):
@@ -754,7 +772,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.preset == "demo":
         for name, path in DEMO.items():
-            if getattr(args, name) is None and Path(path).exists():
+            ours = name != "after" or args.store == DEMO["store"]  # another index has other models and places
+            if ours and getattr(args, name) is None and Path(path).exists():
                 setattr(args, name, path)
     refuse_outside(args, port=(1, 65535), max_upload_mb=(1, 10**6), max_pixels=(1, 2**40))
     if not (args.store or args.captioner or args.vqa or args.from_pretrained):
@@ -766,6 +785,15 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--store and --after are the same index: Monitor compares two")
     if args.tile_url and not all(part in args.tile_url for part in ("{z}", "{x}", "{y}")):
         raise InputError(f"--tile_url {args.tile_url}: expected {{z}}, {{x}} and {{y}} in it")
+    import store
+
+    # A mistyped path is said at once, not after the models' loading: a service would be taken for one that runs.
+    for location in filter(None, (args.store, args.after)):
+        if not store.is_url(location):
+            store.record_of(location)
+    for name in ("captioner", "vqa", "from_pretrained"):
+        if getattr(args, name) and not Path(getattr(args, name)).is_dir():
+            raise InputError(f"--{name} {getattr(args, name)}: no such folder")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import gradio as gr

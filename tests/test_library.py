@@ -415,6 +415,23 @@ def test_attributes_wait_for_a_file_that_cannot_be_read(model, folder, tmp_path)
     } == {"test"}
 
 
+def test_attributes_outlive_a_kill(model, folder, tmp_path, monkeypatch):
+    rows = {"large.tif": {"split": "test"}, "farm/S2A_20210630_0.png": {"split": "val"}}
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module._Writer, "finish", killed)
+        patch.setattr(module._Writer, "write", lambda self, turn: None)
+        index_library(model, folder, tmp_path / "x", attributes=rows, **SMALL)
+    index_library(model, folder, tmp_path / "x", **SMALL)
+    found = {path: p["attributes"].get("split") for (path, _), (_, p) in contents(tmp_path / "x").items()}
+    assert found["large.tif"] == "test" and found["farm/S2A_20210630_0.png"] == "val"
+    (tmp_path / "t.csv").write_text("path, sensor\na.tif , S2\n")
+    assert read_attributes(tmp_path / "t.csv") == {"a.tif": {"sensor": "S2"}}
+
+
 def test_another_limit_of_pixels_is_the_same_index(model, folder, tmp_path):
     index_library(model, folder, tmp_path / "x", **SMALL)
     for limit in (2**27, 2**26):
@@ -530,12 +547,18 @@ def test_neighbours_of_one_place_are_left_out(library):
     )
 
     def point(**changed):
-        return {"path": "a", "window": None, "footprint": [0, 0, 1, 1], "time": "2020"} | changed
+        return {"path": "a", "window": None, "footprint": [0, 0, 1, 1], "time": "2020", "extra": {}} | changed
 
     assert same_place(point(), point(path="b", footprint=[0.5, 0, 1.5, 1]))
     assert not same_place(point(), point(path="b", time="2021")), "another date is another answer"
     assert not same_place(point(), point(path="b", footprint=[0.9, 0, 1.9, 1]))
     assert same_place(point(footprint=[179.5, 0, -179.5, 1]), point(path="b", footprint=[179.6, 0, -179.4, 1]))
+    assert same_place(point(footprint=[179.9, 0, -179.9, 0.2]), point(path="b", footprint=[-179.99, 0, -179.8, 0.2]))
+    diamond = [[1, 0], [2, 1], [1, 2], [0, 1], [1, 0]]  # a tile that is turned by 45 degrees, and its neighbour
+    beside = [[x + 1, y + 1] for x, y in diamond]
+    one = point(footprint=[0, 0, 2, 2], extra={"polygon": diamond})
+    assert not same_place(one, point(path="b", footprint=[1, 1, 3, 3], extra={"polygon": beside}))
+    assert same_place(one, point(path="b", footprint=[0, 0, 2, 2], extra={"polygon": diamond}))
     assert not same_place(point(footprint=None), point(path="b", footprint=None))
     assert same_place(point(path="x/a", time=None), point(path="x/b", time=None))
     assert not same_place(point(path="2020/a", time=None), point(path="2023/a", time=None)), "folders may be dates"

@@ -136,6 +136,15 @@ UTM = {"type": "Polygon", "coordinates": [box(500000, 4600000, 500100, 4600100)]
 FIRST_GOOD = [feature(SQUARE), feature(UTM)]
 
 
+def test_heights_and_measures_of_regions_are_passed_over(tmp_path):
+    ring = [[0, 0, None], [2, 0, 5, 7], [2, 2], [0, 2, 1], [0, 0]]
+    found = read_regions(write(tmp_path, {"type": "Polygon", "coordinates": [ring]}))
+    assert found[0][1].area == 4
+    ring[1][0] = 10**400
+    with pytest.raises(InputError, match="no list of"):
+        read_regions(write(tmp_path, {"type": "Polygon", "coordinates": [ring]}))
+
+
 @pytest.mark.parametrize(
     "data, words",
     [

@@ -15,6 +15,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import httpx
@@ -23,9 +24,11 @@ import pytest
 import rasterio
 from PIL import Image
 from rasterio.transform import from_origin
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import web_demo
 from config import InputError
+from imagery import ImageSettings
 from library import PAIR_NOTES, Library, index_library
 from tests.conftest import free_port
 from web_demo import TEXT, Page, bars_html, build_parser, map_svg
@@ -381,11 +384,15 @@ def test_describe_and_ask_escape_what_a_model_says(shown):
 
     class Says:
         default_prompt = "Describe"
+        settings = SimpleNamespace(images=ImageSettings().to_dict())
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)
 
-        def caption(self, pictures, prompt):
+        def caption(self, pictures, prompt, store):
+            assert store[pictures[0]].shape == (28, 28, 3)
             return [f"{prompt}: {HOSTILE}"]
 
-        def answer(self, rows):
+        def answer(self, rows, store):
+            assert store[rows[0][0]].shape == (28, 28, 3)
             return [[HOSTILE for _ in lines] for _, lines in rows]
 
     page, picture = make_page(captioner=Says(), vqa=Says()), str(shown.images / "farm/0.tif")
@@ -393,6 +400,11 @@ def test_describe_and_ask_escape_what_a_model_says(shown):
     assert page.describe(picture, " ", "en").startswith("<p>None:")
     made = page.ask(picture, f"a?\n{HOSTILE}", "en")
     assert made.count("<b>") == 2 and "<img" not in made
+    page.settings = ImageSettings(bands="4,3,2")  # of a library of many bands: an RGB picture is as the models take it
+    assert page.describe(picture, " ", "en").startswith("<p>None:") and page.ask(picture, "a?", "en") in made
+    page.args.max_pixels = 4
+    with pytest.raises(InputError, match=r"0\.tif"):  # the models' own reading is bounded, too
+        page.describe(picture, " ", "zh")
     labels = {block["props"].get("label") for block in web_demo.build(page).get_config_file()["components"]}
     assert {"Describe", "Ask", "Prompt"} <= labels and not {"Search", "Monitor"} & labels
 
