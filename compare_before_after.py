@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import report
-from config import PRESETS, InputError, VQAConfig, add_device_flags, user_errors
+from config import PRESETS, InputError, VQAConfig, add_device_flags, refuse_unwritable, user_errors
 
 # What --preset fills in. `full` has no --lora: a run's folder carries its date.
 DEFAULTS = {
@@ -267,13 +267,7 @@ def write_page(path: Path, rows, shown, lines: list[str], score: str, images: Im
 
 def checked_output(folder: Path) -> Path:
     """`folder`, where files can be written. Raises InputError before any work is done."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder}: is a file, expected a folder")
-    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(
-            f"--output {folder}: cannot be made, {nearest} is {'not writable' if nearest.is_dir() else 'a file'}"
-        )
+    refuse_unwritable(folder, "--output")
     for name in ("samples.jsonl", "report.html"):
         if (folder / name).is_dir():
             raise InputError(f"--output {folder}: {name} in it is a folder")

@@ -163,28 +163,30 @@ class MatchConfig(DataConfig):
     features lie within a few degrees of one another, and training from a random projection first has to spread them."""
 
     max_text_tokens: int = 128
-    """Longer texts are cut to this many tokens (the end-of-text token is kept) and counted in the summary."""
+    """Longer texts are cut to this many tokens (the end-of-text token is kept); those of training are counted and said."""
 
     loss: Literal["triplet", "infonce", "sigmoid"] = "triplet"
     """`triplet`: max(0, margin + d(image, positive) - d(image, negative)) with cosine distance; `infonce`:
     multi-positive, false negatives masked; `sigmoid`: SigLIP's pairwise loss."""
 
     margin: float = 0.2
-    """Margin of the triplet loss, in cosine distance (0 to 2); also the margin of the reported accuracy."""
+    """Margin of the triplet loss, in cosine distance (0 to 2), and of `accuracy_margin` in results.json."""
 
     in_batch_negatives: Literal["none", "semi_hard", "hardest"] = "semi_hard"
     """Negatives the triplet loss adds from the batch, in both directions: none; semi-hard (further than the positive
     but within the margin, FaceNet eq. 4); hardest (VSE++). Semi-hard does not collapse from a cold start."""
 
     temperature: float = 0.07
-    """Initial temperature of infonce (learnt; CLIP's value). sigmoid starts at 0.1 with bias -10, as SigLIP does."""
+    """Initial temperature of infonce (0.01 or more; learnt; CLIP's value). sigmoid starts at 0.1 with bias -10, as SigLIP
+    does."""
 
     texts_per_scene: int = 5
     """Rows of each scene drawn per epoch (0: all). The image is encoded once for all of them."""
 
     grad_cache_chunk: int = 0
     """Encode the batch in chunks of this many images (and a like share of texts), with the loss over the whole batch
-    (GradCache, Gao et al. 2021): batch 2048 in the memory of one chunk, one more forward pass. 0: off."""
+    (GradCache, Gao et al. 2021): batch 2048 in the memory of one chunk, one more forward pass. Chunks are larger where a batch
+    has fewer distinct texts than chunks. 0: off."""
 
     mine_negatives: bool = False
     """Before training, give every row the most similar text of another image. A resumed run keeps its negatives."""

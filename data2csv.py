@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from config import NO_CHARACTER, InputError, user_errors
+from scenes import load_json
 
 COLUMNS = ("image_path", "question", "answer", "type", "img_id", "split")
 SPLITS = ("train", "val", "test", "test_phili")  # test_phili: the second test set of RSVQA-HR, in another city
@@ -91,14 +92,7 @@ def list_images(folder: Path) -> dict[str, str]:
 
 def read_rows(path: Path, key: str) -> list:
     """The list under `key` of a JSON file. Raises InputError with line and column."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    content = load_json(path)
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         raise InputError(f'{path}: expected {{"{key}": [...]}} at the top level')
     return content[key]

@@ -1,8 +1,7 @@
 """What a person looks at: curves, tables, galleries, and the HTML page that holds them.
 
-A page is one file that opens anywhere: styles inside, pictures inside (or beside it, by relative
-path), no script, no font, no address on the network. All text that comes from data is escaped.
-Functions that return `str` of HTML return a fragment for a section of `page`.
+A page is one file that opens anywhere: styles inside, pictures inside, no script, no font, no address on the network. All text
+that comes from data is escaped. Functions that return `str` of HTML return a fragment for a section of `page`.
 """
 
 import base64
@@ -19,7 +18,6 @@ import sys
 import unicodedata
 import warnings
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 
@@ -235,17 +233,13 @@ def contact_sheet(rows: list[tuple[str, list[dict]]], path=None, columns: int = 
         return save_figure(figure, path)
 
 
-def figure_html(png: bytes | str | Path, alt: str) -> str:
-    """A plot for a section: PNG bytes are put inline, a path is referred to relative to the page.
-
-    Inline plots share one scale, and on a phone they scroll sideways before their text
-    gets too small to read; a plot by path takes the width of the page."""
-    size = ""
-    if isinstance(png, bytes):
-        width = int.from_bytes(png[16:20], "big")  # pixels, from the PNG header
-        size = f' style="width:{width * 0.65:.0f}px;min-width:{width * 0.4:.0f}px"'
-        png = "data:image/png;base64," + base64.b64encode(png).decode()
-    return f'<div class="scroll"><img class="plot" src="{_source(png)}" alt="{html.escape(alt)}"{size}></div>'
+def figure_html(png: bytes, alt: str) -> str:
+    """A plot for a section, from PNG bytes. All share one scale, and on a phone they scroll sideways before their text gets
+    too small to read."""
+    width = int.from_bytes(png[16:20], "big")  # pixels, from the PNG header
+    size = f'style="width:{width * 0.65:.0f}px;min-width:{width * 0.4:.0f}px"'
+    source = "data:image/png;base64," + base64.b64encode(png).decode()
+    return f'<div class="scroll"><img class="plot" src="{source}" alt="{html.escape(alt)}" {size}></div>'
 
 
 # ---------------------------------------------------------------------------------------------
@@ -353,14 +347,11 @@ def thumbnail(rgb: np.ndarray, side: int = 224) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
 
 
-def _source(image: str | Path) -> str:
-    """An `src` that keeps the page self-contained: a picture as data URI, or a relative path."""
-    source = image if isinstance(image, str) else image.as_posix()
-    if source.startswith("data:image/"):
-        return html.escape(source)
-    if source.startswith(("/", "\\", "data:")) or ":" in source:
-        raise ValueError(f"image {source[:80]!r}: expected a data URI (see `thumbnail`) or a path relative to the page")
-    return quote(source)
+def _source(image: str) -> str:
+    """An `src` that keeps the page self-contained: a picture as data URI."""
+    if not image.startswith("data:image/"):
+        raise ValueError(f"image {image[:80]!r}: expected a data URI (see `thumbnail`)")
+    return html.escape(image)
 
 
 def _mark(right: bool | None) -> str:

@@ -1110,10 +1110,10 @@ def copies(items: list[Item], groups: Groups) -> int:
     return sum(len(names) - 1 for names in images.values())
 
 
-def items_of(scenes, names: dict[str, str], output: Path, prompt: str, glossary, mode: str) -> list[Item]:
+def items_of(scenes, output: Path, prompt: str, glossary, mode: str) -> list[Item]:
     items = []
     for scene in scenes:
-        name = name_for(scene.image, names.get(scene.image, scene.image), output)
+        name = name_for(scene.image, scene.name, output)
         for captions in [scene.texts] if mode == "merge" else [[text] for text in scene.texts]:
             terms = terms_in(captions, glossary)
             lines = [f"- {term}: {'、'.join(accepted)}" for term, accepted in sorted(terms.items())]
@@ -1124,12 +1124,12 @@ def items_of(scenes, names: dict[str, str], output: Path, prompt: str, glossary,
     return items
 
 
-def items_given(scenes, names: dict[str, str], output: Path, own_questions: bool) -> list[Item]:
+def items_given(scenes, output: Path, own_questions: bool) -> list[Item]:
     """One item for each Chinese text that the file has, beside the English captions of its image; with the file's own
     question to it, where it has one. Raises InputError: none."""
     items = []
     for scene in scenes:
-        name = name_for(scene.image, names.get(scene.image, scene.image), output)
+        name = name_for(scene.image, scene.name, output)
         captions = [text for text in scene.texts if not is_chinese(text) and re.search("[A-Za-z]", text)]
         given = [text for text in scene.texts if is_chinese(text)]
         for text in given:
@@ -1222,9 +1222,9 @@ def main(argv: list[str] | None = None) -> int:
     found = read_scenes(source, image_root=args.image_root, max_rejected=args.max_rejected)
     for bad in found.rejected[:5]:
         print(f"warning: {bad.file}: row {bad.row}: {bad.reason}", file=sys.stderr)
-    names, without = {scene.image: scene.name for scene in found.scenes}, 0
+    without = 0
     if args.check:
-        items, engine = items_given(found.scenes, names, output, own_questions), None
+        items, engine = items_given(found.scenes, output, own_questions), None
     else:
         for scene in found.scenes:
             scene.texts = [text for text in scene.texts if not is_chinese(text)]
@@ -1236,7 +1236,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"warning: {left}", file=sys.stderr)
         if not scenes:
             raise InputError(f"{source}: no caption is English; --check judges Chinese ones")
-        items = items_of(scenes, names, output, prompt, glossary, args.mode)
+        items = items_of(scenes, output, prompt, glossary, args.mode)
         engine = Local(args) if args.local else Endpoint(args)
     with contextlib.closing(Cache(places["cache"])) if engine else contextlib.nullcontext() as cache:
         if cache:

@@ -251,7 +251,7 @@ def test_missing_files(here, call):
     write(here, [question(0)], [answer(0)])
     (here / "rsvqa_answers.json").unlink()
     code, _, err = call()
-    assert code == 2 and "rsvqa_answers.json: cannot be read: No such file" in err
+    assert code == 2 and "rsvqa_answers.json: no such file" in err
     code, _, err = call("--preset", "demo")
     assert code == 2 and "data/demo: holds no" in err and "run `python demo_data.py` first" in err
 
