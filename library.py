@@ -627,6 +627,11 @@ class _Writer:
 # Classes
 
 
+def labels_in(text: str) -> dict[str, list[str]]:
+    """{label: [label]} of labels between commas."""
+    return {label: [label] for label in map(str.strip, re.split("[,，、]", text)) if label}
+
+
 def read_classes(source: str) -> dict[str, list[str]]:
     """{label: phrases that say it} from the name of a list in classes/ (ucm, aid, eurosat, resisc45), a JSON file of
     {label: phrase or [phrases]} or ["label", ...], or labels between commas. Raises InputError."""
@@ -649,7 +654,7 @@ def read_classes(source: str) -> dict[str, list[str]]:
                 raise InputError(f"{path}: class {label!r}: expected a phrase or a list of phrases, found {phrases!r}")
             found[label] = phrases
     else:
-        found = {label: [label] for label in map(str.strip, re.split("[,，、]", source)) if label}
+        found = labels_in(source)
     if len(found) < 2:
         raise InputError(
             f"{source}: expected two classes or more: labels between commas, a JSON file of {{label: [phrases]}},"

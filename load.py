@@ -386,7 +386,8 @@ def download(name, root=".", source="modelscope", token=None, endpoint=None, wai
         verify_model(folder)
     except InputError as error:  # every listed file is here with its right checksum: the repository lacks something
         reason = str(error).rpartition(": ")[0]
-        raise InputError(f"{reason}, and {hub.host} does not list it: try another --source") from None
+        lacks = "does not list it" if reason.endswith("is missing") else "has it so"
+        raise InputError(f"{reason}, and {hub.host} {lacks}: try another --source") from None
     return folder
 
 

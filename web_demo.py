@@ -16,7 +16,6 @@ import contextlib
 import html
 import math
 import os
-import re
 import shutil
 import socket
 import sys
@@ -418,17 +417,15 @@ class Page:
         )
 
     def classify(self, picture, classes, own, language):
-        from library import read_classes
+        from library import labels_in, read_classes
 
         rgb = self.read(picture, language)
         if rgb is None:
             raise InputError(self.say("need_picture", language))
         if (own or "").strip():
-            labels = self.texts(",".join(own.splitlines()), language)[0]
-            parts = [label for label in map(str.strip, re.split("[,，、]", labels)) if label]
-            if len(parts) < 2:  # or a path, which is for the command line
+            table = labels_in(self.texts(",".join(own.splitlines()), language)[0])
+            if len(table) < 2:  # or a path, which is for the command line
                 raise InputError(self.say("own_form", language))
-            table = {label: [label] for label in parts}
         else:
             table = read_classes(classes)
         scores = self.library.classify(self.library.picture_vector(rgb)[None], table)[0]
