@@ -206,6 +206,8 @@ def reference_scenes(args, images: list[str], language: str) -> dict[str, list[s
 
 def read_objects(path: str, images: list[str]) -> tuple[dict, list, dict[str, list[str]]]:
     """(words of each object, phrases to ignore, {image: objects in it}) of an --objects file. Raises InputError."""
+    from imagery import ImageError, image_size
+
     content = load_json(path)
     if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in ("words", "images")):
         raise InputError(f'{path}: expected {{"words": {{object: [word]}}, "images": {{image: [object]}}}}')
@@ -219,6 +221,10 @@ def read_objects(path: str, images: list[str]) -> tuple[dict, list, dict[str, li
     present = {}
     for image in images:
         if Path(image).name not in listed:
+            try:
+                image_size(image)
+            except ImageError:
+                continue  # it has no caption either, and is told with the others that cannot be read
             raise InputError(f"{path}: field 'images': {Path(image).name} is missing")
         present[image] = listed[Path(image).name]
         if unknown := set(present[image]) - set(words):

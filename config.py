@@ -647,7 +647,7 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     resume = flag_value("--resume_from_checkpoint", argv)
     if resume:
         checkpoint = resolve_checkpoint(resume)
-        checkpoint = checkpoint if checkpoint.name else checkpoint.absolute()  # "." has no parent
+        checkpoint = checkpoint if checkpoint.parent.name else checkpoint.absolute()  # "." has no parent
         try:
             json.loads((checkpoint / "trainer_state.json").read_text())
             record = json.loads((checkpoint / "config.json").read_text())
@@ -665,8 +665,11 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         parser.set_defaults(**(base | known | {"output_dir": str(run)}))
     namespace = parser.parse_args(argv)
     for name in ("neftune_noise_alpha", "label_smoothing_factor"):
-        if getattr(namespace, name):
+        if getattr(namespace, name) and flag_given(f"--{name}", argv):
             raise InputError(f"--{name}: these models' losses know nothing of it; leave it out")
+        setattr(namespace, name, base[name])  # of a resumed run that an earlier version let begin with it
+    if flag_given("--temperature", argv) and namespace.temperature < 0.01:
+        raise InputError(f"--temperature {namespace.temperature}: expected 0.01 or more, where the loss cuts it off")
     if namespace.use_liger_kernel:
         raise InputError(
             "--use_liger_kernel: would change nothing, the Trainer does not know these models; --torch_compile of train_vqa.py"
@@ -738,6 +741,12 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
                 print(
                     f"resumed with a change: {key} {recorded.get(key, base.get(key))} -> {changed.get(key, base.get(key))}"
                 )
+        known = whole_checkpoints(checkpoint.parent)
+        step = next((step for step, folder in known.items() if folder == checkpoint), None)
+        if later := [known[number].name for number in sorted(known) if step is not None and number > step]:
+            print(
+                f"resumed from {checkpoint.name}: {', '.join(later)} will be removed when the first new checkpoint is saved"
+            )
     check(config)
     return config, training_args, changed
 
@@ -788,7 +797,15 @@ def refuse_unwritable_file(path: str | Path, flag: str) -> None:
     """Refuse a file that could not be written, before the work that is to end in it. Raises InputError."""
     if Path(path).is_dir():
         raise InputError(f"{flag} {path}: is a folder, expected a file")
-    refuse_unwritable(Path(path).absolute().parent, f"{flag}: its folder")
+    if not is_stream(path):
+        refuse_unwritable(Path(os.path.realpath(path)).parent, f"{flag}: its folder")
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether what is written to a path goes on elsewhere: a pipe, or a device such as /dev/stdout, whatever that is now."""
+    return os.path.abspath(path).startswith(("/dev/", "/proc/self/fd/")) or (
+        os.path.exists(path) and not os.path.isfile(path)
+    )
 
 
 def keeps_scores(argv: list[str] | None) -> bool:
@@ -879,7 +896,7 @@ def check(config: DataConfig) -> None:
         "margin": (0, 2), "mine_margin": (0, 2), "max_samples": (1, 10**9), "projection_dim": (1, 65536),
         "lora_rank": (0 if isinstance(config, CaptionConfig) else 1, 4096),
         "projection_hidden": (0, 65536), "max_text_tokens": (2, 32768), "texts_per_scene": (0, 10**6),
-        "grad_cache_chunk": (0, 10**9), "min_pixels": (1, 10**9), "max_pixels": (28 * 28, 10**9), "temperature": (0.01, 10),
+        "grad_cache_chunk": (0, 10**9), "min_pixels": (1, 10**9), "max_pixels": (28 * 28, 10**9), "temperature": (1e-4, 10),
         "max_eval_scenes": (1, 10**9), "max_eval_questions": (1, 10**9), "pack_tokens": (64, 10**9),
         "eval_pack_tokens": (64, 10**9), "max_question_tokens": (1, 32768), "max_answer_tokens": (1, 4096),
         "early_stopping_patience": (0, 10**9), "lora_alpha": (1, 10**6), "max_caption_tokens": (1, 4096),
@@ -908,27 +925,24 @@ def use_files_of_training(config, args, argv: list[str], folder: str | Path, mor
     if given and os.path.abspath(given) != os.path.abspath(recorded.get("train_file", "")):
         return None
     defaults = {field.name: field.default for part in (type(config), type(args)) for field in dataclasses.fields(part)}
-    names = (
-        "train_file",
-        "val_file",
-        "test_file",
-        "image_root",
-        "val_fraction",
-        "test_split",
-        "language",
-        "max_samples",
-        "seed",
-    )
-    for name in (*names, *more):  # what a run does not record had the library's default, whatever the presets say
+    names = "train_file val_file test_file image_root val_fraction test_split language max_samples seed allow_leak max_rejected"
+    # What a run does not record had the library's default, whatever the presets say.
+    for name in (*names.split(), *more):
         if not flag_given(f"--{name}", argv):
             setattr(config if hasattr(config, name) else args, name, recorded.get(name, defaults[name]))
-    if config.image_root == recorded.get("image_root"):
-        return None
-    # Names may be the same in two data sets: the training's are looked for where they were, and only then in the new place.
-    beside = Path(config.train_file).parent
-    return os.pathsep.join(
-        [recorded.get("image_root") or f"{beside}{os.pathsep}{beside / 'images'}", config.image_root]
-    )
+
+    def beside(file: str) -> list[str]:
+        folder = Path(file) if Path(file).is_dir() else Path(file).parent
+        return [str(folder), str(folder / "images")]
+
+    # Names may be the same in two data sets: each file's images are looked for in its own place first.
+    theirs = [recorded["image_root"]] if recorded.get("image_root") else beside(config.train_file)
+    if flag_given("--image_root", argv):
+        return os.pathsep.join([*theirs, config.image_root])
+    if config.test_file and config.test_file != recorded.get("test_file") and config.image_root:
+        config.image_root = os.pathsep.join([*beside(config.test_file), config.image_root])
+        return os.pathsep.join(theirs)
+    return None
 
 
 def whole_checkpoints(run: Path) -> dict[int, Path]:

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -192,14 +193,16 @@ def collect(splits: dict, columns: dict[str, str], folder: Folder) -> tuple[dict
         for number, row in enumerate(bar):
             image = row[columns["image"]] or {}
             wanted = row.get(columns.get("name")) or image.get("path") or f"{split}_{number:06d}"
-            try:
-                name = folder.put(image, wanted)
-            except ImageError as error:
-                refused.append(f"{split}, row {number}: {error}")
-                continue
+            captions, value, questions = texts_of(row.get(columns.get("caption"))), row.get(columns.get("label")), []
             try:
                 questions = questions_of(row, columns) if "question" in columns else []
             except InputError as error:
+                refused.append(f"{split}, row {number}: {error}")
+                if not captions and value is None:
+                    continue
+            try:
+                name = folder.put(image, wanted)
+            except ImageError as error:
                 refused.append(f"{split}, row {number}: {error}")
                 continue
             found = {"split": ours, "captions": [], "questions": [], "label": None, "rows": 0}
@@ -213,9 +216,8 @@ def collect(splits: dict, columns: dict[str, str], folder: Folder) -> tuple[dict
                 refused += [reason] * known["rows"]
                 known = images[name] = found
             known["rows"] += 1
-            known["captions"] += texts_of(row.get(columns.get("caption")))
+            known["captions"] += captions
             known["questions"] += questions
-            value = row.get(columns.get("label"))
             if isinstance(label, datasets.ClassLabel) and isinstance(value, int):
                 value = label.int2str(value) if value >= 0 else None  # the hub's -1: not labelled
             if isinstance(value, (str, int)) and str(value).strip():
@@ -231,10 +233,17 @@ def _held_out(found: dict) -> tuple[bool, bool]:
 def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
     """A row's questions: one, or a list with a list of as many answers. Raises InputError."""
     asked, answers = row[columns["question"]], row[columns["answer"]]
+    if isinstance(answers, dict):  # a list of objects, as older versions of the hub's library give it
+        answers = answers.get("answer", [])
     asked, answers = ([v] if not isinstance(v, list) else v for v in (asked, answers))
-    answers = [v.get("answer") if isinstance(v, dict) else v for v in answers]  # VQAv2's
+    if odd := [v for v in answers if isinstance(v, dict) and "answer" not in v]:
+        raise InputError(f"an answer that is an object of {sorted(odd[0])}, without 'answer'")
+    answers = [v["answer"] if isinstance(v, dict) else v for v in answers]  # VQAv2's
+    if not asked or not answers or asked == [None] or answers == [None]:
+        return []
     if len(answers) > len(asked) == 1:  # several people's: the most frequent, the first of equals
-        answers = [Counter(map(str, answers)).most_common(1)[0][0]]
+        given = [str(answer) for answer in answers if answer is not None]
+        answers = [Counter(given).most_common(1)[0][0] if given else None]
     if len(answers) != len(asked):
         raise InputError(f"{len(asked)} questions and {len(answers)} answers")
     kind = row.get(columns.get("type"))
@@ -265,7 +274,9 @@ def files_of(images: dict[str, dict], place: Path) -> dict[str, tuple[str, str]]
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     output = Path(args.output or Path("data") / Path(args.dataset).resolve().name)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    partial = f".{output.name}-"  # what a killed run left begins so
+    there = [path for path in output.iterdir() if path.name != "lost+found"] if output.is_dir() else []
+    if (output.exists() and not output.is_dir()) or any(not path.name.startswith(partial) for path in there):
         raise InputError(f"{output}: is there already; give another --output, or remove it")
     splits = read_splits(args.dataset, args.config)
     features = next(iter(splits.values())).features
@@ -279,8 +290,10 @@ def main(argv: list[str] | None = None) -> None:
     empty = output.exists()  # as seen above; perhaps a link, or where a disk is mounted: it stays, and is filled
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output if empty else output.parent) as partial:
-            made = Path(partial) / "made"
+        for path in there:
+            shutil.rmtree(path)
+        with tempfile.TemporaryDirectory(prefix=partial, dir=output if empty else output.parent) as folder:
+            made = Path(folder) / "made"
             try:
                 images, refused = collect(splits, columns, Folder(made / "images"))
             except (InputError, pyarrow.ArrowException):

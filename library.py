@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import shapely
 import torch
 from tqdm import tqdm
 
@@ -45,7 +44,7 @@ from imagery import (
     tile_windows,
 )
 from model import DualEncoder, Encoder, pixel_store
-from places import change_scores, feature_collection, match_footprints
+from places import box_ring, change_scores, common_share, feature_collection, match_footprints
 from scenes import IMAGE_COLUMNS, Rejected, files_below, image_files, is_chinese, load_json, read_table
 from store import Filter, Hit, Point
 
@@ -566,8 +565,10 @@ class _Writer:
         self.broken: dict[int, str] = {}
         self.stale = set(plan.stale)
         # A killed run goes on without them on its command line: they wait in the record for the files they are of.
-        if coming := _own_attributes({file.path: file.attributes for file in plan.files}):
-            index.annotate(waiting=index.record.get("waiting", {}) | coming)
+        planned, known = {file.path: file.attributes for file in plan.files}, index.record.get("waiting", {})
+        waiting = {path: of for path, of in known.items() if path not in planned} | _own_attributes(planned)
+        if waiting != known:
+            index.annotate(waiting=waiting)
 
     def write(self, turn: list[tuple[Vectors | None, TileBatch]]) -> None:
         """Bring to disk what `encode` gave, in any order of tiles."""
@@ -848,25 +849,19 @@ def same_place(a: dict, b: dict) -> bool:
     if a["path"] == b["path"]:
         if a["window"] is None or b["window"] is None:
             return True
-        first, second = (shapely.box(c, r, c + w, r + h) for c, r, w, h in (a["window"], b["window"]))
-    elif (
+        (c1, r1, w1, h1), (c2, r2, w2, h2) = a["window"], b["window"]
+        wide, high = min(c1 + w1, c2 + w2) - max(c1, c2), min(r1 + h1, r2 + h2) - max(r1, r2)
+        return max(0, wide) * max(0, high) > NEIGHBOURS * min(w1 * h1, w2 * h2)
+    if (
         a["footprint"]
         and b["footprint"]
         and a["time"] == b["time"]
         and (a["time"] or a["path"].rpartition("/")[0] == b["path"].rpartition("/")[0])
     ):
         # Not the boxes round them: those of tiles that are turned, as in polar projections, overlap where the tiles do not.
-        outlines = [p["extra"].get("polygon") for p in (a, b)]
-        if all(outlines):
-            first, second = (shapely.make_valid(shapely.Polygon(outline)) for outline in outlines)
-        else:
-            sides = ((w, s, e + 360 * (e < w), n) for w, s, e, n in (a["footprint"], b["footprint"]))
-            first, second = (shapely.box(*side) for side in sides)
-        if turns := round((first.bounds[0] + first.bounds[2] - second.bounds[0] - second.bounds[2]) / 720):
-            second = shapely.transform(second, lambda xy: xy + np.array([360 * turns, 0]))
-    else:
-        return False
-    return shapely.area(shapely.intersection(first, second)) > NEIGHBOURS * min(first.area, second.area)
+        first, second = (p["extra"].get("polygon") or box_ring(p["footprint"]) for p in (a, b))
+        return len(first) == len(second) and common_share(first, second) > NEIGHBOURS
+    return False
 
 
 def geojson(payloads: list[dict], properties: list[dict]) -> str:

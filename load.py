@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -63,12 +64,11 @@ def _mend(folder: Path) -> str:
     """The command that repairs `folder`."""
     folder = folder.absolute()
     if folder.parent.name == "models":
-        return (
-            f"put it there whole (`python load.py FILE.pt` where it was made of a checkpoint), after removing {folder}"
-        )
+        first = f"remove {folder}, and " if folder.exists() else ""
+        return f"{first}put it there whole: `python load.py FILE.pt` where it was made of a checkpoint"
     demo = folder.parent.name == "demo" and folder.name in DEMO
-    root = folder.parents[2 if demo else 1]
-    elsewhere = "" if root == Path.cwd() else f" --root {root}"
+    root = [*folder.parents, *[Path("/")] * 3][2 if demo else 1]
+    elsewhere = "" if root == Path.cwd() else f" --root {shlex.quote(str(root))}"
     return f"run `python load.py {'--preset demo' if demo else f'{folder.parent.name}/{folder.name}'}{elsewhere}`"
 
 

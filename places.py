@@ -41,7 +41,7 @@ def _rings(polygons) -> np.ndarray:
     return rings
 
 
-def _box_ring(box) -> list[list[float]]:
+def box_ring(box) -> list[list[float]]:
     """The outline of west, south, east, north; west > east crosses the antimeridian."""
     west, south, east, north = box
     east += 360 * (east < west)
@@ -81,6 +81,14 @@ def _cut(outline) -> list:
         world = shapely.box(360 * turn - 180, -90, 360 * turn + 180, 90)
         parts += _polygons_of(translate(shapely.intersection(outline, world), -360 * turn))
     return parts
+
+
+def common_share(first, second) -> float:
+    """Share of the smaller of two outlines (rings of longitude and latitude, of one length) that the other covers, 0 to 1."""
+    one, two = _outlines(_rings([first, second]))
+    if turns := round((one.bounds[0] + one.bounds[2] - two.bounds[0] - two.bounds[2]) / 720):  # across the antimeridian
+        two = shapely.transform(two, lambda at: np.add(at, (360 * turns, 0)))
+    return float(shapely.area(shapely.intersection(one, two)) / min(one.area, two.area))
 
 
 def _on_both_sides(outlines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +154,7 @@ def feature_collection(rows: list[dict]) -> dict:
     for row in rows:
         ring, geometry = row.get("polygon"), None
         if ring is None and row.get("footprint") is not None:
-            ring = _box_ring(row["footprint"])
+            ring = box_ring(row["footprint"])
         if ring is not None:
             (outline,) = _outlines(_rings([ring]))
             parts = shapely.orient_polygons(_cut(outline))

@@ -21,20 +21,23 @@ from pathlib import Path
 
 import numpy as np
 
+from config import is_stream
+
 
 def write_atomic(path, data: str | bytes) -> Path:
     """Write beside `path` and rename: a reader sees the old file or the new one, never half of it."""
     data = data.encode("utf-8", "replace") if isinstance(data, str) else data
     path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe, /dev/stdout
-        path.write_bytes(data)
+    if is_stream(path):
+        with open(path, "ab") as stream:
+            stream.write(data)
         return path
-    path = Path(os.path.realpath(path))  # a link stays one
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))  # a link stays one
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     return path

@@ -530,6 +530,11 @@ def run_monitor(args) -> int:
     args.library = None
     if Path(args.before).resolve() == Path(args.after).resolve():
         raise InputError(f"--before and --after are the same index: {args.before}")
+    import store
+
+    for location in (args.before, args.after):
+        if not store.is_url(location):
+            store.record_of(location)  # a mistyped path is said before the first model is loaded
     with open_library(args, args.before) as before, open_library(args, args.after, before.model) as after:
         pairs = match_places(before, after, args.min_overlap)
         for note in pairs.notes:

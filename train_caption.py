@@ -112,10 +112,12 @@ def main(argv: list[str] | None = None) -> dict:
     if count := without_caption(config, splits):
         say(f"data: {count} images of {config.train_file} have no caption and are left out")
     prompts = prompts_of(splits["train"])
-    if splits["test"] and not any(in_language(splits["test"], language)[0] for language in prompts):
-        raise InputError(
-            f"the test split has no caption in a language of the training split ({', '.join(prompts)}): nothing could be scored"
-        )
+    for name in ("val", "test"):
+        if splits[name] and not any(in_language(splits[name], language)[0] for language in prompts):
+            raise InputError(
+                f"the {name} split has no caption in a language of the training split ({', '.join(prompts)}): nothing could be"
+                " scored"
+            )
     model = Captioner.from_base(
         config, seed=args.seed, dtype=torch.bfloat16 if args.bf16 else torch.float32, prompts=prompts
     ).to(args.device)

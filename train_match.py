@@ -13,6 +13,7 @@ report.html, and TensorBoard events.
 import json
 import os
 import re
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -235,6 +236,7 @@ def histogram_baseline(train: list[Scene], test: list[Scene], settings: ImageSet
 
 
 def main(argv: list[str] | None = None) -> dict:
+    argv = list(sys.argv[1:] if argv is None else argv)
     config, args, changed = parse(MatchConfig, argv, description=__doc__.split("\n")[0])
     run = Path(args.output_dir)
     main_process = args.process_index == 0
@@ -288,10 +290,13 @@ def main(argv: list[str] | None = None) -> dict:
         kept, rows = run / "mined_negatives.json", _rows_digest(splits["train"])
         if args.resume_from_checkpoint and kept.is_file():
             found = load_json(kept)
-            if not isinstance(found, dict) or found.get("rows") != rows:
+            if isinstance(found, list):  # of an earlier version, which did not say what it was mined for
+                fits = [len(row) for row in found] == [len(scene.rows) for scene in splits["train"]]
+                found = {"rows": rows if fits else None, "negatives": found}
+            if found.get("rows") != rows:
                 raise InputError(
-                    f"{kept}: mined for other training rows than these; resume with the files that the run began with, or"
-                    " start a new run"
+                    f"{kept}: mined for other training rows than these; resume with the files that the run began with, start a"
+                    " new run, or remove it to mine anew"
                 )
             negatives = found["negatives"]
         else:
@@ -332,8 +337,8 @@ def main(argv: list[str] | None = None) -> dict:
     rows = _rows_digest(splits[tested])
     if args.resume_from_checkpoint and untrained.is_file():
         found = load_json(untrained)
-        if found.get("rows") == rows:
-            results["untrained"] = found["scores"]
+        if found.get("rows", rows) == rows:  # an earlier version wrote the scores alone
+            results["untrained"] = found.get("scores", found)
         else:
             say(f"{untrained}: measured on other rows than these are; the table has no line before training")
     else:
@@ -360,7 +365,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def _rows_digest(scenes) -> str:
-    return digest_of(json.dumps([[scene.image, scene.rows] for scene in scenes]))
+    return digest_of(json.dumps([[Path(scene.image).name, scene.rows] for scene in scenes]))  # they may have been moved
 
 
 def _stored(feature_store: FeatureStore, compute, items: list[str], name=str) -> np.ndarray:
@@ -398,7 +403,7 @@ def evaluate_only(config: MatchConfig, args, argv: list[str], keep: bool) -> dic
     moved = flag_value("--base_model", argv)
     model = DualEncoder.from_pretrained(config.eval_only, base_model=moved, device=str(args.device))
     store = pixel_store(model, config.cache_dir)
-    root = use_files_of_training(config, args, argv, config.eval_only)
+    root = use_files_of_training(config, args, argv, config.eval_only, ("margin",))
     splits = drop_unreadable(load_splits(config, args.seed, train_root=root), store, config.max_rejected)
     print(f"data: {describe(splits)}")
     tested = "test" if splits["test"] else "val"

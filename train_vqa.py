@@ -506,7 +506,7 @@ def merge(argv: list[str]) -> None:
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output}: is there already and not empty; give another --output")
-    refuse_unwritable(output.absolute().parent, "--output: its folder")
+    refuse_unwritable(output.resolve().parent, "--output: its folder")
     model = VQA.from_pretrained(args.lora, base_model=args.base)
     ours = (Path(args.lora) / VQA_SETTINGS).is_file()
     if not ours:

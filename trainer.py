@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft.helpers import disable_input_dtype_casting
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
@@ -140,12 +141,26 @@ class SceneTrainer(Trainer):
             try:
                 return super().train(*args, **kwargs)
             except _Finished:
-                if self.args.load_best_model_at_end and self.state.best_global_step:  # the run may have been moved
-                    best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-                    self.state.best_model_checkpoint = str(best)
+                if self.args.load_best_model_at_end and self.state.best_global_step:
+                    self._find_best(kwargs.get("resume_from_checkpoint"))
                     self._load_best_model()
                 self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
                 return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _find_best(self, resumed) -> None:
+        """Where the best checkpoint lies now: the run may have been moved, or end in another folder. Raises InputError."""
+        name = f"checkpoint-{self.state.best_global_step}"
+        known = [
+            self.state.best_model_checkpoint,
+            Path(self.args.output_dir) / name,
+            resumed and Path(resumed).parent / name,
+        ]
+        found = next((path for path in known if path and Path(path).is_dir()), None)
+        if found is None:
+            raise InputError(
+                f"{known[1]}: the best step's weights are not there any more; give the checkpoint to use itself"
+            )
+        self.state.best_model_checkpoint = str(found)
 
     @property
     def kept_step(self) -> int | None:
@@ -186,6 +201,8 @@ class SceneTrainer(Trainer):
         model.eval()
         with self.accelerator.autocast():
             found = self.task.evaluate(model)
+        if self.args.world_size > 1:  # one's word counts: what is saved and when to stop must not differ by a last bit
+            (found,) = broadcast_object_list([found])
         model.train(training)  # here, not in every step: it visits thousands of modules
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)

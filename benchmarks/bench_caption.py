@@ -110,7 +110,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--rows", type=int, nargs="+", default=[1, 5, 10], help="rows a micro-batch to choose from, for each rows side")
     add("--torch_compile", action="store_true", help="ours with compiled layers too")
     add("--parts", nargs="*", default=PARTS, choices=PARTS, help="sides between rows and ours")
-    add("--data", help="captions in any form of docs/architecture.md (default: UCM captions, else data/demo)")
+    add("--data", help="captions in any form of README.md (default: UCM captions, else data/demo)")
     add("--train_images", type=int, default=400, help="images to train on (0: all)")
     add("--shape", choices=["demo", *SHAPES], default="small", help="demo: of `make demo`; else random weights")
     add("--bases", nargs=2, metavar="FOLDER", help="a CLIP or SigLIP and a language model instead of --shape's")

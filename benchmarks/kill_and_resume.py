@@ -76,6 +76,8 @@ def differences(one, other, where: str) -> list[str]:
             return [f"{where} (keys)"]
         return [d for key in one for d in differences(one[key], other[key], f"{where}.{key}")]
     if isinstance(one, (list, tuple)):
+        if len(one) != len(other):
+            return [f"{where} (length)"]
         return [d for i, (a, b) in enumerate(zip(one, other)) for d in differences(a, b, f"{where}[{i}]")]
     return [] if one == other else [where]
 

@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = load_json(args.run / "best_model" / "vqa.json")
     images = ImageSettings.from_dict(settings["images"])
     samples = read_samples(args.run)
-    samples = samples[:: max(1, len(samples) // args.num_samples)][: args.num_samples]
+    count = min(args.num_samples, len(samples))
+    samples = [samples[i * len(samples) // count] for i in range(count)]
     client = OpenAI(base_url=args.base_url, api_key="none", timeout=120)
 
     @functools.lru_cache(64)  # the samples of an image follow one another

@@ -230,7 +230,8 @@ def test_only_searches_until_enough_are_found(call, tmp_path, model, world, monk
     monkeypatch.setattr(compare_before_after, "CHUNK", 1)
     images = Images(model, 0)
     rows, shown = compare(model, world.scenes(), images, number=2, only=["lost"], seed=1)
-    assert len(shown) == 2 and 1 <= len(images.pictures) < 6
+    assert len(shown) == 2 and len({row["image_path"] for row in rows}) < 6
+    assert {row["image_path"] for row in shown} <= images.pictures.keys() < {scene.image for scene in world.scenes()}
     assert len(rows) == 6 * len(
         {row["image_path"] for row in rows}
     )  # whole scenes, and none after the second was found

@@ -90,6 +90,32 @@ def test_no_flags_and_booleans():
     assert read("--no_average_tokens_across_devices")[1].average_tokens_across_devices is False
 
 
+def test_the_command_line_chooses_16_bits(monkeypatch, tmp_path):
+    import torch
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the card
+    monkeypatch.setattr(TrainingArguments, "world_size", 1)
+    for words, wanted in (
+        ([], (True, False, True)),
+        (["--bf16=false"], (False, False, True)),
+        (["--fp16"], (False, True, True)),
+        (["--tf32", "false", "--bf16", "true"], (True, False, False)),
+        (["--use_cpu"], (False, False, None)),
+    ):
+        args = parse(MatchConfig, [f"--output_dir={tmp_path / 'new'}", *words])[1]
+        assert (args.bf16, args.fp16, args.tf32) == wanted, words
+
+
+@pytest.mark.parametrize("words", ["--neftune_noise_alpha=5", "--label_smoothing_factor=0.5", "--temperature=0.001",
+                                   "--data_seed=-1", "--adam_beta1=2"])  # fmt: skip
+def test_what_the_losses_do_not_know_is_refused(words):
+    refused(lambda: read(words), words.partition("=")[0])
+
+
 def test_dashes_and_equal_signs():
     assert read("--projection-dim=64", "--preset=demo")[0].projection_dim == 64
     assert read("--percentiles", "1", "99")[0].percentiles == [1.0, 99.0]

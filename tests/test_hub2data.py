@@ -157,6 +157,19 @@ def test_answers_as_vqav2_and_vrsbench_have_them(tmp_path):
     columns = {"image": [image(0), image(1)], "question": [["a?", "b?", "c?"], ["d?"]], "answer": [["1", "2"], ["3"]]}
     hub2data.main([str(write(tmp_path / "odd", "train", columns)), "--output", str(tmp_path / "uneven")])
     assert "3 questions and 2 answers" in (tmp_path / "uneven/rejected.txt").read_text()
+    assert len(os.listdir(tmp_path / "uneven/images")) == 1, "no picture without a row"
+    columns = {"image": [image(0)], "question": ["is it?"], "answers": [[{"text": "yes"}]], "caption": ["a farm"]}
+    hub2data.main([str(write(tmp_path / "other", "train", columns)), "--output", str(tmp_path / "kept")])
+    assert "without 'answer'" in (tmp_path / "kept/rejected.txt").read_text()
+    assert read_scenes(tmp_path / "kept").scenes[0].texts == ["a farm"]
+    columns = {
+        "image": [image(n) for n in range(2)],
+        "question": [["a?"], []],
+        "answer": [["b"], []],
+        "caption": ["c", "d"],
+    }
+    hub2data.main([str(write(tmp_path / "some", "train", columns)), "--output", str(tmp_path / "both")])
+    assert len(read_scenes(tmp_path / "both").scenes) == 2 and not (tmp_path / "both/rejected.txt").exists()
 
 
 def test_an_empty_folder_is_filled_where_it_is(captions, tmp_path, monkeypatch):
@@ -164,10 +177,11 @@ def test_an_empty_folder_is_filled_where_it_is(captions, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     hub2data.main([str(captions), "--output", str(tmp_path / "link")])
     assert (tmp_path / "link").is_symlink() and read_scenes(tmp_path / "disk").scenes
-    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "lost+found").mkdir(parents=True)
+    (tmp_path / "here" / ".-killed" / "made").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     hub2data.main([str(captions), "--output", "."])
-    assert sorted(os.listdir()) == ["captions.json", "images", "rejected.txt"]
+    assert sorted(os.listdir()) == ["captions.json", "images", "lost+found", "rejected.txt"]
 
 
 def test_long_names(tmp_path):

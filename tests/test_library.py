@@ -559,6 +559,11 @@ def test_neighbours_of_one_place_are_left_out(library):
     one = point(footprint=[0, 0, 2, 2], extra={"polygon": diamond})
     assert not same_place(one, point(path="b", footprint=[1, 1, 3, 3], extra={"polygon": beside}))
     assert same_place(one, point(path="b", footprint=[0, 0, 2, 2], extra={"polygon": diamond}))
+    polar = [[lon, 89.5] for lon in (-135, -45, 45, 135, -135)]  # round a pole
+    pole = point(footprint=[-180, 89.5, 180, 90], extra={"polygon": polar})
+    assert same_place(pole, pole | {"path": "b"})
+    assert same_place(point(window=[0, 0, 10, 10]), point(window=[5, 0, 10, 10]))
+    assert not same_place(point(window=[0, 0, 10, 10]), point(window=[9, 0, 10, 10]))
     assert not same_place(point(footprint=None), point(path="b", footprint=None))
     assert same_place(point(path="x/a", time=None), point(path="x/b", time=None))
     assert not same_place(point(path="2020/a", time=None), point(path="2023/a", time=None)), "folders may be dates"

@@ -142,6 +142,7 @@ def test_the_command_that_mends_says_where(tiny, tmp_path):
     lost = tmp_path / "disk" / "models" / "demo" / "clip"
     refused(lambda: load.verify_model(lost), f"load.py --preset demo --root {tmp_path / 'disk'}`")
     refused(lambda: load.verify_model(tmp_path / "models" / "epoch_5"), "python load.py FILE.pt")
+    refused(lambda: load.verify_model("/nowhere"), "no model in /nowhere")
 
 
 def test_bert_vocabulary_needs_no_settings(tmp_path):

@@ -4,8 +4,11 @@ import base64
 import io
 import os
 import re
+import subprocess
+import sys
 import warnings
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -373,5 +376,9 @@ def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
     (tmp_path / "link.json").symlink_to("target.json")
     write_atomic(tmp_path / "link.json", "new")
     assert (tmp_path / "link.json").is_symlink() and (tmp_path / "target.json").read_text() == "new"
-    write_atomic("/dev/null", "gone")
-    assert not os.path.isfile("/dev/null")
+    assert write_atomic("/dev/null", "gone") == Path("/dev/null") and not os.path.isfile("/dev/null")
+    code = "import report; print('one', flush=True); report.write_atomic('/dev/stdout', 'two\\n'); print('three')"
+    (tmp_path / "log").write_text("zero\n")
+    with open(tmp_path / "log", "a") as log:
+        subprocess.run([sys.executable, "-c", code], stdout=log, check=True, cwd=Path(__file__).parents[1])
+    assert (tmp_path / "log").read_text().split() == ["zero", "one", "two", "three"]

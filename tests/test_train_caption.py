@@ -145,6 +145,21 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(stop, run, 
     assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
 
 
+def test_the_steps_of_the_second_stage_are_not_those_of_the_first(run, tmp_path):
+    run("--max_steps=1", "--projector_epochs=1", "--language=en")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/projector/metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 4 and (tmp_path / "run" / "checkpoint-1").exists()  # 13 images, 4 a step
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_split_in_another_language_is_told_before_training(split, run, drawn, tmp_path):
+    rows = json.loads(drawn.captions.read_text())
+    rows = [row for row in rows if (row["split"] == split) == bool(re.search("[一-龥]", row["caption"]))]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=f"the {split} split has no caption in a language of the training split"):
+        run(f"--image_root={drawn.images}", data=tmp_path / "rows.json")
+
+
 def test_a_folder_with_images_and_captions(run, drawn, tmp_path, capsys):
     """The README's layout, and what is said of images that no caption is about."""
     data = tmp_path / "data"

@@ -87,9 +87,10 @@ def test_images_of_another_test_file_are_not_those_of_training(recorded, first, 
     for argv, root, train_root in (
         ([], recorded, None),
         (["--image_root=ours", "--test_file=b.json"], "ours", os.pathsep.join([*first, "ours"])),
+        (["--test_file=b.json"], recorded and os.pathsep.join([".", "images", recorded]), recorded),
     ):
         config = VQAConfig(
-            lora=str(tmp_path), image_root=(argv and "ours") or None, test_file="b.json", val_fraction=0.5
+            lora=str(tmp_path), image_root="ours" if len(argv) == 2 else None, test_file="b.json", val_fraction=0.5
         )
         args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, seed=7)
         assert use_files_of_training(config, args, argv, tmp_path) == train_root

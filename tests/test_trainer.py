@@ -318,10 +318,11 @@ def test_eval_only_scores_what_was_held_out_then(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(train_match, "histogram_baseline", lambda *a: {})
     monkeypatch.setattr(train_match, "write_report", lambda *a: None)
     own = [word for word in flags if not word.startswith(("--val_file", "--test_file"))]
-    split = ["--seed=7", "--val_fraction=0.4", "--max_steps=2"]
+    split = ["--seed=7", "--val_fraction=0.4", "--max_steps=2", "--margin=0.01"]
     trained = train_match.main([*own, *split, f"--output_dir={tmp_path / 'run'}"])
     only = ["--preset=demo", f"--eval_only={tmp_path / 'run' / 'best_model'}", "--use_cpu=true", "--cache_dir=none"]
-    again = train_match.main(only)
+    monkeypatch.setattr(sys, "argv", ["train_match.py", *only])
+    again = train_match.main()
     assert again["images"] == trained["images"] and again["trained"] == trained["trained"]
 
 
@@ -435,6 +436,17 @@ def test_a_best_step_between_saves_is_saved(train, tmp_path, scripted):
     results = train(tmp_path / "run", f"--max_steps 4 {every}")
     assert results["best_step"] == 1
     assert_identical(weights(tmp_path / "run" / "best_model"), weights(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_a_run_that_is_over_may_end_in_another_folder(train, tmp_path, scripted):
+    scripted([0.5, 0.1])
+    train(tmp_path / "run", "--num_train_epochs 2")
+    train_match.main(["--resume_from_checkpoint", str(tmp_path / "run"), f"--output_dir={tmp_path / 'other'}"])
+    best = weights(tmp_path / "run" / "best_model")
+    assert_identical(weights(tmp_path / "other" / "best_model"), best)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    with pytest.raises(InputError, match="the best step's weights are not there"):
+        train_match.main(["--resume_from_checkpoint", str(tmp_path / "run"), f"--output_dir={tmp_path / 'third'}"])
 
 
 def test_a_run_that_is_over_may_be_moved(train, tmp_path, scripted):
