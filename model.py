@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +247,11 @@ def _config_in(folder: str | Path):
 # Dual encoder
 
 
+def same_fields(settings: type, config) -> dict:
+    """What a checkpoint records as the configuration has it: fields of the same name."""
+    return {field.name: getattr(config, field.name) for field in fields(settings) if hasattr(config, field.name)}
+
+
 @dataclass
 class DualEncoderSettings:
     """What a checkpoint records about a dual encoder; the fields are those of `config.MatchConfig`."""
@@ -396,12 +401,11 @@ class DualEncoder(Encoder):
         base = read_config(config.base_model)
         processor, tokenizer = load_processor(config.base_model, config.min_pixels, config.max_pixels)
         settings = DualEncoderSettings(
-            base_model=config.base_model,
             base_fingerprint=fingerprint(config.base_model),
             logit_scale=float(np.log(10.0 if config.loss == "sigmoid" else 1 / config.temperature)),
             logit_bias=-10.0 if config.loss == "sigmoid" else 0.0,
             images=image_settings(config).to_dict(),
-            **{name: getattr(config, name) for name in COPIED_SETTINGS},
+            **same_fields(DualEncoderSettings, config),
         )
         towers = [
             load_tower(config.base_model, side, base, torch.float32 if mode == "full" else dtype)
@@ -701,20 +705,6 @@ def length_groups(lengths: list[int], fill: float = 0.8, least: int = 16) -> lis
         else:
             groups.append([i])
     return groups
-
-
-COPIED_SETTINGS = (
-    "image_tower",
-    "text_tower",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "projection_dim",
-    "projection_hidden",
-    "projection_dropout",
-    "max_text_tokens",
-    "loss",
-)
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -1503,7 +1493,7 @@ class CaptionerSettings:
     lora_dropout: float
     max_caption_tokens: int
     prompts: dict
-    """{language: prompt}, "en" and "zh"; the language trained on first."""
+    """{language: prompt} of the languages trained on, "en" and "zh"; the one with the most captions first."""
     images: dict
     """`ImageSettings` of training: bands and stretch."""
     stage: int = 2
@@ -1634,9 +1624,7 @@ class Captioner(nn.Module):
             vision_model=str(config.vision_model_name), vision_fingerprint=fingerprint(roots[0]),
             language_model=str(config.language_model_name), language_fingerprint=fingerprint(roots[1]),
             prompts=prompts or {"en": config.prompt, "zh": config.prompt_zh}, images=image_settings(config).to_dict(),
-            **{name: getattr(config, name) for name in (
-                "vision_layer", "projector", "freeze_vision_model", "freeze_language_model_except_layers", "lora_rank",
-                "lora_alpha", "lora_dropout", "max_caption_tokens")},
+            **same_fields(CaptionerSettings, config),
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -52,7 +52,7 @@ from config import InputError, MatchConfig, user_errors
 from data import MatchCollator, MatchDataset, PixelStore, SceneSampler, image_settings
 from data import token_batch as pad_tokens
 from imagery import ImageSettings, read_image
-from model import COPIED_SETTINGS, TOWERS, DualEncoder, DualEncoderSettings, load_processor, pixel_store
+from model import TOWERS, DualEncoder, DualEncoderSettings, load_processor, pixel_store, same_fields
 from scenes import Scene, read_scenes
 from train_match import MatchTask
 from trainer import SceneTrainer
@@ -158,14 +158,9 @@ def random_model(config: MatchConfig, shape: dict, device: torch.device, dtype: 
     processor, tokenizer = load_processor(config.base_model, config.min_pixels, config.max_pixels)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": shape["mrope_section"]}
     base = Qwen2_5_VLConfig(text_config=shape["text"] | {"rope_parameters": rope}, vision_config=shape["vision"])
-    settings = DualEncoderSettings(
-        base_model="random",
-        base_fingerprint="",
-        logit_scale=float(np.log(1 / config.temperature)),
-        logit_bias=0.0,
-        images=image_settings(config).to_dict(),
-        **{name: getattr(config, name) for name in COPIED_SETTINGS},
-    )
+    known = {"base_model": "random", "base_fingerprint": "", "logit_bias": 0.0}
+    known |= {"logit_scale": float(np.log(1 / config.temperature)), "images": image_settings(config).to_dict()}
+    settings = DualEncoderSettings(**same_fields(DualEncoderSettings, config) | known)
     torch.manual_seed(SEED)
     with device:  # billions of random numbers are drawn where they are used
         parts = (base.vision_config, base.text_config)
