@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 import train_vqa
 from config import InputError, VQAConfig, refuse_unwritable, use_files_of_training
-from model import VQA
+from model import VQA, load_processor
 from scenes import read_chat, read_conversations
 from tests.conftest import conversation, draw, relative, run_on_two_processes
 from trainer import read_history
@@ -473,3 +473,16 @@ def test_compiled_layers_train_the_same_adapter(run, tmp_path, monkeypatch):
         for name in ("eager", "compiled")
     )
     assert first.abs().max() > 0 and relative(second, first) < 1e-4
+
+
+def test_another_tools_adapter_is_merged_as_its_base_sees(answerer, base, tmp_path, capsys):
+    """Nobody knows how it was asked, and our preset's pixel limits are not its own."""
+    answerer(strength=0.2).save_pretrained(tmp_path / "theirs")
+    for name in ("vqa.json", "preprocessor_config.json"):
+        (tmp_path / "theirs" / name).unlink()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "merged")
+    train_vqa.merge(["--lora", str(tmp_path / "theirs"), "--output", str(tmp_path / "link"), "--base", str(base)])
+    made = tmp_path / "disk" / "merged"
+    assert not (made / "vqa.json").exists() and "ask it as that tool did" in capsys.readouterr().out
+    assert load_processor(made)[0].size == load_processor(base)[0].size
