@@ -327,12 +327,14 @@ class _Raster:
         # complex numbers of random phases is nothing, and GDAL leaves out of a mean only what the file itself marks as
         # missing.
         nearest = nearest or self.palette or nodata is not None or measured or self.dtype.kind == "c"
-        resampling = Resampling.nearest if nearest else Resampling.average
         with _gdal(self.path):  # one call for pixels and mask: nodata tags, alpha bands, internal masks
-            read = self.src.read(
-                list(bands), window=Window(*window), out_shape=(len(bands), *out), resampling=resampling,
-                masked=not measured,
-            )  # fmt: skip
+            for resampling in [Resampling.nearest] if nearest else [Resampling.average, Resampling.nearest]:
+                read = self.src.read(
+                    list(bands), window=Window(*window), out_shape=(len(bands), *out), resampling=resampling,
+                    masked=not measured,
+                )  # fmt: skip
+                if self.dtype.kind != "f" or np.isfinite(np.ma.filled(read, 0)).all():
+                    break  # else one NaN that no tag names made all NaN that it was averaged with
             white_is_zero = self.src.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
             bits = int(self.src.tags(bands[0], ns="IMAGE_STRUCTURE").get("NBITS", 8))
         data, mask = np.ma.getdata(read), ~np.ma.getmaskarray(read)

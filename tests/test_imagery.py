@@ -304,6 +304,14 @@ def test_complex_radar_keeps_its_amplitude_when_made_small(tmp_path):
     assert small[:, :31].max() < 3 and small[:, 33:].min() > 252
 
 
+def test_scattered_nan_that_no_tag_names_is_not_spread_when_made_small(tmp_path):
+    data = np.random.default_rng(0).random((1, 512, 512)).astype(np.float32)
+    data[:, np.random.default_rng(1).random((512, 512)) < 0.02] = np.nan
+    path = write_tif(tmp_path / "a.tif", data)
+    assert read_image(path).valid == pytest.approx(0.98, abs=0.01)
+    assert read_image(path, max_side=64).valid == pytest.approx(0.98, abs=0.02)
+
+
 def test_a_fourth_band_that_is_asked_for_is_no_mask(tmp_path):
     """GDAL calls band 4 of 4 alpha where nothing is said; near infrared is nothing over water."""
     data = np.full((4, 8, 8), 100, np.uint8)
