@@ -460,14 +460,14 @@ def test_compiled_layers_train_the_same_adapter(run, tmp_path, monkeypatch):
     plain = VQA.compile_layers
     monkeypatch.setattr(VQA, "compile_layers", lambda model: plain(model, backend="aot_eager", fullgraph=True))
     flags = ["--no_blind_baseline", "--eval_strategy=no", "--save_strategy=no", "--load_best_model_at_end=false",
-             "--learning_rate=0.001", "--optim=sgd", "--max_grad_norm=0"]  # fmt: skip
+             "--learning_rate=0.001", "--optim=sgd", "--max_grad_norm=0", "--texts_per_scene=2"]  # fmt: skip
     # The first layer's input then has a gradient as the others' have, and fewer products are LoRA's: less to trace.
     flags += ["--merger=full", "--lora_targets", "v_proj", "down_proj"]
     torch._dynamo.utils.counters.clear()
     run(*flags, output="eager")
     assert not torch._dynamo.utils.counters["stats"]
     run(*flags, "--torch_compile", output="compiled")
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3, "dynamic shapes: not a graph a step"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, "dynamic shapes: not a graph a step"
     first, second = (
         torch.cat([value.flatten() for key, value in adapter(tmp_path / name).items() if "lora_B" in key])
         for name in ("eager", "compiled")
