@@ -281,8 +281,7 @@ def evaluate(args) -> int:
     told = read_objects(args.objects, images) if args.objects else None
     store = pixel_store(model, args.cache_dir)
     if known:
-        seen = drop_unreadable({"train": known}, store, args.max_rejected)["train"]
-        seen_vectors, seen_texts = model.embed_images([s.image for s in seen], store), [s.listed for s in seen]
+        known = drop_unreadable({"train": known}, store, args.max_rejected)["train"]
     captions, broken = write_captions(model, store, images, args)
     if not captions:
         raise InputError(f"{args.test_dir}: no image could be read; {next(iter(broken.values()))}")
@@ -293,10 +292,10 @@ def evaluate(args) -> int:
 
     if references:
         truths = [references[image] for image in images]
-        made, texts = {"captioner": [captions[image] for image in images]}, []
+        made, texts = {"captioner": [captions[image] for image in images]}, [scene.listed for scene in known]
         if known:
-            texts = seen_texts
-            made = caption_scores.baselines(model.embed_images(images, store), seen_vectors, texts) | made
+            pooled = [model.embed_images(paths, store) for paths in (images, [scene.image for scene in known])]
+            made = caption_scores.baselines(*pooled, texts) | made
         found = caption_scores.compare(made, truths, texts, language=language)
         for row, truth, scores in zip(rows, truths, caption_scores.per_image(found["captioner"])):
             row |= {"references": truth} | scores

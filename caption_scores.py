@@ -137,14 +137,8 @@ def _in_child(task: str, **given) -> tuple[dict | None, str]:
         return None, "no Java on PATH"
     texts = given.get("texts") or [text for candidates, _ in given["runs"] for text in candidates]
     seconds = SECONDS[task] + SECONDS_PER_TEXT[task] * len(texts)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    child = subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve()), task],
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-        **pipes,
-    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"encoding": "utf-8", "errors": "replace"}
+    child = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), task], start_new_session=True, **pipes)
     try:
         out, noise = child.communicate(json.dumps(given), timeout=seconds)
     except subprocess.TimeoutExpired:

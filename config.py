@@ -649,7 +649,7 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         checkpoint = resolve_checkpoint(resume)
         checkpoint = checkpoint if checkpoint.parent.name else checkpoint.absolute()  # "." has no parent
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
+            step = json.loads((checkpoint / "trainer_state.json").read_text()).get("global_step")
             record = json.loads((checkpoint / "config.json").read_text())
             recorded, script = record["settings"], SCRIPTS.get(record.get("task"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -741,9 +741,9 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
                 print(
                     f"resumed with a change: {key} {recorded.get(key, base.get(key))} -> {changed.get(key, base.get(key))}"
                 )
-        known = whole_checkpoints(checkpoint.parent)
-        step = next((step for step, folder in known.items() if folder == checkpoint), None)
-        if later := [known[number].name for number in sorted(known) if step is not None and number > step]:
+        own = run / PROJECTOR_STAGE if checkpoint.parent.name == PROJECTOR_STAGE else run
+        there = whole_checkpoints(own) if own == checkpoint.parent else {}  # in another folder nothing goes
+        if later := [folder.name for number, folder in sorted(there.items()) if step is not None and number > step]:
             print(
                 f"resumed from {checkpoint.name}: {', '.join(later)} will be removed when the first new checkpoint is saved"
             )

@@ -177,17 +177,17 @@ def texts_of(value) -> list[str]:
     return [" ".join(v.split()) for v in values if isinstance(v, str) and v.strip()]
 
 
-def collect(splits: dict, columns: dict[str, str], folder: Folder) -> tuple[dict[str, dict], list[str]]:
-    """({image: {"captions", "questions", "label", "split"}}, reasons why rows were left out) of {split: rows}. The split is that
-    of `split_names`."""
+def collect(
+    splits: dict, ours: dict[str, str], columns: dict[str, str], folder: Folder
+) -> tuple[dict[str, dict], list[str]]:
+    """({image: {"captions", "questions", "label", "split"}}, reasons why rows were left out) of {split: rows} and {split: our
+    name for it}, which may be fewer."""
     import datasets
     from tqdm import tqdm
 
     images, refused = {}, []
-    for (split, rows), ours in zip(splits.items(), split_names(splits).values()):
-        if ours is None:
-            continue
-        rows = rows.cast_column(columns["image"], datasets.Image(decode=False))
+    for split, name_of_split in ours.items():
+        rows = splits[split].cast_column(columns["image"], datasets.Image(decode=False))
         label = rows.features.get(columns.get("label"))
         bar = tqdm(rows, desc=split, unit="row", leave=False, disable=not sys.stderr.isatty())
         for number, row in enumerate(bar):
@@ -205,7 +205,7 @@ def collect(splits: dict, columns: dict[str, str], folder: Folder) -> tuple[dict
             except ImageError as error:
                 refused.append(f"{split}, row {number}: {error}")
                 continue
-            found = {"split": ours, "captions": [], "questions": [], "label": None, "rows": 0}
+            found = {"split": name_of_split, "captions": [], "questions": [], "label": None, "rows": 0}
             known = images.setdefault(name, found)
             if known["split"] != found["split"]:
                 first, last = sorted((known, found), key=_held_out)
@@ -284,9 +284,10 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{args.dataset}: its files do not say what their columns are")
     columns = find_columns(features, {what: getattr(args, what) for what in NAMES})
     print("columns: " + ", ".join(f"{what} = {column}" for what, column in columns.items()))
-    for split, ours in split_names(splits).items():
-        if ours is None:
-            print(f"split {split}: left out, it is none of train, val and test")
+    ours = split_names(splits)
+    for split in [split for split, name in ours.items() if name is None]:
+        print(f"split {split}: left out, it is none of train, val and test")
+        del ours[split]
     empty = output.exists()  # as seen above; perhaps a link, or where a disk is mounted: it stays, and is filled
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -295,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(prefix=partial, dir=output if empty else output.parent) as folder:
             made = Path(folder) / "made"
             try:
-                images, refused = collect(splits, columns, Folder(made / "images"))
+                images, refused = collect(splits, ours, columns, Folder(made / "images"))
             except (InputError, pyarrow.ArrowException):
                 raise
             except (ValueError, TypeError) as error:  # datasets' own, of files with other columns

@@ -328,7 +328,8 @@ class _Raster:
         # missing.
         nearest = nearest or self.palette or nodata is not None or measured or self.dtype.kind == "c"
         with _gdal(self.path):  # one call for pixels and mask: nodata tags, alpha bands, internal masks
-            for resampling in [Resampling.nearest] if nearest else [Resampling.average, Resampling.nearest]:
+            ways = [Resampling.average, Resampling.nearest]
+            for resampling in ways[1:] if nearest or tuple(out) == (window[3], window[2]) else ways:
                 read = self.src.read(
                     list(bands), window=Window(*window), out_shape=(len(bands), *out), resampling=resampling,
                     masked=not measured,

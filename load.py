@@ -67,7 +67,8 @@ def _mend(folder: Path) -> str:
         first = f"remove {folder}, and " if folder.exists() else ""
         return f"{first}put it there whole: `python load.py FILE.pt` where it was made of a checkpoint"
     demo = folder.parent.name == "demo" and folder.name in DEMO
-    root = [*folder.parents, *[Path("/")] * 3][2 if demo else 1]
+    above = [folder, *folder.parents]
+    root = above[min(3 if demo else 2, len(above) - 1)]
     elsewhere = "" if root == Path.cwd() else f" --root {shlex.quote(str(root))}"
     return f"run `python load.py {'--preset demo' if demo else f'{folder.parent.name}/{folder.name}'}{elsewhere}`"
 
@@ -112,8 +113,9 @@ def verify_model(folder: str | os.PathLike) -> None:
     config = _read_json(folder / "config.json")
     if "model_type" not in config:
         raise InputError(f"{folder / 'config.json'} names no model_type: delete it and {_mend(folder)}")
-    if (folder / "tokenizer_config.json").exists() or not (folder / "vocab.txt").is_file():  # BERT's needs none:
-        _read_json(folder / "tokenizer_config.json")  # Chinese-CLIP is published without
+    # BERT's vocabulary needs no settings, and Chinese-CLIP is published without.
+    if (folder / "tokenizer_config.json").exists() or not (folder / "vocab.txt").is_file():
+        _read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
         _read_json(folder / "tokenizer.json")
     elif not any((folder / name).is_file() for name in ("spiece.model", "vocab.txt")):  # SigLIP's, BERT's

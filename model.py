@@ -654,11 +654,8 @@ class ClipEncoder(Encoder):
             images=ImageSettings().to_dict(),
         )
         made = cls(settings, model, tokenizer, processor)
-        names = (
-            "config.json",
-            "preprocessor_config.json",
-            "processor_config.json",
-        )  # the last: newer transformers write it
+        # Of the processor's, transformers writes the last where it saves a whole one.
+        names = ("config.json", "preprocessor_config.json", "processor_config.json")
         settings_files = [path for file in names if (path := folder / file).is_file()]
         made._came_from(name, _digest(settings_files, weight_files(folder)))
         return made.to(device=device).eval()
@@ -715,6 +712,13 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def train_in_float32(model: nn.Module) -> None:
+    """Bring what is trained to float32, whatever the rest is in: updates of 1e-5 vanish in bf16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def add_lora(tower: nn.Module, targets: str, settings) -> None:
     """Inject trainable fp32 LoRA layers (Hu et al. 2021) into the modules that match `targets`, in place."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -725,8 +729,7 @@ def add_lora(tower: nn.Module, targets: str, settings) -> None:
     inject_adapter_in_model(config, tower)
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_("lora_" in name)
-        if "lora_" in name:
-            parameter.data = parameter.data.float()  # updates of 1e-5 vanish in bf16
+    train_in_float32(tower)
 
 
 def load_processor(folder: str | Path, min_pixels: int | None = None, max_pixels: int | None = None):
@@ -1007,7 +1010,7 @@ class VQA(nn.Module):
             except ValueError as error:
                 raise InputError(f"{config.base_model}: LoRA cannot be added: {str(error).splitlines()[0]}") from None
             model = cls(settings, adapted, tokenizer, processor)
-        model._train_in_float32()
+        train_in_float32(model)  # peft sees to LoRA alone: a merger or tower in training is a copy in the base's dtype
         return model.to(device) if config.quantize == "none" else model
 
     @classmethod
@@ -1071,10 +1074,9 @@ class VQA(nn.Module):
                 raise InputError(
                     f"{folder}: the adapter holds nothing for {missing[0]} ({len(missing)} such modules are missing)"
                 )
+        # peft takes these starts off the base's own weights: "before" would be no base.
         start = str(record.get("init_lora_weights")).lower()
-        if start.startswith(
-            ("pissa", "olora", "corda", "loftq")
-        ):  # peft takes the start off the base: "before" would be no base
+        if start.startswith(("pissa", "olora", "corda", "loftq")):
             raise InputError(
                 f"{folder / ADAPTER_CONFIG}: init_lora_weights {start!r} changes the base itself; save it as plain LoRA first, by"
                 " peft's path_initial_model_for_weight_conversion"
@@ -1087,17 +1089,11 @@ class VQA(nn.Module):
         except (TypeError, ValueError) as error:
             raise InputError(f"{folder / ADAPTER_CONFIG}: {str(error).splitlines()[0]}") from None
         if trainable:
-            model._train_in_float32()
+            train_in_float32(model)
         model.set_tensors(folder / ADAPTER, tensors)
         model = model if quantize != "none" else model.to(device)
         model.eval().check_alive(folder)
         return model
-
-    def _train_in_float32(self) -> None:
-        """peft sees to LoRA's matrices; a merger or a tower that is trained whole would be a copy in the base's dtype."""
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # updates of 1e-5 vanish in bf16
 
     def adapter_state(self, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
         """The trained tensors under the names peft saves them by."""
@@ -1177,7 +1173,7 @@ class VQA(nn.Module):
                         module.lora_variant["default"].init(module, "default")
                 if type(module).__name__ == "ModulesToSaveWrapper":
                     module.modules_to_save["default"].load_state_dict(module.original_module.state_dict())
-        self._train_in_float32()
+        train_in_float32(self)
 
     def merge(self, folder: str | Path, dtype: torch.dtype | None = None, settings: bool = True) -> None:
         """Write base and adapter as one model in the layout of the base, which plain transformers and vLLM load, with the
@@ -1228,10 +1224,8 @@ class VQA(nn.Module):
         them."""
         visual = self.qwen.model.visual
         weight = next(visual.parameters())
-        whole = "full" in (
-            self.settings.vision_tower,
-            self.settings.merger,
-        )  # then they are float32 beside a base of 16 bits
+        # What is trained whole is float32, beside a base of 16 bits; the Trainer's autocast is not always there.
+        whole = "full" in (self.settings.vision_tower, self.settings.merger)
         several = whole and len({p.dtype for p in visual.parameters()}) > 1
         kind = self.device.type
         mixed = torch.autocast(kind, torch.bfloat16) if several and not torch.is_autocast_enabled(kind) else None
@@ -1562,9 +1556,7 @@ class Captioner(nn.Module):
             )
         stage = settings.stage
         self.set_stage(2)
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # updates of 1e-5 vanish in bf16
+        train_in_float32(self)
         self.set_stage(stage)
         self.prompt = CaptionPrompt(tokenizer, self.projector.tokens)
         ends = language.generation_config.eos_token_id

@@ -221,10 +221,9 @@ def read_regions(path) -> list[tuple[str, shapely.Geometry]]:
         if kind not in ("Polygon", "MultiPolygon"):
             raise wrong(f"{at} is {kind or 'no geometry'}, not a Polygon or MultiPolygon", "leave it out of the file")
         coordinates = geometry.get("coordinates")
-        problem = _problem([coordinates] if kind == "Polygon" else coordinates)
-        if problem:
-            raise wrong(f"{at} has {problem}", export)
         polygons = [coordinates] if kind == "Polygon" else coordinates
+        if problem := _problem(polygons):
+            raise wrong(f"{at} has {problem}", export)
         flat = [[[position[:2] for position in ring] for ring in rings] for rings in polygons]  # without heights
         parts = _polygons_of(shapely.make_valid(shape({"type": "MultiPolygon", "coordinates": flat})))
         if not parts:

@@ -219,15 +219,7 @@ def read_scenes(
     for number, entry in enumerate(entries):
         try:
             name, rows, split, empty = _rows_of(form, entry, fields)
-            if name not in found:
-                try:
-                    found[name] = find(name, roots)
-                    if found[name] != _Among.OTHER:
-                        image_size(found[name])
-                except ImageError as error:
-                    found[name] = error
-            if isinstance(found[name], ImageError):
-                raise found[name]
+            _look_for(name, roots, found, find)
         except InputError as error:
             result.rejected.append(Rejected(str(path), number, str(error)))
             continue
@@ -429,6 +421,20 @@ def _roots(image_root: str | None) -> list[Path]:
     return [Path(root) for root in (image_root or "").split(os.pathsep) if root]
 
 
+def _look_for(name: str, roots: list[Path], found: dict[str, str | ImageError], find=None) -> None:
+    """Note in `found` where the image of a name is, once for all of its rows. Raises ImageError: it is not there or cannot be
+    read."""
+    if name not in found:
+        try:
+            found[name] = (find or _find_image)(name, roots)
+            if found[name] != _Among.OTHER:
+                image_size(found[name])
+        except ImageError as error:
+            found[name] = error
+    if isinstance(found[name], ImageError):
+        raise found[name].with_traceback(None)  # or it would grow by every row
+
+
 def _find_image(name: str, roots: list[Path]) -> str:
     for root in roots:
         if os.path.isfile(root / name):  # Path's own raises where a name is too long or a folder is locked
@@ -524,14 +530,7 @@ def read_conversations(
     for number, entry in enumerate(content):
         try:
             (name, questions), split = _questions_of(entry), _split_in(entry)
-            if name not in found:
-                try:
-                    found[name] = _find_image(name, roots)
-                    image_size(found[name])
-                except ImageError as error:
-                    found[name] = error
-            if isinstance(found[name], ImageError):
-                raise found[name]
+            _look_for(name, roots, found)
         except InputError as error:
             result.rejected.append(Rejected(str(path), number, str(error)))
             continue

@@ -179,8 +179,7 @@ def need(args, *names: str) -> None:
 def open_library(args, location: str | None = None, encoder=None):
     import store
 
-    if not store.is_url(location or args.store):
-        store.record_of(location or args.store)  # a mistyped path is said before torch is loaded
+    store.refuse_absent(location or args.store)  # before torch is loaded
     from transformers.utils import logging
 
     from library import Library
@@ -532,9 +531,8 @@ def run_monitor(args) -> int:
         raise InputError(f"--before and --after are the same index: {args.before}")
     import store
 
-    for location in (args.before, args.after):
-        if not store.is_url(location):
-            store.record_of(location)  # a mistyped path is said before the first model is loaded
+    store.refuse_absent(args.before)
+    store.refuse_absent(args.after)  # before the first one's model is loaded
     with open_library(args, args.before) as before, open_library(args, args.after, before.model) as after:
         pairs = match_places(before, after, args.min_overlap)
         for note in pairs.notes:

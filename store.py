@@ -257,6 +257,13 @@ def record_of(location: str | os.PathLike) -> dict:
     return _header_in(Path(location))["record"]
 
 
+def refuse_absent(location: str | os.PathLike) -> None:
+    """Say of a mistyped path that no index is there, before minutes of loading models. What a server holds, it is asked later.
+    Raises as `open` does."""
+    if not is_url(location):
+        _header_in(Path(location))
+
+
 def is_url(location) -> bool:
     return str(location).lower().startswith(("http://", "https://"))
 

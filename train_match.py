@@ -380,9 +380,9 @@ def mined_negatives(model, scenes, config, args) -> list[list[str | None]]:
     """For each scene and each of its rows, the text to tell apart from the row's own (None: none qualifies)."""
     texts = list(dict.fromkeys(t for scene in scenes for t in scene.texts))
     place = {t: i for i, t in enumerate(texts)}
-    miner = model.eval()
-    if config.mine_model:
-        miner = DualEncoder.from_pretrained(config.mine_model, device=str(args.device))
+    miner = (
+        DualEncoder.from_pretrained(config.mine_model, device=str(args.device)) if config.mine_model else model.eval()
+    )
     text = miner.embed_texts(texts, batch_size=4 * args.eval_batch_size).numpy()
     if config.mine_model:
         own_store = pixel_store(miner, config.cache_dir)

@@ -37,11 +37,11 @@ from config import (
     refuse_unwritable,
     use_files_of_training,
     user_errors,
-)  # fmt: skip
+)
 from data import QuestionCollator, QuestionDataset, drop_too_long, drop_unreadable, image_settings, row_align
 from imagery import ImageSettings, read_image
 from model import VQA, VQA_SETTINGS, load_processor, pixel_store, read_config
-from scenes import QuestionScene, is_chinese, load_splits, read_chat, read_conversations, sample_scenes
+from scenes import Question, QuestionScene, load_splits, read_chat, read_conversations, sample_scenes
 from trainer import PackedTask, SceneTrainer, check_best_metric, held_out_loss, read_history, write_json
 
 # ----------------------------------------------------------------------------------------------------
@@ -172,14 +172,10 @@ def score_chat(made: dict, scenes: list[QuestionScene], train: list[QuestionScen
     guesses = {"most frequent answer to the question": [usual.get(question.text, "") for _, question in listed]}
     scores, rows = {}, []
     for language in ("en", "zh"):
-
-        def spoken(question):
-            return is_chinese(question.text + question.answer) == (language == "zh")  # noqa: B023 - used in this turn only
-
-        chosen = [n for n, (_, question) in enumerate(listed) if spoken(question)]
+        chosen = [n for n, (_, question) in enumerate(listed) if _spoken(question) == language]
         if not chosen:
             continue
-        learnt = [[question.answer] for question in known if spoken(question)]
+        learnt = [[question.answer] for question in known if _spoken(question) == language]
         truths = [[listed[n][1].answer] for n in chosen]
         found = caption_scores.compare(
             {name: [texts[n] for n in chosen] for name, texts in said.items()}, truths, learnt, language=language
@@ -198,6 +194,11 @@ def score_chat(made: dict, scenes: list[QuestionScene], train: list[QuestionScen
             for name, answers in (guesses | said).items()
         ]
     return scores, rows
+
+
+def _spoken(question: Question) -> str:
+    """The language that a question and its answer are scored in."""
+    return caption_scores.language_of(question.text + question.answer)
 
 
 def parts_of(listed: list, chosen: list[int]) -> list[tuple[str, list[int]]]:

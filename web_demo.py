@@ -489,7 +489,7 @@ class Page:
         return "".join(f"<p><b>{html.escape(q)}</b><br>{html.escape(a)}</p>" for q, a in zip(lines, answers))
 
     def talk(self, pixels, question, history, *, adapter=True, temperature=0.0, top_p=1.0, max_tokens=256):
-        """The answer to a question after [(question, answer)] turns about the picture of `self.pixels`, as it grows: a generator
+        """The answer to a question after [(question, answer)] turns about the picture of `pixels`, as it grows: a generator
         of texts. Closing it stops the model."""
         from transformers import TextIteratorStreamer
 
@@ -786,8 +786,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # A mistyped path is said at once, not after the models' loading: a service would be taken for one that runs.
     for location in filter(None, (args.store, args.after)):
-        if not store.is_url(location):
-            store.record_of(location)
+        store.refuse_absent(location)
     for name in ("captioner", "vqa", "from_pretrained"):
         if getattr(args, name) and not Path(getattr(args, name)).is_dir():
             raise InputError(f"--{name} {getattr(args, name)}: no such folder")
