@@ -16,8 +16,16 @@ import json
 import sys
 from pathlib import Path
 
-from config import InputError, add_device_flags, cache_folder, refuse_outside, refuse_unwritable_file, user_errors
-from scenes import has_word, image_files, is_chinese, load_json, read_scenes
+from config import (
+    InputError,
+    add_device_flags,
+    by_content,
+    cache_folder,
+    refuse_outside,
+    refuse_unwritable_file,
+    user_errors,
+)
+from scenes import Scene, find_leaks, has_word, image_files, images_of, is_chinese, load_json, read_scenes
 
 DEMO = {
     "model_path": "output/demo_caption/final",
@@ -111,10 +119,26 @@ def load(args):
 
 
 def write_captions(model, store, paths: list[str], args, streamer=None) -> tuple[dict[str, str], dict[str, str]]:
-    """({image: caption}, {image: why it has none}) of images whose pixels `store` (`data.PixelStore`) reads."""
+    """({image: caption}, {image: why it has none}) of images whose pixels `store` (`data.PixelStore`) reads. What is written
+    before an error or Ctrl-C is left beside the output file."""
+    captions, broken = {}, {}
+    try:
+        _write_captions(model, store, paths, args, streamer, captions, broken)
+    except BaseException:
+        if captions and args.output_file:
+            from report import write_atomic
+
+            part = f"{args.output_file}.partial"
+            rows = [{"image": path, "caption": caption} for path, caption in captions.items()]
+            write_atomic(part, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+            print(f"\n{len(captions)} captions so far -> {part}", file=sys.stderr)
+        raise
+    return captions, broken
+
+
+def _write_captions(model, store, paths, args, streamer, captions: dict[str, str], broken: dict[str, str]) -> None:
     from imagery import ImageError
 
-    captions, broken = {}, {}
     for start in range(0, len(paths), args.batch_size):
         whole, pixels = [], {}
         for path in paths[start : start + args.batch_size]:
@@ -133,7 +157,6 @@ def write_captions(model, store, paths: list[str], args, streamer=None) -> tuple
             print(f"\r{min(start + args.batch_size, len(paths))} of {len(paths)} images", end="", file=sys.stderr)
     if len(paths) > args.batch_size and sys.stderr.isatty():
         print(file=sys.stderr)
-    return captions, broken
 
 
 def say_broken(broken: dict[str, str]) -> int:
@@ -281,6 +304,11 @@ def evaluate(args) -> int:
     told = read_objects(args.objects, images) if args.objects else None
     store = pixel_store(model, args.cache_dir)
     if known:
+        both = {"train": [scene for scene in known if scene.split], "test": [Scene(image) for image in images]}
+        if leaks := find_leaks(both, by_content(images_of(both))):
+            print(
+                f"warning: {len(leaks)} of these images are in the training split of {args.training}, first {leaks[0][2]}"
+            )
         known = drop_unreadable({"train": known}, store, args.max_rejected)["train"]
     captions, broken = write_captions(model, store, images, args)
     if not captions:
@@ -289,6 +317,8 @@ def evaluate(args) -> int:
     rows = [{"image": image, "caption": captions[image]} for image in images]
     result = {"model": str(args.model_path), "prompt": prompt, "language": language, "images": len(images)}
     sections, settings = [], ImageSettings.from_dict(model.settings.images)
+    output = Path(args.output_file)
+    write_json(output, result | {"captions": rows, "errors": broken})  # the scores are one more thing that may fail
 
     if references:
         truths = [references[image] for image in images]
@@ -311,7 +341,6 @@ def evaluate(args) -> int:
         print(line)
         sections.append(("Objects named", f"<p>{html.escape(line)}</p>"))
 
-    output = Path(args.output_file)
     result["captions"] = rows
     result["errors"] = broken
     write_json(output, result)

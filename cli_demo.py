@@ -117,12 +117,13 @@ class Talk:
             return True
         word, (first, *rest) = COMMANDS.get(text.lower()), text.split(maxsplit=1)
         path = file_named(text)  # a file's name alone is no question: it was dragged here
-        if not os.path.isfile(path) and not named_like_a_picture(path):
-            path = None
+        if not os.path.isfile(path):
             if first.lower() in ("image", "图像", "换图"):
                 path = file_named("".join(rest))
                 if path and not os.path.isfile(path) and not re.search(r"[/\\]|\.\w+$", path):
                     path = None  # "image quality?" is a question
+            elif not named_like_a_picture(path):
+                path = None
         if word == "stop":
             return False
         if word == "clear":

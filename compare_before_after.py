@@ -134,7 +134,7 @@ class Images:
                 return None, str(error)
 
         pixels = {}
-        with ThreadPoolExecutor(4) as pool:  # Pillow and GDAL release the GIL
+        with ThreadPoolExecutor(4) as pool:  # Pillow releases the GIL
             for path, (made, text) in zip(paths, pool.map(attempt, paths)):
                 if made is None:
                     self.bad[path] = text

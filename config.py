@@ -12,6 +12,7 @@ import ast
 import atexit
 import contextlib
 import dataclasses
+import errno
 import gc
 import hashlib
 import importlib.util
@@ -53,6 +54,30 @@ def user_errors():
         raise SystemExit(130) from None
     except BrokenPipeError:  # `... | head` closed our output
         raise SystemExit(141) from None
+    except Exception as error:
+        if reason := _of_the_machine(error):
+            print(f"error: {reason}", file=sys.stderr)
+            raise SystemExit(2) from None
+        raise
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What an error says that is neither the input's nor the program's."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        return f"the disk is full ({error}); make room, and go on from the last whole checkpoint or run the same command again"
+    if isinstance(error, RuntimeError) and re.match(
+        r"DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)
+    ):
+        return (
+            "a process that read images was killed, mostly for want of memory: give it fewer (--dataloader_num_workers 0;"
+            " search.py: --workers 0)"
+        )
+    return None
+
+
+def processors() -> int:
+    """How many processors this process may use: a cluster's or a container's share of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -395,9 +420,19 @@ class CaptionConfig(DataConfig):
     """Validation images captioned at each evaluation during training (a fixed sample); the final test uses all."""
 
 
+# Flags of TrainingArguments that would change nothing here, or break.
+USELESS = {
+    "neftune_noise_alpha": "these models' losses know nothing of it",
+    "label_smoothing_factor": "these models' losses know nothing of it",
+    "use_liger_kernel": "the Trainer does not know these models; --torch_compile of train_vqa.py and of train_caption.py fuses"
+    " the same operations",
+    "train_sampling_strategy": "scenes are drawn at random, and a batch has no padding that groups would save",
+    "remove_unused_columns": "batches are made of scenes, not of columns",
+    "push_to_hub": "nothing is uploaded while training; afterwards: hf upload NAME RUN/best_model",
+}
 # TrainingArguments whose default we change, with the reason.
 TRAINING_DEFAULTS = {
-    "output_dir": None,  # output/training_YYYYMMDD_HHMMSS, or the run that is resumed
+    "output_dir": None,  # output/training_YYYYMMDD_HHMMSS_PROCESS, or the run that is resumed
     "remove_unused_columns": False,  # our batches are made by our collator
     "logging_nan_inf_filter": False,  # it hides NaN in the log, and waits for the GPU at every step
     "report_to": "tensorboard",
@@ -664,17 +699,13 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         run = checkpoint.parent.parent if checkpoint.parent.name == PROJECTOR_STAGE else checkpoint.parent
         parser.set_defaults(**(base | known | {"output_dir": str(run)}))
     namespace = parser.parse_args(argv)
-    for name in ("neftune_noise_alpha", "label_smoothing_factor"):
-        if getattr(namespace, name) and flag_given(f"--{name}", argv):
-            raise InputError(f"--{name}: these models' losses know nothing of it; leave it out")
-        setattr(namespace, name, base[name])  # of a resumed run that an earlier version let begin with it
+    for name, reason in USELESS.items():
+        plain = TRAINING_DEFAULTS.get(name, base[name])
+        if getattr(namespace, name) != plain and flag_given(f"--{name}", argv):
+            raise InputError(f"--{name}: {reason}; leave it out")
+        setattr(namespace, name, plain)  # of a resumed run that an earlier version let begin with it
     if flag_given("--temperature", argv) and namespace.temperature < 0.01:
         raise InputError(f"--temperature {namespace.temperature}: expected 0.01 or more, where the loss cuts it off")
-    if namespace.use_liger_kernel:
-        raise InputError(
-            "--use_liger_kernel: would change nothing, the Trainer does not know these models; --torch_compile of train_vqa.py"
-            " and of train_caption.py fuses the same operations"
-        )
     if resume:
         if getattr(namespace, "task", None) != known.get("task", base.get("task")):
             raise InputError(f"{resume}: a run of --task {known.get('task', base['task'])}, which it goes on with")
@@ -682,7 +713,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     if namespace.output_dir is None:
         from datetime import datetime
 
-        namespace.output_dir = f"output/training_{datetime.now():%Y%m%d_%H%M%S}"
+        # With the process, since the runs of a sweep may begin in one second.
+        namespace.output_dir = f"output/training_{datetime.now():%Y%m%d_%H%M%S}_{os.getpid()}"
     run = Path(namespace.output_dir)
     if run.name == PROJECTOR_STAGE and not resume:
         raise InputError(
@@ -709,8 +741,15 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         namespace, learning_rate=(0, 1e3), num_train_epochs=(0, 10**6), per_device_train_batch_size=many,
         per_device_eval_batch_size=many, gradient_accumulation_steps=many, seed=(0, 2**32 - 1),
         dataloader_num_workers=(0, 1024), weight_decay=(0, 1e3), max_grad_norm=(0, 1e9), data_seed=(0, 2**32 - 1),
-        adam_beta1=(0, 0.9999), adam_beta2=(0, 0.99999),
+        adam_beta1=(0, 0.9999), adam_beta2=(0, 0.99999), adam_epsilon=(0, 1), dataloader_prefetch_factor=many,
     )  # fmt: skip
+    if namespace.max_steps == 0:
+        raise InputError("--max_steps 0: nothing would be trained")
+    if namespace.fp16 and flag_given("--fp16", argv):
+        import torch
+
+        if namespace.use_cpu or not torch.cuda.is_available():
+            raise InputError("--fp16: needs a CUDA device, and there is none; leave it out")
     trains = namespace.max_steps > 0 or namespace.num_train_epochs or getattr(namespace, "projector_epochs", 0)
     if not trains and not getattr(namespace, "eval_only", None):
         raise InputError("--num_train_epochs 0: nothing would be trained")
@@ -718,6 +757,7 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         namespace.report_to = [name.strip() for name in namespace.report_to.split(",")]
     refuse_unknown_trackers(namespace.report_to)
     changed = {key: value for key, value in vars(namespace).items() if key in base and value != base[key]}
+    changed = {key: value for key, value in changed.items() if not key.endswith("_token")}  # runs are given to others
     parts = []
     for cls in classes:
         names = {field.name for field in dataclasses.fields(cls) if field.init}
@@ -727,6 +767,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         except (ValueError, NotImplementedError, ImportError) as error:
             raise InputError(f"these settings do not go together: {error}") from None
     config, training_args = parts
+    if not getattr(config, "eval_only", None):
+        refuse_schedule(training_args)
     if training_args.world_size > 1 and not resume and not flag_value("--output_dir", argv):
         from accelerate.utils import broadcast_object_list
 
@@ -749,6 +791,25 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
             )
     check(config)
     return config, training_args, changed
+
+
+def refuse_schedule(args) -> None:
+    """Try the optimizer and the schedule of learning rates on one number: the Trainer makes them when all is read and answered.
+    Raises InputError."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    try:
+        flag = f"--optim {args.optim.value}"
+        module = torch.nn.Linear(1, 1)
+        made, options = Trainer.get_optimizer_cls_and_kwargs(args, module)
+        optimizer = made([{"params": list(module.parameters()), "lr": args.learning_rate}], **options)
+        flag = f"--lr_scheduler_type {args.lr_scheduler_type.value}, --lr_scheduler_kwargs"
+        steps = {"num_warmup_steps": args.get_warmup_steps(10), "num_training_steps": 10}
+        get_scheduler(args.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    # A value that does not do, an argument that is missing or unknown, an optimizer's package that is not there.
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"{flag}: {error}") from None
 
 
 def refuse_unknown_trackers(report_to) -> None:
@@ -908,21 +969,34 @@ def check(config: DataConfig) -> None:
     config.cache_dir = cache_folder(config.cache_dir)
 
 
+def record_of(folder: str | Path) -> dict:
+    """What a run wrote beside its weights: "task", "settings" and more; {} beside another tool's."""
+    try:
+        record = json.loads((Path(folder) / "config.json").read_text())
+        return record if "settings" in record and isinstance(record, dict) else {}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def was_trained_on(record: dict, file: str) -> bool:
+    """Whether a run's `record_of` names this file as its training data."""
+    return os.path.abspath(record.get("settings", {}).get("train_file", "")) == os.path.abspath(file)
+
+
 def use_files_of_training(config, args, argv: list[str], folder: str | Path, more: tuple[str, ...] = ()) -> str | None:
     """Score a checkpoint with the files and the split it was trained with where the command line names no others: a baseline
     is made of the training texts, and those of another data set would flatter or shame it; an image that was trained on must
     not be held out now. `more`: other settings to take over. Returns where the training's images are looked for, None: where
     --image_root says. Raises InputError where it was trained for another task."""
-    try:
-        record = json.loads((Path(folder) / "config.json").read_text())
-        recorded = record["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # another tool's
+    record = record_of(folder)
+    if not record:
+        return None
+    recorded = record["settings"]
     task = "rsvqa" if record.get("task") == "vqa" else record.get("task")
     if task in ("rsvqa", "chat") and task != getattr(config, "task", None):
         raise InputError(f"{folder}: was trained with --task {task}: give that")
     given = flag_value("--train_file", argv) or flag_value("--data", argv)
-    if given and os.path.abspath(given) != os.path.abspath(recorded.get("train_file", "")):
+    if given and not was_trained_on(record, given):
         return None
     defaults = {field.name: field.default for part in (type(config), type(args)) for field in dataclasses.fields(part)}
     names = "train_file val_file test_file image_root val_fraction test_split language max_samples seed allow_leak max_rejected"

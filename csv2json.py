@@ -18,10 +18,9 @@ from collections import Counter
 from pathlib import Path
 
 from config import SPLITS, InputError, by_content, refuse_outside, user_errors
-from scenes import read_table
+from scenes import SPECIAL_TOKEN, read_table
 
 NEEDED = ("image_path", "question", "answer")
-SPECIAL_TOKEN = re.compile(r"<\|[^|]*\|>")
 KNOWN_SPLIT = re.compile(r"train|val|test(_\w+)?")
 
 
@@ -52,6 +51,7 @@ def read_csv(path: Path, hint: str) -> list[dict[str, str]]:
     if not path.exists():
         raise InputError(f"{path}: no such file; {hint}")
     names, rows = read_table(path)
+    names = ["type" if name == "question_type" and "type" not in names else name for name in names]
     if not names:
         raise InputError(f"{path}: line 1: expected the columns {', '.join(NEEDED)}, found nothing")
     for name in NEEDED:

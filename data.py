@@ -1,27 +1,45 @@
 """Scenes to tensors: pixels read and resized once, features kept, a scene packed into one sequence."""
 
 import contextlib
+import copy
+import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import shutil
+import sys
 import threading
 import zipfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from config import DataConfig, InputError
-from imagery import ImageError, ImageSettings, guessed_bands, read_image
-from scenes import Question, QuestionScene, Rejected, Scene, list_rejected
+from config import DataConfig, InputError, by_content, processors, record_of, use_files_of_training
+from imagery import ImageError, ImageSettings, file_state, guessed_bands, read_image
+from scenes import (
+    Question,
+    QuestionScene,
+    Rejected,
+    Scene,
+    find_leaks,
+    images_of,
+    list_rejected,
+    load_splits,
+    read_chat,
+    read_conversations,
+    read_scenes,
+)
 
 # ----------------------------------------------------------------------------------------------------
 # Pixels: every image is decoded and resized once
@@ -41,6 +59,114 @@ def image_settings(config: DataConfig) -> ImageSettings:
 def digest_of(text: str) -> str:
     """32 hex digits, by which caches name what belongs to a text."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def rows_digest(scenes: Iterable[Scene | QuestionScene]) -> str:
+    """A text that changes when the rows of these images do, not when they are moved."""
+    rows = [[Path(scene.image).name, scene.rows] for scene in scenes]
+    return digest_of(json.dumps(rows, default=dataclasses.asdict))
+
+
+class _Calls(Dataset):
+    """function(path) of `size` paths at a time. An InputError is given back: a DataLoader would wrap it in a traceback."""
+
+    def __init__(self, function: Callable, paths: list, size: int):
+        self.function, self.paths, self.size = function, paths, size
+
+    def __len__(self) -> int:
+        return -(-len(self.paths) // self.size)
+
+    def __getitem__(self, number: int) -> list:
+        return [self._call(path) for path in self.paths[number * self.size : (number + 1) * self.size]]
+
+    def _call(self, path):
+        try:
+            return self.function(path)
+        except InputError as error:
+            return error
+
+
+def _as_it_is(made: list) -> list:
+    return made
+
+
+def each_file(function: Callable, paths: list[str], workers: int | None = None, size: int = 4) -> Iterator:
+    """function(path) of each path in turn, or the InputError that it raised; made ahead in processes, `size` paths at a time.
+
+    workers: the number of processes, 0 for none; None: as many as there are processors, up to 16. Fewer where there is
+    little to do. Threads would not share the work: GDAL opens files under Python's lock. And a process that is forked
+    while a thread ends that used GDAL may wait for ever for a lock of PROJ's database.
+    """
+    if workers is None:
+        workers = min(16, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    calls = _Calls(function, paths, size)
+    workers = min(workers, len(calls) // (2 if multiprocessing.get_start_method() == "fork" else 128))
+    for made in DataLoader(calls, None, num_workers=workers if workers > 1 else 0, collate_fn=_as_it_is):
+        yield from made
+
+
+def fitting_workers(workers: int, batch: Callable[[], dict | None], ahead: int) -> int:
+    """How many of these reading processes have room in shared memory for `ahead` batches each, of the tensors in `batch()`: where
+    it is full, as soon in Docker's 64 MB, they would wait for ever. Says so where it is fewer."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:  # no such thing here
+        return workers
+    if not workers or free > 8 * 2**30:
+        return workers
+    from accelerate.utils import recursively_apply
+
+    sizes = [1]
+    recursively_apply(lambda tensor: sizes.append(tensor.nbytes), batch())
+    each = (ahead + 1) * sum(sizes)
+    if (fit := free // each) < workers:
+        print(
+            f"shared memory: {free / 2**20:.0f} MiB are free in /dev/shm, {each / 2**20:.0f} are needed for each process that"
+            f" reads ahead: {fit} of {workers} are started (Docker: --shm-size 8g)",
+            file=sys.stderr,
+        )
+    return min(workers, fit)
+
+
+def over_files(function: Callable, paths: Iterable[str], workers: int | None = None, size: int = 4, **bar) -> list:
+    """[function(path) for path in paths] by `each_file`; raises the first InputError. bar: what tqdm takes."""
+    paths, done = list(paths), []
+    with tqdm(total=len(paths), leave=False, **{"disable": not paths, **bar}) as shown:
+        for made in each_file(function, paths, workers, size):
+            if isinstance(made, InputError):
+                raise made
+            done.append(made)
+            shown.update()
+    return done
+
+
+def refuse_trained_images(config, args, folder: str | Path, held: list, say: Callable, warn: bool = False) -> None:
+    """Whether the weights in `folder` have seen images that are held out now, as where a split was drawn anew when data was
+    added, or two data sets share pictures. Where a run wrote nothing beside its weights nothing is known. Raises
+    InputError; with `warn` that is only said."""
+    known, theirs, how = record_of(folder), copy.copy(config), copy.copy(args)
+    if not known:
+        return
+    if hasattr(theirs, "task"):
+        theirs.task = "chat" if known.get("task") == "chat" else "rsvqa"
+    root = use_files_of_training(theirs, how, [], folder)
+    read = {"vqa": read_conversations, "chat": read_chat}.get(known.get("task"), read_scenes)
+    try:
+        with contextlib.redirect_stdout(None):
+            trained = load_splits(theirs, how.seed, read=read, train_root=root)["train"]
+    except InputError as error:
+        say(f"warning: {folder}: the images that it was trained on cannot be looked at ({error})")
+        return
+    if known.get("trained_on", told := rows_digest(trained)) != told:
+        say(f"warning: {theirs.train_file} has changed since: what {folder} was trained on cannot be told for certain")
+    seen = {"train": trained, "held out": held}
+    if leaks := find_leaks(seen, by_content(images_of(seen))):
+        message = f"{len(leaks)} images that are held out were in the training of {folder}, first {leaks[0][2]}"
+        if not warn:
+            raise InputError(f"{message}: leave them in the training split (a row's `split`), or give --allow_leak")
+        say(f"warning: {message}")
+    if earlier := known["settings"].get("lora"):  # it went on from another itself
+        refuse_trained_images(config, args, earlier, held, say, warn)
 
 
 def _refuse_thin(rgb: np.ndarray) -> None:
@@ -123,6 +249,16 @@ def _kept(entry: Path, what: str):
         raise InputError(f"{entry.parent}: cannot keep {what}: {error}; see --cache_dir") from None
 
 
+def identity_of(path: str, bands: str) -> str:
+    """A text that changes when the file at `path` does, or one of `imagery.band_files`; the same through links to it. Raises
+    ImageError."""
+    try:
+        size, mtime_ns = file_state(path, bands)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
+    return f"{os.path.realpath(path)}|{size}|{mtime_ns}"
+
+
 class PixelStore:
     """Resized RGB pixels by image path, made once and kept on disk under `cache_dir/pixels`.
 
@@ -156,14 +292,9 @@ class PixelStore:
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from None
 
-    @staticmethod
-    def identity(path: str) -> str:
-        """A text that changes when the file at `path` does, the same through links to it. Raises ImageError."""
-        try:
-            stat = os.stat(path)
-        except OSError as error:
-            raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
-        return f"{os.path.realpath(path)}|{stat.st_size}|{stat.st_mtime_ns}"
+    def identity(self, path: str) -> str:
+        """As `identity_of`, for the bands of these settings."""
+        return identity_of(path, self.settings.bands)
 
     def _entry(self, path: str) -> Path | None:
         if self.folder is None:
@@ -172,16 +303,10 @@ class PixelStore:
         return self.folder / digest[:2] / f"{digest}.npy"
 
     def prepare(self, paths: list[str], desc: str = "images") -> dict[str, str]:
-        """Decode every image once, in threads; returns {path: reason} of those that fail.
+        """Decode every image once, in processes; returns {path: reason} of those that fail.
 
         A truncated file is found here, before training, not in the middle of an epoch.
         """
-
-        def attempt(path):
-            try:
-                self[path]
-            except ImageError as error:
-                return str(error)
 
         def is_kept(path):
             try:
@@ -190,11 +315,18 @@ class PixelStore:
                 return False
 
         missing = [path for path in dict.fromkeys(paths) if not is_kept(path)]
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow and GDAL release the GIL
-            reasons = list(
-                tqdm(pool.map(attempt, missing), total=len(missing), desc=desc, disable=not missing, leave=False)
-            )
-        return {path: reason for path, reason in zip(missing, reasons) if reason}
+        # Each process of a distributed run begins at its own share, and finds what the others have made meanwhile.
+        rank, world = (int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        first = rank * len(missing) // world
+        order = missing[first:] + missing[:first]
+        reasons = dict(zip(order, over_files(self._attempt, order, desc=desc)))
+        return {path: reasons[path] for path in missing if reasons[path]}
+
+    def _attempt(self, path: str) -> str | None:
+        try:
+            self[path]
+        except ImageError as error:
+            return str(error)
 
 
 def is_blank(rgb: np.ndarray) -> bool:
@@ -255,7 +387,7 @@ def drop_too_long(
 
     limits: question=(flag, tokens), answer=(flag, tokens). Raises InputError when more than `max_rejected` would go, with
     `advice` where answers are what is too long."""
-    rejected, kept = [], {}
+    rejected, kept, longest = [], {}, Counter()
     for name, scenes in splits.items():
         listed = [question for scene in scenes for question in scene.questions]
         reasons: dict[int, str] = {}
@@ -265,6 +397,7 @@ def drop_too_long(
             texts = [q.text if part == "question" else q.answer for q in listed]
             for question, ids in zip(listed, token_ids(tokenizer, texts)):
                 if len(ids) > limit:
+                    longest[flag] = max(longest[flag], len(ids))
                     reasons.setdefault(id(question), f"{part} of {len(ids)} tokens: above {flag} {limit}")
         kept[name] = []
         for scene in scenes:
@@ -277,7 +410,8 @@ def drop_too_long(
     if len(rejected) > max_rejected * total:
         raise InputError(
             f"{len(rejected)} of {total} texts are too long (allowed: --max_rejected {max_rejected:g}),"
-            f" e.g. of {rejected[0].file}: {rejected[0].reason}"
+            f" e.g. of {rejected[0].file}: {rejected[0].reason}; all would pass with"
+            f" {' '.join(f'{flag} {most}' for flag, most in longest.items())}"
             + (f"; {advice}" if advice and any(row.reason.startswith("answer") for row in rejected) else "")
         )
     if rejected:
@@ -328,13 +462,13 @@ class FeatureStore:
 
 class TokenStore:
     """Image tokens (N, D) of a frozen vision tower, one file per image, in one folder per `recipe` (the tower's
-    fingerprint and the pixel recipe). N may differ from image to image."""
+    fingerprint and the pixel recipe). N may differ from image to image. bands: as in `ImageSettings`."""
 
-    def __init__(self, cache_dir: str, recipe: str):
-        self.folder = Path(cache_dir) / "tokens" / digest_of(recipe)
+    def __init__(self, cache_dir: str, recipe: str, bands: str = "auto"):
+        self.bands, self.folder = bands, Path(cache_dir) / "tokens" / digest_of(recipe)
 
     def _entry(self, path: str) -> Path:
-        digest = digest_of(PixelStore.identity(path))
+        digest = digest_of(identity_of(path, self.bands))
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def __getitem__(self, path: str) -> tuple[torch.Tensor, tuple[int, int, int]]:
@@ -484,10 +618,16 @@ class ChatPrompt:
         self.heads = {}
         for image in (True, False):
             content = [{"type": "image"}] * image + [{"type": "text", "text": f"{before}{mark}{after}"}]
-            whole = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-            )
-            head, self.after = whole.split(mark)
+            try:
+                whole = tokenizer.apply_chat_template(
+                    [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+                )
+                head, self.after = whole.split(mark)
+            except (TypeError, ValueError, TemplateError):
+                raise InputError(
+                    f"{tokenizer.name_or_path}: its chat template takes no image and question; use an Instruct model, or put"
+                    " that one's chat_template.jinja there"
+                ) from None
             ids = tokenizer(head, add_special_tokens=False)["input_ids"]
             self.heads[image] = ids
             if ids.count(image_token) != image:
@@ -549,6 +689,7 @@ class CaptionPrompt:
             whole = tokenizer.apply_chat_template(
                 [{"role": "user", "content": f"{image}\n{prompt}"}],
                 tokenize=False, add_generation_prompt=True, enable_thinking=False,
+                date_string="26 Jul 2024",  # Llama 3's own where it has no clock: a prompt must not change overnight
             )  # fmt: skip
         else:
             begin = tokenizer.bos_token if tokenizer("")["input_ids"] else ""

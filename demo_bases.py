@@ -9,17 +9,15 @@ scene from a table of words; held-out scenes are not seen.
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, in_workers
+from config import InputError, in_workers, processors
 from imagery import ImageSettings, read_image
 
 DEMO = ["qwen2_5_vl", "clip", "qwen3"]
@@ -508,8 +506,7 @@ def demo_scenes(data_dir: Path, side: int) -> Scenes | None:
         rgb = read_image(data_dir / "images" / row["image"], ImageSettings(stretch="percentile")).rgb
         return np.asarray(Image.fromarray(rgb).resize((side, side), Image.Resampling.BICUBIC))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the GIL
-        pictures = list(pool.map(picture, rows))
+    pictures = [picture(row) for row in rows]
     train, held = ([i for i, row in enumerate(rows) if row["split"] == split] for split in ("train", "val"))
     if not train or not held:
         raise InputError(f"{data_dir}: no scene of its validation split; draw more: python demo_data.py --scenes 8")
@@ -1046,7 +1043,7 @@ def build(data_dir, output_dir, seed: int, verify, more=None) -> dict:
             corpus += [f"system\n{SYSTEM}", "assistant\n", *{f"user\n{prompt}": 0 for prompt, *_ in texts["asked"]}] * 2
             vocab, merges = train_bpe(corpus, DEMO_SIZES["vocab"]["qwen"])
             jobs = [(temp / name, name, vocab, merges, texts, scenes, seed) for name in DEMO]
-            workers = min(os.cpu_count() or 1, len(jobs)) if scenes and len(scenes.rows) >= 100 else 1
+            workers = min(processors(), len(jobs)) if scenes and len(scenes.rows) >= 100 else 1
             measured = dict(zip(DEMO, in_workers(_write_base, jobs, workers)))
             for name in DEMO:
                 verify(temp / name)

@@ -27,7 +27,7 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 from rasterio.warp import transform as reproject
 
-from config import InputError, in_workers, refuse_unwritable, user_errors
+from config import InputError, in_workers, processors, refuse_unwritable, user_errors
 
 VERSION = 8  # raise it whenever the same seed gives other bytes: folders of an older version are then not 'done'
 MANY = 9  # from nine on, captions say 'many'; seven and eight are never drawn, so no word is ever borderline
@@ -1370,7 +1370,7 @@ def generate(
         kept = [i for i in range(scenes) if i % 10 >= 7]  # val and test
         pairs = set(kept[:: max(1, len(kept) // PAIRS)][:PAIRS])
         jobs = [(str(new), seed, i, i in pairs) for i in range(scenes)]
-        workers = workers or (min(os.cpu_count() or 1, 8) if scenes >= 100 else 1)
+        workers = workers or (min(processors(), 8) if scenes >= 100 else 1)
         made = in_workers(_make, jobs, workers, chunksize=8)
         counts = _write_texts(new, made)
         digest = hashlib.sha256()

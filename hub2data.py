@@ -114,6 +114,11 @@ def find_columns(features: dict, given: dict[str, str | None]) -> dict[str, str]
     if ("question" in found) != ("answer" in found):
         missing = "answer" if "question" in found else "question"
         raise InputError(f"no column of {missing}s; give --{missing}. There are: {listed}")
+    if "label" in found and _holds_lists(features[found["label"]]):
+        raise InputError(
+            f"column {found['label']!r} holds several labels an image, and one is needed; give another --label, or --caption."
+            f" There are: {listed}"
+        )
     if not {"caption", "question", "label"} & set(found):
         raise InputError(
             f"no captions, questions or labels; give --caption, --question and --answer, or --label. There are: {listed}"
@@ -127,6 +132,12 @@ def _holds_pictures(kind) -> bool:
 
     held = kind.get("bytes") if isinstance(kind, dict) else kind
     return isinstance(held, datasets.Image) or "binary" in getattr(held, "dtype", "")
+
+
+def _holds_lists(kind) -> bool:
+    import datasets
+
+    return isinstance(kind, list | datasets.List | datasets.LargeList)
 
 
 def _holds_texts(kind) -> bool:
@@ -188,12 +199,15 @@ def collect(
     images, refused = {}, []
     for split, name_of_split in ours.items():
         rows = splits[split].cast_column(columns["image"], datasets.Image(decode=False))
-        label = rows.features.get(columns.get("label"))
+        label, kind = (rows.features.get(columns.get(what)) for what in ("label", "type"))
+        kind = getattr(kind, "feature", kind)  # of a list: what it is a list of
         bar = tqdm(rows, desc=split, unit="row", leave=False, disable=not sys.stderr.isatty())
         for number, row in enumerate(bar):
             image = row[columns["image"]] or {}
             wanted = row.get(columns.get("name")) or image.get("path") or f"{split}_{number:06d}"
             captions, value, questions = texts_of(row.get(columns.get("caption"))), row.get(columns.get("label")), []
+            if isinstance(kind, datasets.ClassLabel):
+                row = row | {columns["type"]: _named(kind, row[columns["type"]])}
             try:
                 questions = questions_of(row, columns) if "question" in columns else []
             except InputError as error:
@@ -218,11 +232,18 @@ def collect(
             known["rows"] += 1
             known["captions"] += captions
             known["questions"] += questions
-            if isinstance(label, datasets.ClassLabel) and isinstance(value, int):
-                value = label.int2str(value) if value >= 0 else None  # the hub's -1: not labelled
+            if isinstance(label, datasets.ClassLabel):
+                value = _named(label, value)
             if isinstance(value, (str, int)) and str(value).strip():
                 known["label"] = str(value).strip()
     return images, refused
+
+
+def _named(label, value):
+    """The name of a ClassLabel's number, or of each of a list; None for the hub's -1: not labelled."""
+    if isinstance(value, list):
+        return [_named(label, each) for each in value]
+    return (label.int2str(value) if value >= 0 else None) if isinstance(value, int) else value
 
 
 def _held_out(found: dict) -> tuple[bool, bool]:
@@ -246,20 +267,22 @@ def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
         answers = [Counter(given).most_common(1)[0][0] if given else None]
     if len(answers) != len(asked):
         raise InputError(f"{len(asked)} questions and {len(answers)} answers")
-    kind = row.get(columns.get("type"))
-    return [{"question": str(q).strip(), "answer": str(a).strip(), "type": kind if isinstance(kind, str) else ""}
-            for q, a in zip(asked, answers) if q is not None and a is not None]  # fmt: skip
+    kinds = row.get(columns.get("type"))
+    kinds = kinds if isinstance(kinds, list) and len(kinds) == len(asked) else [kinds] * len(asked)
+    kinds = [str(kind).strip() if isinstance(kind, (str, int)) else "" for kind in kinds]
+    return [{"question": str(q).strip(), "answer": str(a).strip(), "type": kind}
+            for q, a, kind in zip(asked, answers, kinds) if q is not None and a is not None]  # fmt: skip
 
 
-def files_of(images: dict[str, dict], place: Path) -> dict[str, tuple[str, str]]:
-    """{file name: (text, what is in it)} for what the images have; `place`: the folder that all will stand in."""
+def files_of(images: dict[str, dict]) -> dict[str, tuple[str, str]]:
+    """{file name: (text, what is in it)} for what the images have."""
     files, split = {}, {name: {"split": found["split"]} if found["split"] else {} for name, found in images.items()}
     scenes = [{"image": name, "captions": found["captions"]} | split[name] | ({"class": found["label"]} if found["label"] else {})
               for name, found in images.items() if found["captions"]]  # fmt: skip
     if scenes:
         count = sum(len(scene["captions"]) for scene in scenes)
         files["captions.json"] = (json.dumps(scenes, ensure_ascii=False, indent=1) + "\n", f"{count} captions")
-    asked = [{"image_path": str(place / "images" / name)} | question | split[name]
+    asked = [{"image_path": f"images/{name}"} | question | split[name]
              for name, found in images.items() for question in found["questions"]]  # fmt: skip
     if asked:
         if not all("split" in row for row in asked):  # then csv2json.py splits by image
@@ -302,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
             except (ValueError, TypeError) as error:  # datasets' own, of files with other columns
                 reason = " ".join(str(error).split())[:300]
                 raise InputError(f"{args.dataset}: its files are no one table: {reason}; convert them apart") from None
-            files = files_of(images, output)
+            files = files_of(images)
             if not files:
                 raise InputError(
                     f"{args.dataset}: no row has an image with a text" + (f"; {refused[0]}" if refused else "")

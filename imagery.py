@@ -4,10 +4,11 @@
     picture.rgb         # (H, W, 3) uint8, black where the file holds no data
     picture.footprint   # where on Earth, or None
 
-A file goes to GDAL (rasterio) or to Pillow by its first bytes, never by its name. What happens to the
-pixels then is one road for both: choose bands, mask what is not data, stretch to 8 bits. The stretch
-belongs to the scene, not to the window, so a tile looks as it does in its scene; and it is written down
-in `ImageSettings`, which every checkpoint and index carries, so use sees what training saw.
+A file goes to GDAL (rasterio) or to Pillow by its first bytes, never by its name. The file of a red band stands for the
+scene whose green and blue lie beside it in files of their own (`band_files`). What happens to the pixels then is one road
+for all: choose bands, mask what is not data, stretch to 8 bits. The stretch belongs to the scene, not to the window, so a
+tile looks as it does in its scene; and it is written down in `ImageSettings`, which every checkpoint and index carries, so
+use sees what training saw.
 """
 
 import contextlib
@@ -17,10 +18,10 @@ import os
 import re
 import stat
 import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from xml.sax.saxutils import escape
 
 import numpy as np
 import rasterio
@@ -286,11 +287,16 @@ def _gdal(path):
 class _Raster:
     """A file read by GDAL: any number of bands of any type, by windows and through overviews."""
 
-    def __init__(self, path, driver: str):
+    def __init__(self, path, driver: str, bands: str | None = None):
+        """bands: as `ImageSettings.bands`, for a scene of several files; None: the file alone."""
         self.path = path
         with _gdal(path):
             # Absolute, so that a name such as "zip:x.tif" is never taken for an address; one driver only.
             self.src = rasterio.open(os.path.abspath(path), driver=driver)
+            tags = {**self.src.tags(ns="IMAGERY"), **self.src.tags()}
+            if bands and (joined := _virtual(band_files(path, bands))):
+                self.src.close()
+                self.src = rasterio.open(joined, driver="VRT")
             self.height, self.width = self.src.shape
             self.names = [description or "" for description in self.src.descriptions]
             self.colours = list(self.src.colorinterp)
@@ -298,7 +304,7 @@ class _Raster:
             kind = "complex64" if self.src.dtypes[0].startswith("complex") else self.src.dtypes[0]
             self.dtype = np.dtype("uint8" if self.palette else kind)
             self.overviews = self.src.overviews(1)
-            self.acquired = _acquisition_time({**self.src.tags(ns="IMAGERY"), **self.src.tags()})
+            self.acquired = _acquisition_time(tags)
 
     def __enter__(self):
         return self
@@ -435,9 +441,10 @@ class _Photo:
         return None
 
 
-def _open(path) -> _Raster | _Photo:
+def _open(path, settings: ImageSettings | None = None) -> _Raster | _Photo:
+    """settings: whose bands to look for in the files beside, too; None: the file alone."""
     name, driver = _sniff(path)
-    return _Raster(path, driver) if driver else _Photo(path, name)
+    return _Raster(path, driver, settings and settings.bands) if driver else _Photo(path, name)
 
 
 def _too_large(path, height: int, width: int, limit: int) -> ImageError:
@@ -465,7 +472,9 @@ def _choose_bands(scene, settings: ImageSettings) -> tuple[int, ...]:
         found = _named(names, codes) or layouts.get(count) or layouts.get(0)
         if not found and count == 1:
             what = f'has 1 band, and bands="{choice}" looks for red, green and blue'
-            raise _error(scene.path, what, "join the three files: `rio stack B04.tif B03.tif B02.tif -o rgb.tif`")
+            raise _error(
+                scene.path, what, "join the three files: `rio stack -f GTiff B04.tif B03.tif B02.tif -o rgb.tif`"
+            )
         if not found:
             known = ", ".join(map(str, sorted(layouts)))
             what = f'has {count} band(s), and bands="{choice}" knows files of {known}'
@@ -492,26 +501,134 @@ def guessed_bands(paths: list, settings: ImageSettings) -> str | None:
         with contextlib.suppress(ImageError), _open(path) as scene:
             plain = [colour for colour in scene.colours if colour != ColorInterp.alpha]
             if len(plain) > 3 and not _known_bands(scene):
+                named = "none of which it calls red, green or blue" if any(scene.names) else "that it does not name"
                 return (
-                    f"{path}: has {len(plain)} bands that it does not name; 1, 2 and 3 are shown as red, green and blue. If they"
+                    f"{path}: has {len(plain)} bands {named}; 1, 2 and 3 are shown as red, green and blue. If they"
                     f" are not: --bands {'|'.join(SENSORS)}, or numbers such as 4,3,2"
                 )
     return None
 
 
-# T33UUP_B04_10m.jp2, LC08_SR_B4.TIF
-ONE_BAND = re.compile(r"_(?:SR_)?B(?:\d{1,2}|8A)(?:_\d+m)?(?=\.\w+$)", re.IGNORECASE)
+# T33UUP_B04_10m.jp2, S2A_36QWD/B04.tif, LC08_SR_B4.TIF
+ONE_BAND = re.compile(r"(?:^|(?<=[._/\\]))(?:S[RT]_)?B(\d{1,2}|8A)(?=(?:_\d+m)?\.(?:tiff?|jp2)$)", re.IGNORECASE)
+
+# Where a Sentinel-2 product has a scene at 10, 20 and 60 m, IMG_DATA/R20m/T33UUP_20200615_B04_20m.jp2, and in true colour.
+GRID = re.compile(r"(?<=[/\\])R\d+m(?=[/\\])|_(\d+)m(?=\.\w+$)")
+TRUE_COLOUR = re.compile(r"TCI(?=(?:_\d+m)?\.(?:tiff?|jp2)$)")
 
 
-def bands_apart(paths: list) -> str | None:
-    """What to say of a folder where each band is a file of its own, so that each would be a grey picture; None elsewhere."""
-    scenes = Counter(ONE_BAND.sub("", str(path)) for path in paths if ONE_BAND.search(str(path)))
-    apart = [scene for scene, count in scenes.items() if count >= 3]
-    if not apart:
+def band_files(path, bands: str) -> list[str]:
+    """The files of red, green and blue of a scene with a file for each band, where `path` is that of red and the others lie
+    beside it; else [path]. bands: as in `ImageSettings`: "auto" knows Sentinel-2 and HLS by two digits, Landsat by the name's
+    beginning, and numbers mean the file alone."""
+    folder, name = os.path.split(os.path.abspath(path))
+    found = ONE_BAND.search(name)
+    if not found or not found[1].isdigit():
+        return [str(path)]
+    codes = SENSORS[bands][0] if bands in SENSORS else None
+    if bands == "auto":
+        named = {r"L[CO]0?[89]": "landsat8", r"L[TE]0?[457]": "landsat7"}
+        sensor = next((sensor for start, sensor in named.items() if re.match(start, name)), None)
+        sensor = sensor or ("sentinel2" if len(found[1]) == 2 else None)
+        codes = sensor and SENSORS[sensor][0]
+    if not codes or int(found[1]) != codes[0]:
+        return [str(path)]
+    start, end = found.span(1)
+    files = [os.path.join(folder, f"{name[:start]}{code:0{end - start}d}{name[end:]}") for code in codes]
+    return files if all(map(os.path.isfile, files)) else [str(path)]
+
+
+def file_state(path, bands: str = "auto") -> tuple[int, int]:
+    """(bytes, time of change in ns) of a file, or the sums over all that make its picture: a band may be replaced by an older
+    file. Raises OSError."""
+    stats = [os.stat(file) for file in band_files(path, bands)]
+    return sum(stat.st_size for stat in stats), sum(stat.st_mtime_ns for stat in stats)
+
+
+def _virtual(files: list[str]) -> str | None:
+    """A GDAL virtual raster of the single bands of several files; None where they do not lie on one grid on Earth: files that
+    are only numbered so."""
+    if len(files) == 1:
         return None
+    bands, grids, mask = [], set(), ""
+    for file, colour in zip(files, ("Red", "Green", "Blue")):
+        _, driver = _sniff(file)
+        if driver is None:
+            return None
+        with rasterio.open(file, driver=driver) as src:
+            grids.add((src.shape, src.crs, src.transform, src.dtypes))
+            nodata = "" if src.nodata is None else f"<NoDataValue>{src.nodata!r}</NoDataValue>"
+            (height, width), kind = src.block_shapes[0], src.dtypes[0]
+            if colour == "Red" and MaskFlags.per_dataset in src.mask_flag_enums[0]:
+                mask = (
+                    '<MaskBand><VRTRasterBand dataType="Byte"><SimpleSource>'
+                    f"<SourceFilename>{escape(file)}</SourceFilename><SourceBand>mask,1</SourceBand></SimpleSource>"
+                    "</VRTRasterBand></MaskBand>"
+                )
+        kind = "Byte" if kind == "uint8" else kind.capitalize().replace("Uint", "UInt")
+        bands.append(
+            f'<VRTRasterBand dataType="{kind}" band="{len(bands) + 1}" blockXSize="{width}" blockYSize="{height}">'
+            f"<Description>{colour}</Description>{nodata}<ColorInterp>{colour}</ColorInterp>"
+            f"<SimpleSource><SourceFilename>{escape(file)}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>"
+            "</VRTRasterBand>"
+        )
+    ((height, width), crs, transform, kinds), *others = grids
+    if others or not crs or len(kinds) != 1 or kinds[0].startswith("complex"):
+        return None
+    place = ", ".join(map(repr, transform.to_gdal()))
     return (
-        f"{len(apart)} scenes have a file for each band, such as {apart[0]}: each is a grey picture by itself; join three first,"
-        " `rio stack B04.tif B03.tif B02.tif -o rgb.tif`"
+        f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}"><SRS>{escape(crs.to_wkt())}</SRS>'
+        f"<GeoTransform>{place}</GeoTransform>{''.join(bands)}{mask}</VRTDataset>"
+    )
+
+
+def is_joined(path, settings: ImageSettings) -> bool:
+    """Whether the files of `band_files` make one picture. Raises ImageError."""
+    with _open(path, settings) as scene:
+        return isinstance(scene, _Raster) and scene.src.driver == "VRT"
+
+
+def join_bands(paths: list, settings: ImageSettings) -> tuple[list, str | None]:
+    """(the paths, without those of the other bands of scenes that the file of the red band stands for; what to say of scenes
+    with a file for each band, or None). Opens some sixteen of the scenes, to see whether files that are named so are bands."""
+    scenes: dict[str, list] = {}
+    for path in paths:
+        if ONE_BAND.search(os.path.basename(path)):
+            scenes.setdefault(ONE_BAND.sub("", str(path)), []).append(path)
+    reds = {}
+    for scene, files in scenes.items():
+        if red := [path for path in files if len(band_files(path, settings.bands)) > 1]:
+            reds[scene] = red[0]
+    kinds: dict[str, list] = {}  # scenes of one naming: S2A_1_B04.tif and S2A_2_B04.tif, not dem_B04.tif
+    for scene, red in reds.items():
+        kinds.setdefault(re.sub(r"\d+", "0", os.path.basename(red)), []).append(scene)
+    for alike in kinds.values():
+        for scene in alike[:: max(1, len(alike) // 16)]:
+            with contextlib.suppress(ImageError):
+                if is_joined(reds[scene], settings):
+                    break
+        else:
+            for scene in alike:
+                del reds[scene]
+    if not reds:
+        apart = [files[0] for files in scenes.values() if len(files) >= 3 and not settings.bands[0].isdigit()]
+        note = (
+            f"scenes with a file for each band: {len(apart)}, such as {apart[0]}, each a grey picture by itself; join three"
+            " first, `rio stack -f GTiff B04.tif B03.tif B02.tif -o rgb.tif`"
+        ) if apart else None  # fmt: skip
+        return paths, note
+    others = {path for scene, red in reds.items() for path in scenes[scene] if path != red}
+    same: dict[str, list[str]] = {}  # one place and time at several resolutions: the finest stands for all, and for TCI
+    for scene in sorted(reds, key=lambda scene: int((GRID.findall(scene) or [0])[-1] or 0)):
+        same.setdefault(GRID.sub("", scene), []).append(scene)
+    others |= {reds.pop(scene) for _, *coarser in same.values() for scene in coarser}
+    others |= {
+        path for path in paths if (name := TRUE_COLOUR.sub("", str(path))) != str(path) and GRID.sub("", name) in same
+    }
+    left_out = f"; {len(others)} files beside them are left out (--bands 1: each by itself)" if others else ""
+    return [path for path in paths if path not in others], (
+        f"scenes with a file for each band: {len(reds)}; red, green and blue are one picture under the name of red's, such as"
+        f" {next(iter(reds.values()))}{left_out}"
     )
 
 
@@ -547,8 +664,8 @@ def _limits(scene, bands, settings: ImageSettings, whole=None):
     if stretch == "none":
         full = (0.0, float(np.iinfo(scene.dtype).max)) if scene.dtype.kind in "iu" else (0.0, 1.0)
         return None if scene.dtype == np.uint8 else (full,) * channels
-    info = os.stat(scene.path)  # a file that was rewritten is another
-    key = (os.path.abspath(scene.path), info.st_mtime_ns, info.st_size, bands, settings)
+    state = file_state(scene.path, settings.bands)  # a file that was rewritten is another
+    key = (os.path.abspath(scene.path), *state, bands, settings)
     limits = _measured.get(key)
     if limits is None:
         limits = _percentile_limits(scene, bands, settings, whole)
@@ -708,6 +825,12 @@ def image_format(path) -> str:
     return _sniff(path)[0]
 
 
+def has_place(path) -> bool:
+    """Whether the file itself says where it lies. Raises ImageError."""
+    with _open(path) as scene:
+        return scene.footprint((0, 0, scene.width, scene.height)) is not None
+
+
 def image_size(path) -> tuple[int, int]:
     """(H, W) from the header, as `read_image` will return it. Raises ImageError."""
     with _open(path) as scene:
@@ -721,7 +844,7 @@ def read_image(path, settings: ImageSettings = ImageSettings(), window=None, max
     overviews where the file has them). Raises ImageError, naming the file, for anything that is not a whole,
     readable image within `settings.max_pixels`.
     """
-    with _open(path) as scene:
+    with _open(path, settings) as scene:
         return _read(scene, settings, window, max_side)
 
 
@@ -775,9 +898,10 @@ def tile_windows(height: int, width: int, tile: int, stride: int) -> Iterator[tu
             yield col, row, min(tile, width), min(tile, height)
 
 
-def read_windows(path, settings: ImageSettings, windows) -> Iterator[Picture]:
-    """A picture for each of `windows` (None: the whole), in their order, under one stretch. A TIFF holds one window in
-    memory at a time (and GDAL's bounded block cache); a photograph is decoded once, within `settings.max_pixels`."""
-    with _open(path) as scene:
-        for window in windows:
-            yield _read(scene, settings, window, None)
+@contextlib.contextmanager
+def opened(path, settings: ImageSettings) -> Iterator[Callable[..., Picture]]:
+    """Gives a function of a window (None: the whole) for its picture; all have one stretch. Of a raster one window is in memory
+    at a time, and the blocks that GDAL keeps decoded while the file is open; a photograph is decoded once, within
+    `settings.max_pixels`. Raises ImageError, and so does the function."""
+    with _open(path, settings) as scene:
+        yield lambda window: _read(scene, settings, window, None)

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from config import NO_CHARACTER, InputError, add_device_flags, refuse_unwritable_file, user_errors
@@ -44,7 +43,7 @@ def score_rows(
     """
     import torch
 
-    from imagery import ImageError
+    from data import each_file
     from model import pixel_store
 
     if not isinstance(rows, list):
@@ -62,28 +61,20 @@ def score_rows(
     good = [i for i, result in enumerate(results) if "error" not in result]
     paths = {path: k for k, path in enumerate(dict.fromkeys(rows[i]["image_path"] for i in good))}
     texts = {text: k for k, text in enumerate(dict.fromkeys(rows[i]["text"].strip() for i in good))}
-    store = pixel_store(model)
-
-    def read(path):
-        try:
-            return store[located(path)]
-        except ImageError as error:
-            return error
-
+    read = each_file(pixel_store(model).__getitem__, [located(path) for path in paths])
     images = torch.full((len(paths), model.settings.projection_dim), torch.nan)
     from tqdm import tqdm
 
     names, broken = list(paths), {}
     bar = tqdm(total=len(names), desc="images", unit="image", disable=not progress, file=sys.stderr)
-    with ThreadPoolExecutor(4) as pool:
-        for start in range(0, len(names), batch_size):
-            chunk = list(zip(names[start : start + batch_size], pool.map(read, names[start : start + batch_size])))
-            broken |= {path: str(pixels) for path, pixels in chunk if isinstance(pixels, ImageError)}
-            whole = [(path, pixels) for path, pixels in chunk if not isinstance(pixels, ImageError)]
-            if whole:
-                made = model.embed_images([pixels for _, pixels in whole], batch_size=batch_size)
-                images[[paths[path] for path, _ in whole]] = made
-            bar.update(len(chunk))
+    for start in range(0, len(names), batch_size):
+        chunk = list(zip(names[start : start + batch_size], read))
+        broken |= {path: str(pixels) for path, pixels in chunk if isinstance(pixels, InputError)}
+        whole = [(path, pixels) for path, pixels in chunk if not isinstance(pixels, InputError)]
+        if whole:
+            made = model.embed_images([pixels for _, pixels in whole], batch_size=batch_size)
+            images[[paths[path] for path, _ in whole]] = made
+        bar.update(len(chunk))
     bar.close()
     embedded = model.embed_texts(list(texts), batch_size=4 * batch_size, progress=progress)
     for i in good:

@@ -13,6 +13,7 @@ loses seconds of work, and the next run takes up where it stopped, in the middle
 import contextlib
 import dataclasses
 import datetime
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -32,15 +33,19 @@ from tqdm import tqdm
 
 import store
 from config import InputError
-from data import is_blank, normalised, stacked
+from data import fitting_workers, is_blank, normalised, over_files, stacked
 from imagery import (
     ImageError,
     ImageSettings,
-    bands_apart,
+    band_files,
+    file_state,
     guessed_bands,
+    has_place,
     image_size,
+    is_joined,
+    join_bands,
+    opened,
     read_image,
-    read_windows,
     tile_windows,
 )
 from model import DualEncoder, Encoder, pixel_store
@@ -52,7 +57,11 @@ WHOLE = 1.5  # an image up to this many tiles long and wide is not cut: scenes "
 CHECKED = 256  # files that a process looks at before it reports
 FLUSH, FLUSH_SECONDS = 1024, 20.0  # tiles, or time, after which what is encoded goes to disk
 HASHED = 64 * 2**20  # bytes of a file's content that are hashed: all of most, 64 pieces spread over a larger one
-DATE_IN_NAME = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?=(?:\d{6})?(?!\d))")
+DATE_IN_NAME = re.compile(
+    r"(?<!\d)((?:19|20)\d\d)([-_.]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])"
+    r"(?=(?:(?:[01]\d|2[0-3])[0-5]\d(?:[0-5]\d\d{0,3})?)?(?!\d))"  # and a clock: 102830, Airbus' 1028301, DJI's 1028
+)
+DATE_IN_CHINESE = re.compile(r"(?<!\d)((?:19|20)\d\d)年(\d{1,2})月(\d{1,2})日")
 DAY_OF_YEAR_IN_NAME = re.compile(r"^L[A-Z]\d{7}((?:19|20)\d{5})|\.A?((?:19|20)\d{5})(?=[.T])")
 # Ensembles of prompts (Radford et al. 2021, section 3.1.4) in the words of the captions that remote-sensing models see.
 TEMPLATES = {
@@ -74,6 +83,12 @@ RESULT = ("query", "rank", "score", "path", "window", "where", "time")
 OTHER_RASTERS = {
     ".img", ".vrt", ".nc", ".hdf", ".h5", ".ecw", ".sid", ".ntf", ".bil", ".zip", ".tar", ".tgz", ".gz", ".7z",
 }  # fmt: skip
+MASK = re.compile(  # and previews, beside the pictures of Planet, Landsat, HLS and Sentinel-2
+    r"^MSK_.*|(?:^|[._])(?:udm2?|B?QA(?:_PIXEL|_RADSAT|_AEROSOL)?|SCL|AOT|WVP|Fmask|CLD(?:PRB)?|SNW(?:PRB)?|PVI|S[AZ]A|V[AZ]A"
+    r"|ST_(?:ATRAN|CDIST|DRAD|EMIS|EMSD|TRAD|URAD)|SR_ATMOS_OPACITY)(?:_\d+m)?(?:_clip)?\.(?:tiff?|jp2)$"
+    r"|^S2.*-ql\.jpg$|^L[A-Z]\d\d_.*_thumb_(?:large|small)\.jpe?g$",
+    re.IGNORECASE,
+)
 CLASS_LISTS = Path(__file__).parent / "classes"
 NEIGHBOURS = 0.2  # share of the smaller of two tiles that the other covers, above which both show one place
 
@@ -92,7 +107,8 @@ class PlannedFile:
     mtime_ns: int
     hash: str
     windows: list
-    """(col, row, width, height), or None for the whole image."""
+    """(col, row, width, height), or None for the whole image. Empty where the content is as the index has it, and only the
+    attributes or the time of change are not."""
     attributes: dict[str, str]
 
 
@@ -101,6 +117,8 @@ class Plan:
     """What a run has to do."""
 
     files: list[PlannedFile]
+    amended: list[PlannedFile]
+    """Files whose vectors stay."""
     stale: list[str]
     """Paths whose points are to be removed: gone, or changed since."""
     unchanged: int
@@ -120,18 +138,21 @@ def windows_of(height: int, width: int, tile: int, stride: int) -> list:
     return list(tile_windows(height, width, tile, stride))
 
 
-def content_hash(path: Path) -> str:
-    """16 hex digits of a file's bytes; of a file above 64 MiB, of its length and 64 pieces of 1 MiB spread over it."""
-    digest, size = hashlib.blake2b(digest_size=8), path.stat().st_size
-    with path.open("rb") as file:
-        if size <= HASHED:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        else:
-            digest.update(str(size).encode())
-            for start in np.linspace(0, size - (1 << 20), HASHED >> 20).astype(int):
-                file.seek(start)
-                digest.update(file.read(1 << 20))
+def content_hash(*paths: str | Path) -> str:
+    """16 hex digits of the bytes of a file, or of several; of one above 64 MiB, of its length and 64 pieces of 1 MiB spread
+    over it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= HASHED:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            else:
+                digest.update(str(size).encode())
+                for start in np.linspace(0, size - (1 << 20), HASHED >> 20).astype(int):
+                    file.seek(start)
+                    digest.update(file.read(1 << 20))
     return digest.hexdigest()
 
 
@@ -139,7 +160,8 @@ def time_in_name(path: str) -> str | None:
     """The date that a file's name holds, as 2020-06-30: names of Sentinel and Landsat scenes begin with theirs; those of MODIS,
     HLS and old Landsat scenes hold the day of the year. One that is still to come is a number like any other."""
     name, found = Path(path).name, []
-    for year, _, month, day in DATE_IN_NAME.findall(name):
+    dates = [(year, month, day) for year, _, month, day in DATE_IN_NAME.findall(name)]
+    for year, month, day in dates + DATE_IN_CHINESE.findall(name):
         with contextlib.suppress(ValueError):
             found.append(datetime.date(int(year), int(month), int(day)))
     for text in filter(None, sum(DAY_OF_YEAR_IN_NAME.findall(name), ())):
@@ -153,6 +175,9 @@ def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
     """{path of an image: {name: value}} from a CSV with the path below the library in a column of that name (path, image_path,
     filepath ...), else in the first. Raises InputError."""
     names, rows = read_table(path)
+    # Columns without a name are a spreadsheet's empty ones, or pandas' numbers.
+    kept = [n for n, name in enumerate(names) if name]
+    names, rows = [names[n] for n in kept], [[row[n] for n in kept] for row in rows]
     if len(names) < 2:
         raise InputError(f"{path}: expected a header such as `path,label` with the image's path first")
     at = next((n for n, name in enumerate(names) if name in IMAGE_COLUMNS), 0)
@@ -161,25 +186,25 @@ def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
         raise InputError(f"{path}: column {bad[0]!r}: expected one word of letters, digits and _")
     if taken := [name for name in others if name in RESULT]:
         raise InputError(f"{path}: column {taken[0]!r}: results have a field of that name already; rename the column")
-    rows = [[cell.strip() for cell in row] for row in rows]
-    return {
-        row[at]: {name: value for n, (name, value) in enumerate(zip(names, row)) if value and n != at} for row in rows
-    }
+    found = {}
+    for row in ([cell.strip() for cell in row] for row in rows):
+        known = {name: value for n, (name, value) in enumerate(zip(names, row)) if value and n != at}
+        if not row[at] and not known:  # a spreadsheet's blank row
+            continue
+        if found.setdefault(row[at], known) != known:
+            raise InputError(f"{path}: {row[at]} stands in two rows, once with {found[row[at]]} and once with {known}")
+    return found
 
 
-class FileChecks(torch.utils.data.Dataset):
-    """What is to be done with each file, CHECKED of them at a time: a PlannedFile, Rejected, or None for one that is in the
-    index as it is."""
+class FileChecks:
+    """What is to be done with a file: a PlannedFile, Rejected, or None for one that is in the index as it is."""
 
-    def __init__(self, found: dict[str, Path], done: dict, attributes: dict, tile: int, stride: int):
+    def __init__(
+        self, found: dict[str, Path], done: dict, attributes: dict, tile: int, stride: int, settings: ImageSettings
+    ):
         self.found, self.done, self.attributes, self.cut = found, done, attributes, (tile, stride)
-        self.names = list(found)
-
-    def __len__(self) -> int:
-        return -(-len(self.names) // CHECKED)
-
-    def __getitem__(self, number: int) -> list[PlannedFile | Rejected | None]:
-        return [self.check(name) for name in self.names[number * CHECKED : (number + 1) * CHECKED]]
+        self.settings = settings
+        self.there = {os.path.abspath(path) for path in found.values()}
 
     def check(self, name: str) -> PlannedFile | Rejected | None:
         path = self.found[name]
@@ -189,36 +214,57 @@ class FileChecks(torch.utils.data.Dataset):
             shown = name.encode(errors="replace").decode()
             return Rejected(shown, -1, f"{shown}: the name is not UTF-8; rename the file")
         try:
-            stat = path.stat()
+            size, mtime_ns = file_state(path, self.settings.bands)
             mine = {"folder": name.rpartition("/")[0]} if "/" in name else {}
             mine |= self.attributes.get(name, {})
             marks = hashlib.blake2b(repr(sorted(mine.items())).encode(), digest_size=4).hexdigest()
             old = self.done.get(name)
-            if old and old[:2] == (stat.st_size, stat.st_mtime_ns) and old[2].endswith(marks):
+            files = band_files(path, self.settings.bands)
+            known, _, known_marks = old[2].partition(".") if old else ("", "", "")
+            untouched = old is not None and old[:2] == (size, mtime_ns)
+            if untouched and known_marks == marks:
                 return None
-            digest = f"{content_hash(path)}.{marks}"
-            if old and old[2] == digest and stat.st_size <= HASHED:
-                return None  # only touched; of a larger file the hash did not see every byte
+            content = known if untouched else content_hash(*files)
+            digest = f"{content}.{marks}"
+            if content == known and (untouched or size <= HASHED):  # of a larger file the hash did not see every byte
+                return PlannedFile(name, size, mtime_ns, digest, [], mine)
             windows = windows_of(*image_size(path), *self.cut)
+            stands_for_all = len(files) > 1 and not any(file in self.there for file in files[1:])
+            if stands_for_all and not is_joined(path, self.settings):
+                what = (
+                    "the files of green and blue beside it are of another grid or type, or have no CRS; join them first"
+                )
+                return Rejected(name, -1, f"{path}: {what}")
         except OSError as error:
             return Rejected(name, -1, f"{path}: cannot be read: {error.strerror}")
         except ImageError as error:
             return Rejected(name, -1, str(error))
-        return PlannedFile(name, stat.st_size, stat.st_mtime_ns, digest, windows, mine)
+        return PlannedFile(name, size, mtime_ns, digest, windows, mine)
 
 
 def plan_index(
     root: Path, index, *, tile: int, stride: int, settings: ImageSettings,
-    attributes: dict[str, dict[str, str]] | None = None, workers: int = 0,
+    only: Iterable[str] = ("*",), attributes: dict[str, dict[str, str]] | None = None, workers: int = 0,
 ) -> Plan:  # fmt: skip
     """Compare the images below `root` with what `index` holds (None: nothing), in `workers` processes where there are many.
-    `attributes` None: files keep those they have. Raises InputError: no image below `root`, attributes of an image that is
-    not there."""
+    `only`: patterns of which a file's name, or its path below `root`, matches one. `attributes` None: files keep those they
+    have. Raises InputError: no image below `root`, attributes of an image that is not there."""
     below = files_below(root)
-    found = {path.relative_to(root).as_posix(): path for path in image_files(root, below)}
+    images = [path for path in image_files(root, below) if any(_matches(path, root, pattern) for pattern in only)]
+    if not images:
+        raise InputError(f"{root}: no image in it has a name such as {' or '.join(only)} (--only)")
+    masks = {path for path in images if MASK.search(path.name)} if [*only] == ["*"] else set()
+    if len(masks) < len(images):
+        images = [path for path in images if path not in masks]
+    else:
+        masks = set()
+    images, bands = join_bands(images, settings)
+    found = {path.relative_to(root).as_posix(): path for path in images}
     if attributes is None:
         kept = index.attributes() | index.record.get("waiting", {}) if index is not None else {}
         attributes = {name: values for name, values in kept.items() if name in found}
+    # On Windows a path is written with backslashes.
+    attributes = {name if name in found else name.replace("\\", "/"): values for name, values in attributes.items()}
     unknown = sorted(set(attributes) - set(found))
     if unknown and len(unknown) == len(attributes):
         raise InputError(
@@ -235,13 +281,11 @@ def plan_index(
                 known = (payload["hash"], payload["mtime_ns"], set())
                 partial.setdefault(payload["path"], known)[2].add(window)
 
-    checks, results = FileChecks(found, done, attributes, tile, stride), []
-    processes = min(workers, len(checks) // 8)  # one starts while another checks 200 files
-    with tqdm(total=len(found), desc="files", unit="file", leave=False, disable=len(checks) < 3) as bar:
-        for some in loader_of(checks, processes):
-            results += some
-            bar.update(len(some))
-    files = [result for result in results if isinstance(result, PlannedFile)]
+    checks = FileChecks(found, done, attributes, tile, stride, settings)
+    bar = {"desc": "files", "unit": "file", "disable": len(found) < 2 * CHECKED}
+    results = over_files(checks.check, found, workers, CHECKED, **bar)
+    planned = [result for result in results if isinstance(result, PlannedFile)]
+    files, amended = ([file for file in planned if bool(file.windows) == new] for new in (True, False))
     rejected = [result for result in results if isinstance(result, Rejected)]
     stale = [name for name in {*done, *partial} if name not in found]
     stale += [bad.file for bad in rejected if bad.file in done or bad.file in partial]
@@ -256,9 +300,49 @@ def plan_index(
                 file.windows = [w for w in file.windows if w not in windows] + [next(iter(windows))]
             else:
                 stale.append(file.path)
-    paths = [*found.values()]
-    notes = [note for note in (guessed_bands(paths, settings), bands_apart(paths), passed_over(below)) if note]
-    return Plan(files, sorted(stale), results.count(None), rejected, attributes, unknown, notes)
+    notes = [
+        guessed_bands(images, settings),
+        bands,
+        masks_left_out(masks),
+        places_beside(images, below),
+        passed_over(below),
+    ]
+    notes = [note for note in notes if note]
+    unchanged = results.count(None) + len(amended)
+    return Plan(files, amended, sorted(stale), unchanged, rejected, attributes, unknown, notes)
+
+
+def _matches(path: Path, root: Path, pattern: str) -> bool:
+    return fnmatch.fnmatch(path.name, pattern) or fnmatch.fnmatch(path.relative_to(root).as_posix(), pattern)
+
+
+def masks_left_out(masks: set[Path]) -> str | None:
+    if not masks:
+        return None
+    return f"masks, quality layers and previews left out: {len(masks)}, such as {min(masks)} (--only PATTERN takes files by name)"
+
+
+def places_beside(images: list[Path], files: list[Path]) -> str | None:
+    """What to say of images whose place only a file beside them tells; looks at some sixteen of them."""
+    told = [path for path in files if path.suffix.lower() in (".xml", ".wld") or path.suffix[-1:] in ("w", "W")]
+    there = {str(path).lower(): path for path in told}
+
+    def beside(path: Path) -> Path | None:
+        stem, _, suffix = str(path).lower().rpartition(".")
+        ends = (f".{suffix}w", f".{suffix[:1]}{suffix[-1:]}w", ".wld", f".{suffix}.aux.xml")
+        return next((there[stem + end] for end in ends if stem + end in there), None)
+
+    found = [path for path in images if beside(path)] if there else []
+    for path in found[:: max(1, len(found) // 16)]:
+        with contextlib.suppress(ImageError, OSError):
+            told = beside(path)
+            is_place = told.suffix.lower() != ".xml" or re.search(rb"<(GeoTransform|SRS|GCPList)", told.read_bytes())
+            if is_place and not has_place(path):
+                return (
+                    f"images with a world file or .aux.xml beside them: {len(found)}, such as {path}, which says itself not where"
+                    " it lies; those files are not read: `gdal_translate -a_srs EPSG:... IN OUT.tif` makes one of both"
+                )
+    return None
 
 
 def passed_over(files: list[Path]) -> str | None:
@@ -307,6 +391,7 @@ class TileBatches(torch.utils.data.Dataset):
         """share: which of the batches; each of several processes takes its own."""
         self.root, self.files, self.settings = root, files, settings
         self.store, self.processor = pixel_store(model), model.processor
+        self.current, self.file = -1, contextlib.ExitStack()
         tiles = [(number, window) for number, file in enumerate(files) for window in file.windows]
         self.batches = [tiles[start : start + batch_size] for start in range(0, len(tiles), batch_size)][share]
 
@@ -316,11 +401,9 @@ class TileBatches(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> TileBatch:
         pixels, tiles, broken, empty, blank = [], [], {}, 0, 0
         for number, group in itertools.groupby(self.batches[index], key=lambda tile: tile[0]):
-            windows = [window for _, window in group]
             try:
-                for window, picture in zip(
-                    windows, read_windows(self.root / self.files[number].path, self.settings, windows)
-                ):
+                for _, window in group:
+                    picture = self._file(number)(window)
                     if not picture.valid:
                         empty += 1
                         continue
@@ -331,6 +414,23 @@ class TileBatches(torch.utils.data.Dataset):
                 broken[number] = str(error)
         made = stacked(pixels, self.processor) if pixels else None
         return TileBatch(made, tiles, broken, empty, blank, [number for number, _ in self.batches[index]])
+
+    def first_pixels(self) -> dict | None:
+        """Those of the first batch; leaves no file open, which processes to come would share."""
+        made = self[0].pixels
+        self.file.close()
+        self.current = -1
+        return made
+
+    def _file(self, number: int):
+        """What reads a window of a file. It stays open: its tiles come in several batches, and to open it anew for each made
+        the tiles of a JPEG 2000 of 10980 x 2048 three times slower."""
+        if number != self.current:
+            self.file.close()
+            self.current = -1
+            self.read = self.file.enter_context(opened(self.root / self.files[number].path, self.settings))
+            self.current = number
+        return self.read
 
 
 def facts(picture) -> dict:
@@ -344,9 +444,12 @@ def facts(picture) -> dict:
     return {"footprint": place and place.lonlat_bounds, "time": picture.acquired, "extra": extra}
 
 
-def loader_of(batches: TileBatches | FileChecks, workers: int, device: str = "cpu"):
+def loader_of(batches: TileBatches, workers: int, device: str = "cpu"):
     """The batches in their order, made ahead in `workers` processes."""
-    more = {"prefetch_factor": 4} if workers else {}
+    ahead = 4
+    if len(batches):
+        workers = fitting_workers(workers, batches.first_pixels, ahead)
+    more = {"prefetch_factor": ahead} if workers else {}
     return torch.utils.data.DataLoader(
         batches, batch_size=None, num_workers=workers, pin_memory=device.startswith("cuda"), **more
     )
@@ -398,6 +501,8 @@ class IndexReport:
     removed: int = 0
     """Files taken out: gone from the folder, or no longer readable."""
     unchanged: int = 0
+    amended: int = 0
+    """Of these, files with other attributes than before."""
     empty: int = 0
     """Tiles without data, left out."""
     blank: int = 0
@@ -414,15 +519,16 @@ class IndexReport:
 
 def index_library(
     model: Encoder, root: str | Path, location: str, *, tile: int | None = None, stride: int | None = None,
-    settings: ImageSettings | dict | None = None, attributes: dict | None = None, workers: int = 1, batch_size: int = 32,
-    moved: bool = False, progress: bool = False,
+    settings: ImageSettings | dict | None = None, only: list[str] | None = None, attributes: dict | None = None,
+    workers: int = 1, batch_size: int = 32, moved: bool = False, progress: bool = False,
 ) -> IndexReport | None:  # fmt: skip
     """Bring the index at `location` in line with the images below `root`; make it if it is not there.
 
     tile, stride: pixels of the file; tile 0 never cuts (default: as in an index that holds images, else 256 and 3/4 of the
     tile). settings: bands and stretch, or {name: value} of some (default: so, too, else those of the model's training).
-    attributes: {path: {name: value}} beside "folder", which every image below a folder has. moved: the library is the same
-    in another place. Under `accelerate launch` each process encodes its share and the first writes; the
+    only: patterns such as "*_TCI_10m.jp2" of which a file's name, or its path below `root`, matches one; ["*"]: all (default:
+    as in the index). attributes: {path: {name: value}} beside "folder", which every image below a folder has. moved: the
+    library is the same in another place. Under `accelerate launch` each process encodes its share and the first writes; the
     others return None. Raises InputError: no images, an index of another model, tiling or library, nothing readable.
     """
     from accelerate.utils import broadcast_object_list, gather_object
@@ -434,7 +540,7 @@ def index_library(
         raise InputError(f"{root}: no such folder of images")
     index = plan = None
     if state.is_main_process:
-        asked = {"tile": tile, "stride": stride, "settings": settings}
+        asked = {"tile": tile, "stride": stride, "settings": settings, "only": only}
         plan, index = _open_for_writing(model, root, location, asked, attributes, moved, workers)
         settings = ImageSettings.from_dict(index.record["image"])
     if state.num_processes > 1:
@@ -514,9 +620,10 @@ def _open_for_writing(model, root, location, asked, attributes, moved, workers):
         """(what the index is made with, its record, how images are looked for)"""
         about = _about(model, asked, known)
         created = datetime.datetime.now().isoformat(timespec="seconds")
-        record = {"model": model.source, **about, "library": str(root.resolve()), "created": created}
+        only = asked["only"] or known.get("only", ["*"])
+        record = {"model": model.source, **about, "only": only, "library": str(root.resolve()), "created": created}
         how = {"tile": about["tile"], "stride": about["stride"], "attributes": attributes, "workers": workers}
-        return about, record, how | {"settings": ImageSettings.from_dict(about["image"])}
+        return about, record, how | {"only": only, "settings": ImageSettings.from_dict(about["image"])}
 
     try:
         index = store.open(location)
@@ -547,7 +654,12 @@ def _open_for_writing(model, root, location, asked, attributes, moved, workers):
                     " --store, or --moved if it is the same library in another place"
                 )
             index.annotate(library=record["library"])
-        return plan_index(root, index, **how), index
+        if index.record["model"] != record["model"]:  # the same weights in another place
+            index.annotate(model=record["model"])
+        plan = plan_index(root, index, **how)
+        if index.record.get("only") != record["only"]:
+            index.annotate(only=record["only"])
+        return plan, index
     except BaseException:
         index.close()
         raise
@@ -565,10 +677,19 @@ class _Writer:
         self.broken: dict[int, str] = {}
         self.stale = set(plan.stale)
         # A killed run goes on without them on its command line: they wait in the record for the files they are of.
-        planned, known = {file.path: file.attributes for file in plan.files}, index.record.get("waiting", {})
+        planned = {file.path: file.attributes for file in (*plan.files, *plan.amended)}
+        known = index.record.get("waiting", {})
         waiting = {path: of for path, of in known.items() if path not in planned} | _own_attributes(planned)
         if waiting != known:
             index.annotate(waiting=waiting)
+        if plan.amended:
+            before = index.attributes()
+            report.amended = sum(before[file.path] != file.attributes for file in plan.amended)
+            bar = tqdm(plan.amended, desc="attributes", unit="file", leave=False, disable=len(plan.amended) < 1000)
+            index.amend(
+                (file.path, {name: getattr(file, name) for name in ("attributes", "hash", "size", "mtime_ns")})
+                for file in bar
+            )
 
     def write(self, turn: list[tuple[Vectors | None, TileBatch]]) -> None:
         """Bring to disk what `encode` gave, in any order of tiles."""

@@ -123,7 +123,9 @@ def verify_model(folder: str | os.PathLike) -> None:
         if not (folder / "merges.txt").is_file():
             raise InputError(f"{folder / 'merges.txt'} is missing: {_mend(folder)}")
     if "vision_config" in config:
-        _read_json(folder / "preprocessor_config.json")
+        # Before and since transformers 5.
+        both = [folder / "preprocessor_config.json", folder / "processor_config.json"]
+        _read_json(next((path for path in both if path.exists()), both[0]))
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     for index in indexes:
         wanted: dict[str, set[str]] = {}

@@ -192,7 +192,9 @@ def retrieval(image_embeddings, text_embeddings, text_image, *, texts=None, ks=(
     and a text equal to a caption of image i (after strip, casefold, single spaces) describes i
     wherever it is listed. The plain numbers count it as correct, in both directions;
     `duplicate_texts` says how many texts also belong to another image; the `strict_` numbers use
-    `text_image` alone, as published tables do. Without `texts` the two agree.
+    `text_image` alone. Published tables do so, too, but let the order of the list decide between equal
+    texts, where all of them count here: from image to text, strict is a lower bound of what they say.
+    Without `texts` the two agree.
 
     `chance_mR` is the exact expectation for a random order. Equal texts score equally and so come
     out together, ties against the model: with duplicates a model of no skill lies at or below it.
@@ -247,6 +249,8 @@ def retrieval(image_embeddings, text_embeddings, text_image, *, texts=None, ks=(
 # RSVQA
 
 OPEN = ("count", "area")  # question types whose answers are numbers; the others choose between two words
+# Of RSVQA: the types whose answers are compared by `bucket`.
+PROTOCOLS = {"exact": (), "areas": ("area",), "bucketed": OPEN}
 EDGES = (10, 100, 1000)
 
 _TO_TWENTY = (
@@ -308,6 +312,23 @@ def _only_number(text: str, unit: str) -> str | None:
     return said.pop() if len(said) == 1 else None
 
 
+def _spelled(text: str) -> str:
+    """`normalise_answer` without its reading by type."""
+    text = " ".join(unicodedata.normalize("NFKC", text.translate(_MISREAD)).casefold().split())
+    text = text.strip(_QUOTES).rstrip(_QUOTES + ".,;:!?。")
+    text = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
+    text = _UNIT.sub(lambda m: _WORDS.get(m[1], m[1]) + "m2", text)
+    return _WORDS.get(text, text)
+
+
+def _says_more(truth: str, kind: str | None) -> bool:
+    """Whether a truth begins with "yes" or "no" and goes on, "no damage", "no trees": an answer must say all of it."""
+    if kind in OPEN or kind == "rural_urban":
+        return False
+    text = _spelled(truth)
+    return text not in ("yes", "no") and bool(_YES_NO.match(text))
+
+
 def normalise_answer(text, kind=None) -> str:
     """What an answer says, in the one spelling that answers are compared in.
 
@@ -327,11 +348,7 @@ def normalise_answer(text, kind=None) -> str:
     """
     if not isinstance(text, str):
         raise ValueError(f"text: expected a string, got {type(text).__name__}")
-    text = " ".join(unicodedata.normalize("NFKC", text.translate(_MISREAD)).casefold().split())
-    text = text.strip(_QUOTES).rstrip(_QUOTES + ".,;:!?。")
-    text = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
-    text = _UNIT.sub(lambda m: _WORDS.get(m[1], m[1]) + "m2", text)
-    text = _WORDS.get(text, text)
+    text = _spelled(text)
     if kind == "rural_urban":
         said = set(_RURAL_URBAN.findall(text))
         return said.pop() if len(said) == 1 and not _DENIAL.search(text) else text
@@ -389,19 +406,23 @@ def _image_codes(images) -> np.ndarray:
     return np.array([code[i] for i in ids], np.int64)
 
 
-def is_right(answer: str, truth: str, kind: str | None = None) -> bool:
-    """Whether an answer, normalised, equals the truth: the "exact" protocol of `rsvqa_scores`."""
-    return normalise_answer(answer, kind) == normalise_answer(truth, kind)
+def is_right(answer: str, truth: str, kind: str | None = None, protocol: str = "exact") -> bool:
+    """Whether an answer, normalised, equals the truth, under one of PROTOCOLS (see `rsvqa_scores`). Where the truth is not
+    "yes" or "no" but begins so ("no damage"), the answer must say all of it."""
+    if _says_more(truth, kind):
+        return _spelled(answer) == _spelled(truth)
+    said, true = (normalise_answer(text, kind) for text in (answer, truth))
+    return bucket(said, kind) == bucket(true, kind) if kind in PROTOCOLS[protocol] else said == true
 
 
 def rsvqa_scores(answers, truths, kinds, images, *, seed=0, samples=1000) -> dict:
     """Accuracy by question type, over all questions (micro) and over types (macro), with intervals.
 
     answers, truths, kinds: M strings each; images: M ids (names, numbers, tuples). The truth may be
-    a number or a class. Two protocols: `exact` compares `normalise_answer`; `bucketed` compares
-    counts and areas by `bucket` and the rest as `exact`. The paper's figures (overall and average
-    accuracy: micro and macro) are `bucketed` on the low-resolution set. On the high-resolution set
-    its code groups areas only: compare there the count of `exact` and the area of `bucketed`.
+    a number or a class. Three protocols: `exact` compares `normalise_answer`; `areas` compares areas
+    by `bucket` and the rest as `exact`; `bucketed` counts, too. The paper's figures (overall and average
+    accuracy: micro and macro) are `bucketed` on the low-resolution set and `areas` on the
+    high-resolution set, where its code groups areas only.
 
     Each protocol has `micro`, `macro` (mean of the accuracies per type), `micro_closed` and
     `macro_closed` (the same without count and area; None where nothing else was asked), each with
@@ -429,10 +450,12 @@ def rsvqa_scores(answers, truths, kinds, images, *, seed=0, samples=1000) -> dic
 
     pairs = [list(zip(texts, kinds)) for texts in (answers, truths)]
     reading = {pair: normalise_answer(*pair) for pair in {*pairs[0], *pairs[1]}}  # few answers, said many times
-    group = {pair: bucket(text, pair[1]) for pair, text in reading.items()}
+    more = {pair: _spelled(pair[0]) for pair in {*pairs[1]} if _says_more(*pair)}
     sums, counts = [], []
-    for table in (reading, group):
-        right = np.array([table[a] == table[t] for a, t in zip(*pairs)], np.float64)
+    for classed in PROTOCOLS.values():
+        table = {pair: bucket(text, pair[1]) if pair[1] in classed else text for pair, text in reading.items()}
+        same = (_spelled(a[0]) == more[t] if t in more else table[a] == table[t] for a, t in zip(*pairs))
+        right = np.fromiter(same, np.float64, len(kinds))
         right = np.bincount(cell, right, groups * width).reshape(groups, width)
         for part, out in ((right, sums), (asked, counts)):  # columns: each type, all, all closed
             out += [part, part.sum(1, keepdims=True), part[:, closed].sum(1, keepdims=True)]
@@ -461,7 +484,7 @@ def rsvqa_scores(answers, truths, kinds, images, *, seed=0, samples=1000) -> dic
         return float(column[0]), _percentiles(seen if seen.size else column[:1], 0.95)
 
     result = {}
-    for protocol, part in (("exact", means[:, : width + 2]), ("bucketed", means[:, width + 2 : -1])):
+    for protocol, part in zip(PROTOCOLS, np.split(means[:, :-1], len(PROTOCOLS), axis=1)):
         by_type, scores = part[:, :width], {}
         for name, column in {
             "micro": part[:, width],
@@ -532,7 +555,8 @@ def majority_answers(answers, kinds) -> dict:
     counts = {}
     for pair, times in Counter(zip(answers, kinds)).items():
         for kind in (pair[1], None):
-            counts.setdefault(kind, Counter())[normalise_answer(*pair)] += times
+            said = _spelled(pair[0]) if _says_more(*pair) else normalise_answer(*pair)
+            counts.setdefault(kind, Counter())[said] += times
     return {kind: min(said, key=lambda text: (-said[text], text)) for kind, said in counts.items()}
 
 

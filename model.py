@@ -44,6 +44,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip.modeling_siglip import SiglipModel, SiglipVisionModel
+from transformers.pytorch_utils import Conv1D
 
 from config import InputError
 from data import (
@@ -232,6 +233,11 @@ def read_config(folder: str | Path):
     config = _config_in(folder)
     if config.model_type not in TOWERS:
         raise InputError(f"{path}: model_type {config.model_type!r}: expected one of {', '.join(TOWERS)}")
+    if method := (getattr(config, "quantization_config", None) or {}).get("quant_method"):
+        raise InputError(
+            f"{folder}: its weights are quantised ({method}); give the base they were made of, --base_model or --base where an"
+            " adapter names this one, and on CUDA --quantize 4"
+        )
     return config
 
 
@@ -240,6 +246,11 @@ def _config_in(folder: str | Path):
         return AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:
         path = Path(folder) / "config.json"
+        if any((Path(folder) / name).is_file() for name in (SETTINGS, VQA_SETTINGS)):
+            what = (
+                "holds what a run has trained, not a base; --resume_from_checkpoint goes on with it, on other data too"
+            )
+            raise InputError(f"{folder}: {what}") from None
         raise InputError(f"{path}: not a model configuration: {str(error).splitlines()[0]}") from None
 
 
@@ -680,6 +691,8 @@ class ClipEncoder(Encoder):
         """Token ids of each text with the marks its tokenizer sets around it, and how many texts were cut. Raises InputError
         where the folder's tokenizer is another model's, with words that the text tower has not."""
         limit, known = self.settings.max_text_tokens, self.model.config.text_config.vocab_size
+        if self.model.config.model_type == "siglip" and "Gemma" in type(self.tokenizer).__name__:
+            texts = [text.lower() for text in texts]  # SigLIP 2 was trained so, and its tokenizer does not know
         whole = self.tokenizer(texts)["input_ids"] if texts else []
         fill = {"padding": "max_length"} if self.fixed_length else {}
         rows = self.tokenizer(texts, truncation=True, max_length=limit, **fill)["input_ids"] if texts else []
@@ -719,8 +732,8 @@ def train_in_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def add_lora(tower: nn.Module, targets: str, settings) -> None:
-    """Inject trainable fp32 LoRA layers (Hu et al. 2021) into the modules that match `targets`, in place."""
+def add_lora(tower: nn.Module, targets: str | list[str], settings) -> None:
+    """Inject trainable fp32 LoRA layers (Hu et al. 2021) into the modules that `targets` matches or names, in place."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
@@ -740,7 +753,11 @@ def load_processor(folder: str | Path, min_pixels: int | None = None, max_pixels
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        # Where a processor's template lies. Qwen2.5-VL's tokenizer_config.json has one of its own, which takes no images.
+        template = Path(folder) / "chat_template.json"
+        if template.is_file() and not template.with_suffix(".jinja").is_file():
+            tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: tokenizer or image processor is missing: {str(error).splitlines()[0]}") from None
     if min_pixels is not None:
         processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
@@ -903,6 +920,8 @@ def compile_layers(body: nn.Module, **options) -> None:
     """From now on the decoder layers of a language model's body run compiled (`options` of torch.compile): elementwise work is
     fused, which is most of a step of a small model on a fast GPU. Layers, not the whole, since they are alike and compile
     once."""
+    # LoRA's scale is a constant; as a variable it has everything traced twice.
+    torch._dynamo.config.specialize_float = True
     for layer in body.modules():
         if isinstance(layer, GradientCheckpointingLayer):  # what transformers makes every decoder layer of
             layer.compile(dynamic=True, **options)  # every step has other lengths
@@ -1067,9 +1086,13 @@ class VQA(nn.Module):
             raise InputError(
                 f"{folder}: an adapter of another base: {root} has no {lost[0]} ({len(lost)} such modules)"
             )
-        pattern = record.get("target_modules")  # of ours a pattern, or where training went on the modules themselves
+        # Of ours a pattern; where training went on the modules themselves, of many only as much of their ends as tells them
+        # apart.
+        pattern = record.get("target_modules")
         if ours and pattern:
-            wanted = [name for name in known if re.fullmatch(pattern, name)] if isinstance(pattern, str) else pattern
+            if not isinstance(pattern, str):
+                pattern = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, pattern))})"
+            wanted = [name for name in known if re.fullmatch(pattern, name)]
             if missing := sorted(set(wanted) - set(modules)):
                 raise InputError(
                     f"{folder}: the adapter holds nothing for {missing[0]} ({len(missing)} such modules are missing)"
@@ -1237,7 +1260,8 @@ class VQA(nn.Module):
         """Where the image tokens of this model's base are kept."""
         weight = next(self.qwen.model.visual.parameters())
         quantized = getattr(self.qwen.config, "quantization_config", "")  # the tower, too, then answers otherwise
-        return TokenStore(cache_dir, f"{self.settings.base_fingerprint} {store.recipe} {weight.dtype}{quantized}")
+        recipe = f"{self.settings.base_fingerprint} {store.recipe} {weight.dtype}{quantized}"
+        return TokenStore(cache_dir, recipe, store.settings.bands)
 
     @torch.no_grad()
     def prepare_tokens(self, tokens: TokenStore, store: PixelStore, paths: list[str], batch_size: int = 32) -> None:
@@ -1541,13 +1565,17 @@ class Captioner(nn.Module):
         width = language.get_input_embeddings().embedding_dim
         self.projector = Projector(settings.projector, vision.config.hidden_size, width, side)
         with torch.no_grad():  # images begin as loud as words
-            words = language.get_input_embeddings().weight.float().std()
+            embedding = language.get_input_embeddings()
+            words = embedding.weight.float().std() * getattr(embedding, "embed_scale", 1)  # Gemma's are made larger
             noise = torch.randn(8, side * side, vision.config.hidden_size, generator=torch.Generator().manual_seed(0))
             last = self.projector.layers[-1]
             last.bias.zero_()
             last.weight.mul_(words.cpu() / self.projector(noise).std())
         if settings.lora_rank:
-            add_lora(language, "all-linear", settings)
+            # Not peft's "all-linear", which takes the fused experts of a mixture, too: they cannot be merged.
+            head = language.get_output_embeddings()
+            parts = [(name, part) for name, part in language.named_modules() if part is not head]
+            add_lora(language, [name for name, part in parts if isinstance(part, (nn.Linear, Conv1D))], settings)
         depth = len(self.layers)
         if not 0 <= settings.freeze_language_model_except_layers <= depth:
             raise InputError(
@@ -1744,7 +1772,7 @@ class Captioner(nn.Module):
         """Where the patch features of this model's vision encoder are kept."""
         weight = next(self.vision.parameters())
         parts = (self.settings.vision_fingerprint, self.settings.vision_layer, store.recipe, weight.dtype)
-        return TokenStore(cache_dir, " ".join(map(str, parts)))
+        return TokenStore(cache_dir, " ".join(map(str, parts)), store.settings.bands)
 
     @torch.no_grad()
     def prepare_tokens(self, tokens: TokenStore, store: PixelStore, paths: list[str], batch_size: int = 32) -> None:
@@ -1995,4 +2023,9 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise InputError(f"{folder / ADAPTER_CONFIG}: peft_type {record.get('peft_type')!r}: expected 'LORA'")
     for old, new in OLD_ADAPTER_KEYS.items():
         tensors = {re.sub(old, new, key): value for key, value in tensors.items()}
+    for name in ("rank_pattern", "alpha_pattern"):  # they name modules, too
+        record[name] = {
+            re.sub(r"^(\^?)model\.(layers|embed_tokens|norm)\b", r"\1model.language_model.\2", key): value
+            for key, value in (record.get(name) or {}).items()
+        }
     return tensors, record

@@ -24,6 +24,7 @@ from report import plain, plot_style, save_figure
 MAX_CELLS = 2**22  # of one place's grid: some seconds for 20 classes
 STRIP_VALUES = 2**25  # cells times classes held at once, 128 MB of float32
 POLAR = 80  # degrees of latitude, beyond which images come in polar projections, with edges straight in these
+FLOOR = 0.005  # of a score: a change too small to mean anything
 POOL = 10_000  # places among which the alike ones are sought: 50,000 places of 512 take seconds, not minutes
 
 
@@ -307,17 +308,16 @@ def match_footprints(before, after, min_iou: float = 0.5) -> list[tuple[int, int
     return sorted(pairs)
 
 
-def change_scores(before, after, vectors=None, neighbours: int = 32, floor: float = 0.005) -> np.ndarray:
+def change_scores(before, after, vectors=None, neighbours: int = 32) -> np.ndarray:
     """How unusual the change of each place is, (Q, N) float64, in robust standard deviations: above 3 or so is rare.
 
     before, after: (Q, N) scores of N places under Q queries. With d = after - before, for each query
 
-        z = (d - e) / max(1.4826 MAD(d - e) n / (n - 0.8), floor)
+        z = (d - e) / max(1.4826 MAD(d - e) n / (n - 0.8), FLOOR)
 
     where MAD is the median absolute deviation from the median and 1.4826 makes it a normal standard deviation; the
     factor for small n is of Croux & Rousseeuw, Time-Efficient Algorithms for Two Highly Robust Estimators of Scale,
-    1992. `floor`, in units of the scores, is a change too small to mean anything: without it any difference would be
-    an alarm where most places did not change at all. What is expected, e, is
+    1992. Without FLOOR any difference would be an alarm where most places did not change at all. What is expected, e, is
 
     - without `vectors` the median of d over all places: a season or a sensor that moves all scores is no change;
     - with `vectors`, (N, D) unit vectors of the places before, the median of d over the `neighbours` places most alike
@@ -336,7 +336,7 @@ def change_scores(before, after, vectors=None, neighbours: int = 32, floor: floa
         change = change - _expected(change, np.asarray(vectors, np.float32), neighbours)
     change = change - np.median(change, axis=1, keepdims=True)
     spread = 1.4826 * np.median(abs(change), axis=1, keepdims=True) * number / (number - 0.8)
-    return change / np.maximum(spread, floor)
+    return change / np.maximum(spread, FLOOR)
 
 
 def _expected(change: np.ndarray, vectors: np.ndarray, neighbours: int) -> np.ndarray:
@@ -395,20 +395,18 @@ class LandUse:
     """(C,) km2 over all places."""
     by_region: np.ndarray
     """(R, C) km2 within each region."""
-    places: np.ndarray
-    """(N,) the number of the connected place each tile belongs to."""
 
 
-def land_use_areas(polygons, scores, regions=(), cell: float | None = None) -> LandUse:
+def land_use_areas(polygons, scores, regions=()) -> LandUse:
     """Ground area by class from tiles that may overlap: ground under several tiles counts once.
 
-    polygons: N outlines; scores: (N, C) class probabilities; regions: geometries in lon / lat, of shapely or GeoJSON;
-    cell: metres, default 1/8 of the narrowest tile of a place (coarser where its grid would have over 4 million cells).
+    polygons: N outlines; scores: (N, C) class probabilities; regions: geometries in lon / lat, of shapely or GeoJSON.
 
-    Tiles that touch form a place. On a grid in an equal-area projection centred there each cell takes the mean scores
-    of the tiles that cover its centre, and its class is the highest of them (of equals the first). A cell counts as
-    the exact area of the place divided by its cells, in a region as the exact area of what it holds of the place divided by
-    the cells there, so totals do not depend on how the grid meets edges; where it holds no cell, it has one class.
+    Tiles that touch form a place. On a grid in an equal-area projection centred there, of 1/8 of the narrowest tile (coarser
+    where it would have over 4 million cells), each cell takes the mean scores of the tiles that cover its centre, and its
+    class is the highest of them (of equals the first). A cell counts as the exact area of the place divided by its cells, in
+    a region as the exact area of what it holds of the place divided by the cells there, so totals do not depend on how the
+    grid meets edges; where it holds no cell, it has one class.
     Edges are straight in longitude and latitude, and within 10 degrees of a pole in the projection.
     """
     rings, scores = _rings(polygons), np.asarray(scores, np.float32)
@@ -417,12 +415,11 @@ def land_use_areas(polygons, scores, regions=(), cell: float | None = None) -> L
     regions = [shape(region) for region in regions]
     areas, by_region = np.zeros(scores.shape[1]), np.zeros((len(regions), scores.shape[1]))
     if not len(rings):
-        return LandUse(areas, by_region, np.zeros(0, int))
+        return LandUse(areas, by_region)
     # The images of a time series have one outline: their cells are the same, and for the mean a sum will do.
     _, kept, same = np.unique(rings.round(7), axis=0, return_index=True, return_inverse=True)
-    same = same.reshape(-1)
     rings, totals = rings[kept], np.zeros((len(kept), scores.shape[1]), np.float32)
-    np.add.at(totals, same, scores)
+    np.add.at(totals, same.reshape(-1), scores)
     outlines = _outlines(rings)
     places = _groups(outlines)
     whole = shapely.area(outlines) > 0  # a picture of one line or none covers no ground
@@ -440,7 +437,7 @@ def land_use_areas(polygons, scores, regions=(), cell: float | None = None) -> L
             mask = _clipped(moved[index], box, centre)
             if mask is None or mask.area:
                 masks.append((index % len(regions), mask))
-        counts, within = _count(flat, totals[tiles], [geometry for _, geometry in masks], cell)
+        counts, within = _count(flat, totals[tiles], [geometry for _, geometry in masks])
         ground = shapely.union_all(flat)
         areas += ground.area / 1e6 * counts / max(counts.sum(), 1)
         for (index, mask), counted in zip(masks, within):
@@ -449,7 +446,7 @@ def land_use_areas(polygons, scores, regions=(), cell: float | None = None) -> L
                 under = shapely.intersects(flat, shapely.point_on_surface(part))
                 counted[totals[tiles][under].sum(0).argmax()] = 1
             by_region[index] += part.area / 1e6 * counted / max(counted.sum(), 1)
-    return LandUse(areas, by_region, places[same])
+    return LandUse(areas, by_region)
 
 
 def _flat(rings: np.ndarray, outlines: np.ndarray):
@@ -488,15 +485,15 @@ def _clipped(region, box, centre):
     return shapely.transform(shapely.segmentize(part, box.length / 512), lambda at: _project(at, centre))
 
 
-def _count(flat: np.ndarray, scores: np.ndarray, masks: list, cell: float | None):
+def _count(flat: np.ndarray, scores: np.ndarray, masks: list):
     """((C,) cells of each class, (M, C) those within each mask) of N polygons in metres with (N, C) scores; a mask None
     holds all, the others are MultiPolygons."""
     boxes = shapely.bounds(flat)
     (x0, y0), (x1, y1) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
-    if cell is None:  # the narrow side of the rectangle of that area and perimeter, slanted or not
-        area, half = shapely.area(flat), shapely.length(flat) / 2
-        cell = (area * 2 / (half + np.sqrt(np.maximum(half**2 - 4 * area, 0)))).min() / 8
-    cell = max(cell, math.sqrt((x1 - x0) * (y1 - y0) / MAX_CELLS))
+    # The narrow side of the rectangle of that area and perimeter, slanted or not.
+    area, half = shapely.area(flat), shapely.length(flat) / 2
+    narrow = (area * 2 / (half + np.sqrt(np.maximum(half**2 - 4 * area, 0)))).min()
+    cell = max(narrow / 8, math.sqrt((x1 - x0) * (y1 - y0) / MAX_CELLS))
     width, height = math.ceil((x1 - x0) / cell), math.ceil((y1 - y0) / cell)
     columns = np.stack([(boxes[:, 0] - x0) // cell, (boxes[:, 2] - x0) // cell + 1], axis=1).astype(int).clip(0, width)
     lines = np.stack([(y1 - boxes[:, 3]) // cell, (y1 - boxes[:, 1]) // cell + 1], axis=1).astype(int)

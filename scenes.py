@@ -9,6 +9,7 @@ import filecmp
 import functools
 import io
 import json
+import math
 import os
 import random
 import re
@@ -107,7 +108,8 @@ def load_json(path: str | Path):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        kinds = "" if path.suffix.lower() == ".json" else "; what is read are .json, .jsonl, .csv and .tsv files"
+        raise InputError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}{kinds}") from None
 
 
 IMAGE_COLUMNS = ("image", "image_name", "image_path", "filepath", "file_path", "filename", "file_name", "path")
@@ -210,12 +212,13 @@ def read_scenes(
         path = path / "captions.json"
     content = load_rows(path)
     roots = _roots(image_root) or [path.parent, path.parent / "images", *map(Path, more_roots)]
+    look = functools.partial(_find_image, before={} if image_root else None)
     form, entries, fields = _form_of(path, content, roots)
     result = SceneFile([], [], rows=len(entries))
     scenes: dict[str, Scene] = {}
     found: dict[str, str | ImageError] = {}  # image name -> path, or why there is none
     seen: dict[tuple, int] = {}  # (image, text, negative) -> its row
-    find = _find_image if among is None else _Among(among)
+    find = look if among is None else _Among(among)
     for number, entry in enumerate(entries):
         try:
             name, rows, split, empty = _rows_of(form, entry, fields)
@@ -316,7 +319,8 @@ def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list, tuple[s
     if isinstance(content, dict) and content and all(map(_is_nwpu, content.values())):
         entries = []
         for label, rows in content.items():
-            folder = any(os.path.isfile(root / label / rows[0]["filename"]) for root in roots)
+            places = [*roots, *(below for root in roots for below in _folders_in(root))]
+            folder = any(os.path.isfile(place / label / rows[0]["filename"]) for place in places)
             for row in rows:
                 row = row if isinstance(row, dict) else {}
                 keys = [key for key in row if re.fullmatch(r"raw(_\d+)?", key)] or ["raw"]
@@ -421,12 +425,12 @@ def _roots(image_root: str | None) -> list[Path]:
     return [Path(root) for root in (image_root or "").split(os.pathsep) if root]
 
 
-def _look_for(name: str, roots: list[Path], found: dict[str, str | ImageError], find=None) -> None:
+def _look_for(name: str, roots: list[Path], found: dict[str, str | ImageError], find) -> None:
     """Note in `found` where the image of a name is, once for all of its rows. Raises ImageError: it is not there or cannot be
     read."""
     if name not in found:
         try:
-            found[name] = (find or _find_image)(name, roots)
+            found[name] = find(name, roots)
             if found[name] != _Among.OTHER:
                 image_size(found[name])
         except ImageError as error:
@@ -435,20 +439,40 @@ def _look_for(name: str, roots: list[Path], found: dict[str, str | ImageError], 
         raise found[name].with_traceback(None)  # or it would grow by every row
 
 
-def _find_image(name: str, roots: list[Path]) -> str:
+def _find_image(name: str, roots: list[Path], before: dict[Path, str] | None = None) -> str:
+    """The path of an image. before: where the images below each root were, as far as is known; one that is named by its whole
+    path may have moved with them. None: nothing has moved. Raises ImageError."""
     for root in roots:
         if os.path.isfile(root / name):  # Path's own raises where a name is too long or a folder is locked
             return str(root / name)
     if "\\" in name:  # written on Windows
-        return _find_image(name.replace("\\", "/"), roots)
+        return _find_image(name.replace("\\", "/"), roots, before)
+    if before is not None and re.match(r"/|[A-Za-z]:/", name):
+        parts = name.split("/")[1:]
+        for tail in ("/".join(parts[n:]) for n in range(len(parts))):
+            head = name.removesuffix(tail)
+            for root in roots:  # A/1.png must not be found as B/1.png is
+                if before.get(root, head) == head and os.path.isfile(root / tail):
+                    before[root] = head
+                    return str(root / tail)
+    if before is not None and "/" in name:  # the rows may name the root's own folder, too
+        there = [str(root.parent / name) for root in roots if os.path.isfile(root.parent / name)]
+        if there:
+            return there[0]
     below = [
         str(folder / name)
         for folder in dict.fromkeys(f for root in roots for f in _folders_in(root))
         if os.path.isfile(folder / name)
     ]
-    if len(below) == 1:  # RSICD_images/ beside the file, train2017/ and val2017/ in the root
-        return below[0]
-    remedy = f"it may be {below[0]} or {below[1]}: set --image_root" if below else "set --image_root"
+    # images_png/, not masks_png/
+    pictures = [path for path in below if Path(path).parent.name.lower().startswith("image")]
+    if len(below) == 1 or len(pictures) == 1:  # RSICD_images/ beside the file, train2017/ and val2017/ in the root
+        return (pictures or below)[0]
+    remedy = (
+        f"it may be {below[0]} or {below[1]}: set --image_root"
+        if below
+        else "set --image_root; several folders are parted by a colon"
+    )
     shown = name if len(name) <= 200 else f"{name[:60]}... ({len(name)} characters)"
     raise ImageError(f"{shown}: no such image in {' or '.join(str(root) for root in roots)} ({remedy})")
 
@@ -465,6 +489,9 @@ def _folders_in(root: Path) -> list[Path]:
 # Questions about images
 
 VISION = re.compile(r"<\|vision_start\|>(.*?)<\|vision_end\|>", re.DOTALL)
+SPECIAL_TOKEN = re.compile(r"<\|[^|]*\|>")  # a mark of a chat template
+# Where the image stands in a question: ours, LLaVA's, MiniGPT's.
+MARK = re.compile(rf" *(?:{VISION.pattern}|<image>|(?:<Img>)?<ImageHere>(?:</Img>)?) *", re.DOTALL)
 
 
 @dataclass
@@ -489,6 +516,10 @@ class QuestionScene:
     image: str
     questions: list[Question] = field(default_factory=list)
     split: str | None = None
+
+    @property
+    def rows(self) -> list[Question]:
+        return self.questions
 
 
 OTHER_QUESTIONS = "other sets: make rows of image, question, answer (and type, split), as JSON, JSONL or CSV"
@@ -523,14 +554,16 @@ def read_conversations(
         raise InputError(
             f"{path}: expected a list of conversations with at least one in it, found {have}; {OTHER_QUESTIONS}"
         )
-    roots = _roots(image_root) or [path.parent, path.parent / "images"]
+    # EarthVQA has the pictures of Train.json in Train/images_png.
+    roots = _roots(image_root) or [path.parent, path.parent / "images", path.with_suffix("")]
+    find = functools.partial(_find_image, before={} if image_root else None)
     result, scenes = SceneFile([], [], rows=len(content)), {}
     found: dict[str, str | ImageError] = {}
     seen = set()
     for number, entry in enumerate(content):
         try:
             (name, questions), split = _questions_of(entry), _split_in(entry)
-            _look_for(name, roots, found)
+            _look_for(name, roots, found, find)
         except InputError as error:
             result.rejected.append(Rejected(str(path), number, str(error)))
             continue
@@ -612,20 +645,34 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
     parts = [_said(turn, content) for turn in turns]
     said = [text for text, _ in parts]
     images = VISION.findall(" ".join(said))
+    said[::2] = [_words_of(text) for text in said[::2]]
     if not images:
-        said[0] = said[0].replace("<image>", " ")
         named = entry.get("images") or entry.get("image") or []  # the list of ms-swift and others, LLaVA's one
         images = [image for _, found in parts for image in found] or (named if isinstance(named, list) else [named])
         images = [image.get("path") if isinstance(image, dict) else image for image in images]
-    said[0] = re.sub(" {2,}", " ", VISION.sub(" ", said[0]).strip())
     one = len(images) == 1 and isinstance(images[0], str) and images[0].strip()
-    if not one or not said[0] or any(VISION.search(text) for text in said):
+    said[1::2] = [_sayable(text) for text in said[1::2]]
+    if entry.get("objects") and re.search("<bbox>|<ref-object>", " ".join(said)):
+        raise InputError("field 'objects': <bbox> and <ref-object> are not filled in; write the boxes into the text")
+    if "" in said[2:]:
+        raise InputError(f"field {content!r}: turn {said.index('', 2) + 1} has no words")
+    if not one or not said[0] or not said[1] or any(VISION.search(text) for text in said):
         raise InputError(
             f"field {content!r}: expected a question and one <|vision_start|>image path<|vision_end|> (or a field 'image'),"
             f" found {len(images)} images and {str(turns[0].get(content))[:80]!r}"
         )
     pairs = tuple(zip(said[::2], said[1::2]))
     return images[0].strip(), [Question(q, a, kind, number, pairs[:n]) for n, (q, a) in enumerate(pairs)]
+
+
+def _words_of(question: str) -> str:
+    """A question without the mark of the image, which stands before the first one whatever the file says."""
+    return MARK.sub(" ", question).strip()
+
+
+def _sayable(answer: str) -> str:
+    """An answer without marks of a chat template, which a model's tokens lose when they are made text."""
+    return re.sub(rf"(?: *{SPECIAL_TOKEN.pattern} *)+", " ", answer).strip()
 
 
 def _said(turn: dict, content: str) -> tuple[str, list]:
@@ -646,14 +693,19 @@ def _asked(entry: dict, kind: str | None, number: str | None) -> tuple[str, list
         raise InputError(
             f"there is neither 'conversations' nor {what} (the row has {', '.join(entry)}); {OTHER_QUESTIONS}"
         )
-    if type(entry[answer]) is int:  # a count
-        entry = {**entry, answer: str(entry[answer])}
+    value = entry[answer]
+    if type(value) in (int, float) and math.isfinite(value):  # a count, perhaps out of a table that made it 3.0
+        entry = {**entry, answer: str(int(value) if value == int(value) else value)}
     history = entry.get("history") or []
     pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
-    if not pairs or not all(isinstance(text, str) and text.strip() for pair in history for text in pair):
+    if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
         raise InputError("field 'history': expected a list of [question, answer]")
-    history = tuple(tuple(text.strip() for text in pair) for pair in history)
-    return _text(entry, image), [Question(_text(entry, question), _text(entry, answer), kind, number, history)]
+    history = tuple((_words_of(q), a.strip()) for q, a in history)
+    if not all(text for pair in history for text in pair):
+        raise InputError("field 'history': a question or an answer is empty")
+    words = _text({**entry, question: _words_of(_text(entry, question))}, question)  # the mark alone is no question
+    said = _text({**entry, answer: _sayable(_text(entry, answer))}, answer)
+    return _text(entry, image), [Question(words, said, kind, number, history)]
 
 
 IMAGE_SUFFIXES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp", ".gif"}
@@ -676,7 +728,12 @@ def files_below(folder: str | Path) -> list[Path]:
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        found += [Path(where, name) for name in names if name[0] != "."]
+        for name in names:
+            path = Path(where, name)
+            if not path.suffix and path.is_symlink() and not path.exists():  # a disk that is not mounted, most likely
+                raise InputError(f"{path}: the link leads nowhere ({os.readlink(path)}); mount it, or remove the link")
+            if name[0] != ".":
+                found.append(path)
     return found
 
 

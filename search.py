@@ -27,6 +27,7 @@ import numpy as np
 from config import (
     InputError,
     add_device_flags,
+    processors,
     read_lines,
     refuse_outside,
     refuse_unwritable,
@@ -86,6 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     make = command("index", run_index, "make an index, or bring it up to date")
     make.add_argument("library", nargs="?", help="folder of images, of any depth")
+    make.add_argument(
+        "--only", nargs="+", metavar="PATTERN",
+        help="only images whose name, or path below the folder, is such as '*_TCI_10m.jp2'; later runs keep it ('*': all)",
+    )  # fmt: skip
     make.add_argument("--tile", type=int, help="pixels; larger images are cut into such tiles (0: never; default: 256)")
     make.add_argument("--stride", type=int, help="pixels from tile to tile (default: 3/4 of a tile)")
     # An index that is there keeps its tiles, bands and stretch: they need not be given again.
@@ -231,7 +236,7 @@ def run_index(args) -> int:
     new or changed and takes out what is gone; a run that was cut short goes on."""
     need(args, "library", "store")
     refuse_outside(args, batch_size=(1, 4096), tile=(0, 1 << 16), workers=(0, 1024))
-    workers = args.workers if args.workers is not None else max(1, min(16, (os.cpu_count() or 2) - 1))
+    workers = args.workers if args.workers is not None else max(1, min(16, processors() - 1))
     from transformers.utils import logging
 
     from accelerate import PartialState
@@ -257,15 +262,16 @@ def run_index(args) -> int:
     given = {name: getattr(args, name) for name in ("bands", "stretch", "nodata", "max_pixels")}
     changed = {name: value for name, value in given.items() if value is not None}
     report = index_library(
-        model, args.library, args.store, tile=args.tile, stride=args.stride, settings=changed, attributes=attributes,
-        workers=workers, batch_size=args.batch_size, moved=args.moved, progress=True,
+        model, args.library, args.store, tile=args.tile, stride=args.stride, settings=changed, only=args.only,
+        attributes=attributes, workers=workers, batch_size=args.batch_size, moved=args.moved, progress=True,
     )  # fmt: skip
     if report is None:
         return 0
     rate = f", {report.added / report.seconds:.0f} images/s" if report.added else ""
     cut = f" as {report.added} tiles" if report.added != report.files else ""
+    amended = f" ({report.amended} with other attributes)" if report.amended else ""
     print(
-        f"{report.files} files indexed{cut} ({report.updated} of them changed), {report.unchanged} unchanged,"
+        f"{report.files} files indexed{cut} ({report.updated} of them changed), {report.unchanged} unchanged{amended},"
         f" {report.removed} removed; {report.total} vectors in {args.store} ({report.seconds:.1f} s{rate})"
     )
     if report.empty:

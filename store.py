@@ -118,9 +118,7 @@ class Point:
         if self.time is not None:
             exact = moment(self.time, what).isoformat()
             payload["time"] = self.time if re.fullmatch(DAY, self.time) else exact  # forms the engine reads too
-        for name, value in self.attributes.items():
-            if not re.fullmatch(r"\w+", name) or not isinstance(value, str):
-                raise InputError(f"{what}: attribute {name}={value!r}; expected a word and a text")
+        check_attributes(self.attributes, what)
         if self.footprint is not None:
             west, south, east, north = box = checked_box(self.footprint, what)
             payload["footprint"] = list(box)
@@ -173,6 +171,13 @@ def attributes_of(pairs: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+def check_attributes(attributes: dict[str, str], what: str) -> None:
+    """Raise InputError unless an index can hold them."""
+    for name, value in attributes.items():
+        if not re.fullmatch(r"\w+", name) or not isinstance(value, str):
+            raise InputError(f"{what}: attribute {name}={value!r}; expected a word and a text")
+
+
 def checked_box(box, what: str) -> tuple[float, float, float, float]:
     try:
         west, south, east, north = map(float, box)
@@ -221,31 +226,29 @@ class Missing(InputError):
     """There is no index at a location."""
 
 
-def create(
-    location: str | os.PathLike, *, record: dict, dim: int, collection: str | None = None, client=None
-) -> "Store":
+def create(location: str | os.PathLike, *, record: dict, dim: int, client=None) -> "Store":
     """A new, empty index at `location`: a folder, or `http(s)://host[:port]/collection`.
 
     record: JSON object kept with the index and given back as `.record`: model, fingerprint, image settings, tiling,
-    version, date. dim: length D of a vector. collection, client: see `open`. Raises InputError if there is one already.
+    version, date. dim: length D of a vector. client: see `open`. Raises InputError if there is one already.
     """
     if not isinstance(dim, int) or not 1 <= dim <= 65536:
         raise ValueError(f"dim: expected a whole number from 1 to 65536, got {dim!r}")
     header = {"format": FORMAT, "dim": dim, "record": json.loads(json.dumps(record))}
     if client is not None or is_url(location):
-        return _Server(location, collection, client, create=header)
+        return _Server(location, client, create=header)
     return _Edge(Path(location), create=header)
 
 
-def open(location: str | os.PathLike, *, collection: str | None = None, client=None) -> "Store":
+def open(location: str | os.PathLike, *, client=None) -> "Store":
     """The index at `location`, as `create` takes it. A folder is open in one process at a time.
 
-    collection: the collection's name, where the URL does not end in it. client: a `qdrant_client.QdrantClient` to use
-    instead of a new one. The API key of a server comes from the environment variable QDRANT_API_KEY.
+    client: a `qdrant_client.QdrantClient` to use instead of a new one. The API key of a server comes from the environment
+    variable QDRANT_API_KEY.
     Raises Missing where there is no index, InputError for another format, one in use, a server that does not answer.
     """
     if client is not None or is_url(location):
-        return _Server(location, collection, client)
+        return _Server(location, client)
     return _Edge(Path(location))
 
 
@@ -368,12 +371,25 @@ class Store:
             raise ValueError(f"{points[n].path}: expected a vector of unit length, got {lengths[n]}")
         payloads = [point.payload() for point in points]
         with self._errors():
-            for name in sorted({name for point in points for name in point.attributes} - self._attributes):
-                # Without an index of its own an attribute took 24 ms a query and gave a recall of 0.17.
-                self._index(f"attributes.{name}", "keyword")
-                self._attributes.add(name)
+            self._index_attributes({name for point in points for name in point.attributes})
             self._write([point.id for point in points], matrix, payloads)
         self._points = None
+
+    def amend(self, files: Iterable[tuple[str, dict]]) -> None:
+        """Change what is known of files whose vectors stay: (path, {"attributes", "hash", "size", "mtime_ns", of which any}).
+        A file takes 5 ms; a kill leaves some changed and the others as they were. Raises InputError on a wrong attribute."""
+        with self._errors():
+            for path, known in files:
+                check_attributes(known.get("attributes", {}), path)
+                self._index_attributes(set(known.get("attributes", {})))
+                self._set(self._filter(Filter(path=path)), known)
+            self._flush()
+
+    def _index_attributes(self, names: set[str]) -> None:
+        for name in sorted(names - self._attributes):
+            # Without an index of its own an attribute took 24 ms a query and gave a recall of 0.17.
+            self._index(f"attributes.{name}", "keyword")
+            self._attributes.add(name)
 
     def remove(self, ids: Iterable[str] | None = None, *, path: str | list[str] | None = None) -> None:
         """Remove points by id, or all of a file or of several. Unknown ones are no error. A call takes 0.5 s at 100,000
@@ -492,11 +508,11 @@ class Store:
         1,000,000 was 0.90 (docs/results.md)."""
         return max(1.0, self._size() / GROWS_FROM) ** 0.5
 
-    def recall(self, queries, k: int = 10, *, filter: Filter | None = None, ef: int | None = None) -> float:
+    def recall(self, queries, k: int = 10) -> float:
         """Share, 0 to 1, of the k exact nearest that the graph finds, over queries (Q, D)."""
         queries = np.atleast_2d(np.asarray(queries, np.float32))
-        quick = self.search(queries, k, filter=filter, ef=ef, with_payload=False)
-        exact = self.search(queries, k, filter=filter, exact=True, with_payload=False)
+        quick = self.search(queries, k, with_payload=False)
+        exact = self.search(queries, k, exact=True, with_payload=False)
         total = sum(map(len, exact))
         both = sum(len({hit.id for hit in a} & {hit.id for hit in b}) for a, b in zip(quick, exact))
         return both / total if total else 1.0
@@ -608,8 +624,9 @@ class _Edge(Store):
             if folder.exists() and (
                 not folder.is_dir() or {f.name for f in folder.iterdir()} - {"shard", "in_use", "index.json.partial"}
             ):
-                what = "an index already" if (folder / "index.json").exists() else "no empty folder"
-                raise InputError(f"{folder}: is {what}; give another --store, or remove it first")
+                if (folder / "index.json").exists():
+                    raise InputError(f"{folder}: is an index already, which another run may just have made; run again")
+                raise InputError(f"{folder}: is no empty folder; give another --store")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._take()
@@ -617,6 +634,7 @@ class _Edge(Store):
                 shard.mkdir()
             except OSError as error:
                 raise InputError(f"{folder}: cannot be made ({error.strerror}); give another --store") from None
+            self._refuse_full_disk()
             self._shard = self._start(lambda: m.EdgeShard.create(str(shard), _edge_config(m, create["dim"])))
             for name, kind in INDEXED.items():
                 self._index(name, kind)
@@ -709,13 +727,16 @@ class _Edge(Store):
     def _schema(self):
         return self._shard.info().payload_schema
 
-    def _write(self, ids, matrix, payloads):
+    def _refuse_full_disk(self, needed: int = 0):
         # Edge maps its files: a disk that fills up ends the process with SIGBUS.
-        if (free := shutil.disk_usage(self._folder).free) < max(ROOM, 4 * matrix.nbytes):
+        if (free := shutil.disk_usage(self._folder).free) < max(ROOM, needed):
             raise InputError(
                 f"{self.location}: disk full: {free / 1e6:.0f} MB are left on it, too few to go on; make room and run the"
                 " same command again, what is written is kept"
             )
+
+    def _write(self, ids, matrix, payloads):
+        self._refuse_full_disk(4 * matrix.nbytes)
         points = [self._m.Point(*point) for point in zip(ids, matrix.tolist(), payloads)]  # rows cost twice as much
         self._shard.update(self._m.UpdateOperation.upsert_points(points))  # one entry of the log: all or nothing
         self._shard.flush()
@@ -725,6 +746,12 @@ class _Edge(Store):
         update = self._m.UpdateOperation
         which = update.delete_points(which) if isinstance(which, list) else update.delete_points_by_filter(which)
         self._shard.update(which)
+        self._shard.flush()
+
+    def _set(self, filter, payload):
+        self._shard.update(self._m.UpdateOperation.set_payload_by_filter(filter, payload))
+
+    def _flush(self):
         self._shard.flush()
 
     def _count(self, filter, exact=True):
@@ -792,16 +819,16 @@ def _edge_config(m, dim: int):
 class _Server(Store):
     """The header is the collection's metadata (servers from 1.16 on). Any number of processes may use it at once."""
 
-    def __init__(self, location, collection: str | None, client, create: dict | None = None):
+    def __init__(self, location, client, create: dict | None = None):
         from qdrant_client import models as m
 
         self._m, self._range, self._date_range = m, m.Range, m.DatetimeRange
         self.location = str(location)
         parts = urlsplit(self.location)
         path = [part for part in parts.path.split("/") if part] if is_url(location) else []
-        self._name = collection or (path.pop() if path else None)
-        if not self._name:
+        if not path:
             raise InputError(f"{location}: names no collection; write it behind the host: http://host:6333/my_library")
+        self._name = path.pop()
         if client is None:
             from qdrant_client import QdrantClient
 
@@ -883,6 +910,12 @@ class _Server(Store):
     def _delete(self, which):
         which = self._m.PointIdsList(points=which) if isinstance(which, list) else self._m.FilterSelector(filter=which)
         self._client.delete(self._name, which, wait=True)
+
+    def _set(self, filter, payload):
+        self._client.set_payload(self._name, payload, filter, wait=True)
+
+    def _flush(self):
+        """A server has written what it has answered."""
 
     def _count(self, filter, exact=True):
         return self._client.count(self._name, count_filter=filter, exact=exact).count

@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> dict:
         return SceneTrainer(
             model=model, task=PackedTask(evaluate), args=arguments, collator=collator, rates=rates,
             train_dataset=dataset_of(splits["train"], config.texts_per_scene),
-            settings={"task": "caption", "settings": changed}, early_stopping=patience,
+            settings={"task": "caption", "settings": changed}, watched=watched, early_stopping=patience,
         )  # fmt: skip
 
     if main_process:
@@ -201,13 +201,18 @@ def main(argv: list[str] | None = None) -> dict:
         twin = copy.copy(args)
         twin.output_dir, twin.num_train_epochs = str(run / PROJECTOR_STAGE), config.projector_epochs
         twin.max_steps = -1  # of the second stage; it would count more than the epochs
+        # Other trackers keep one run a process: a step of it that is written already would not be written again.
+        twin.report_to = [name for name in args.report_to if name == "tensorboard"]
         twin.learning_rate, twin.load_best_model_at_end, twin.eval_strategy = (
             config.projector_stage_learning_rate,
             False,
             "no",
         )
         model.set_stage(1)
-        say("stage 1: the projector")
+        say(
+            f"stage 1: the projector, {config.projector_epochs:g} epochs"
+            + (" (--max_steps counts the second stage)" if args.max_steps > 0 else "")
+        )
         trainer_of(twin, {}).train(resume_from_checkpoint=resume)
         model.set_stage(2)
         resume = None

@@ -10,13 +10,10 @@ Leaves in output/training_YYYYMMDD_HHMMSS/: best_model/, checkpoint-N/, config.j
 report.html, and TensorBoard events.
 """
 
-import json
-import os
 import re
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +22,26 @@ import torch
 
 import metrics
 import report
-from config import InputError, MatchConfig, flag_value, keeps_scores, parse, use_files_of_training, user_errors
-from data import FeatureStore, MatchCollator, MatchDataset, digest_of, drop_unreadable
+from config import (
+    InputError,
+    MatchConfig,
+    flag_value,
+    keeps_scores,
+    parse,
+    record_of,
+    use_files_of_training,
+    user_errors,
+    was_trained_on,
+)
+from data import (
+    FeatureStore,
+    MatchCollator,
+    MatchDataset,
+    drop_unreadable,
+    over_files,
+    refuse_trained_images,
+    rows_digest,
+)
 from imagery import ImageSettings, colour_histogram, read_image
 from losses import Relations, backward_through_embeddings, count_terms, match_loss, mine_negatives
 from model import DualEncoder, pixel_store
@@ -192,19 +207,21 @@ def evaluate_scenes(
     return score_scenes(image, text, scenes, texts, config.margin), image, text, texts
 
 
+def _histogram(path: str, settings: ImageSettings) -> np.ndarray:
+    return colour_histogram(read_image(path, settings, max_side=256).rgb)
+
+
 def histogram_baseline(train: list[Scene], test: list[Scene], settings: ImageSettings, margin: float) -> dict:
     """The same metrics for a matcher that knows colour alone: a test image is described by the words of the captions of
     its 5 nearest training images by `imagery.colour_histogram` (histogram intersection, Swain & Ballard 1991);
     words are weighted by inverse document frequency. What a model adds must lie above this."""
 
-    def histogram(path):
-        return colour_histogram(read_image(path, settings, max_side=256).rgb)
-
     def words(text):
         return re.findall(r"[a-z]+|\d+", text.lower()) + re.findall(r"(?=([\u4e00-\u9fff]{2}))", text)
 
     texts = list(dict.fromkeys([t for s in test for t in s.texts] + [n for s in test for _, n in s.rows if n]))
-    documents = Counter(w for scene in train for w in {w for t in scene.texts for w in words(t)})
+    # Sorted: a set has another order in every run, and so would the last bits of the sums that decide between near texts.
+    documents = Counter(w for scene in train for w in sorted({w for t in scene.texts for w in words(t)}))
     vocabulary = {w: i for i, w in enumerate(documents)}
     weight = np.log((1 + len(train)) / np.array([documents[w] for w in vocabulary]))
 
@@ -216,9 +233,10 @@ def histogram_baseline(train: list[Scene], test: list[Scene], settings: ImageSet
                     table[vocabulary[w]] += weight[vocabulary[w]]
         return table
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the GIL
-        known = np.stack(list(pool.map(histogram, [scene.image for scene in train])))
-        asked = list(pool.map(histogram, [scene.image for scene in test]))
+    histograms = over_files(
+        partial(_histogram, settings=settings), [scene.image for scene in (*train, *test)], disable=True
+    )
+    known, asked = np.stack(histograms[: len(train)]), histograms[len(train) :]
     described = np.stack([vector(scene.texts) for scene in train])
     image = []
     for colours in asked:
@@ -287,7 +305,7 @@ def main(argv: list[str] | None = None) -> dict:
     if config.whiten_init and not args.resume_from_checkpoint:
         start_white(model, splits["train"], train, store, features, args.eval_batch_size)
     if config.mine_negatives:
-        kept, rows = run / "mined_negatives.json", _rows_digest(splits["train"])
+        kept, rows = run / "mined_negatives.json", rows_digest(splits["train"])
         if args.resume_from_checkpoint and kept.is_file():
             found = load_json(kept)
             if isinstance(found, list):  # of an earlier version, which did not say what it was mined for
@@ -326,6 +344,7 @@ def main(argv: list[str] | None = None) -> dict:
         train_dataset=train,
         collator=MatchCollator(train, model.processor, model.tokenizer.pad_token_id),
         settings={"task": "match", "settings": changed},
+        watched=watched,
         rates={"image": config.image_learning_rate, "text": config.text_learning_rate, "head": head_rate},
         early_stopping=config.early_stopping_patience,
     )
@@ -334,7 +353,7 @@ def main(argv: list[str] | None = None) -> dict:
     if main_process:
         write_json(run / "config.json", trainer.settings)
     untrained = run / "untrained.json"  # of the first start: a resumed run must not measure it on whatever it loads
-    rows = _rows_digest(splits[tested])
+    rows = rows_digest(splits[tested])
     if args.resume_from_checkpoint and untrained.is_file():
         found = load_json(untrained)
         if found.get("rows", rows) == rows:  # an earlier version wrote the scores alone
@@ -362,10 +381,6 @@ def main(argv: list[str] | None = None) -> dict:
         print(summary(results, best))
         print(f"report  {run / 'report.html'}")
     return results
-
-
-def _rows_digest(scenes) -> str:
-    return digest_of(json.dumps([[Path(scene.image).name, scene.rows] for scene in scenes]))  # they may have been moved
 
 
 def _stored(feature_store: FeatureStore, compute, items: list[str], name=str) -> np.ndarray:
@@ -407,6 +422,8 @@ def evaluate_only(config: MatchConfig, args, argv: list[str], keep: bool) -> dic
     splits = drop_unreadable(load_splits(config, args.seed, train_root=root), store, config.max_rejected)
     print(f"data: {describe(splits)}")
     tested = "test" if splits["test"] else "val"
+    if not was_trained_on(record_of(config.eval_only), config.train_file):
+        refuse_trained_images(config, args, config.eval_only, splits[tested], print, warn=True)
     found, image, text, texts = evaluate_scenes(model, splits[tested], store, {}, config, args.eval_batch_size)
     results = {
         "images": {name: len(scenes) for name, scenes in splits.items()},

@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -34,14 +34,33 @@ from config import (
     flag_value,
     keeps_scores,
     parse,
+    record_of,
     refuse_unwritable,
     use_files_of_training,
     user_errors,
+    was_trained_on,
+    whole_checkpoints,
 )
-from data import QuestionCollator, QuestionDataset, drop_too_long, drop_unreadable, image_settings, row_align
+from data import (
+    QuestionCollator,
+    QuestionDataset,
+    drop_too_long,
+    drop_unreadable,
+    image_settings,
+    refuse_trained_images,
+    row_align,
+    rows_digest,
+)
 from imagery import ImageSettings, read_image
 from model import VQA, VQA_SETTINGS, load_processor, pixel_store, read_config
-from scenes import Question, QuestionScene, load_splits, read_chat, read_conversations, sample_scenes
+from scenes import (
+    Question,
+    QuestionScene,
+    load_splits,
+    read_chat,
+    read_conversations,
+    sample_scenes,
+)
 from trainer import PackedTask, SceneTrainer, check_best_metric, held_out_loss, read_history, write_json
 
 # ----------------------------------------------------------------------------------------------------
@@ -77,19 +96,22 @@ def score(answers: list[list[str]], scenes: list[QuestionScene], samples: int = 
     return metrics.rsvqa_scores([a for row in answers for a in row], *columns_of(scenes), samples=samples)
 
 
-def rightness(answers: list[list[str]], scenes: list[QuestionScene]) -> list[bool]:
-    """Whether each answer, normalised, equals the truth."""
+def rightness(answers: list[list[str]], scenes: list[QuestionScene], protocol: str) -> list[bool]:
+    """Whether each answer is right, under one of `metrics.PROTOCOLS`."""
+    is_right = cache(metrics.is_right)  # few answers, said many times
     return [
-        metrics.is_right(said, question.answer, question.kind)
+        is_right(said, question.answer, question.kind, protocol)
         for row, scene in zip(answers, scenes)
         for said, question in zip(row, scene.questions)
     ]
 
 
-def score_majority(train: list[QuestionScene], scenes: list[QuestionScene]) -> dict:
-    """`score` when each question is answered by the most frequent training answer of its type; under "bucketed" by the most
-    frequent class, which may be another."""
+def score_majority(train: list[QuestionScene], scenes: list[QuestionScene]) -> dict | None:
+    """`score` when each question is answered by the most frequent training answer of its type; where a protocol compares by
+    class, by the most frequent class, which may be another. None where training knows none of the types."""
     truths, kinds, _ = columns_of(train)
+    if not set(kinds) & set(columns_of(scenes)[1]):
+        return None
 
     def of(answers):
         known = metrics.majority_answers(answers, kinds)
@@ -97,9 +119,18 @@ def score_majority(train: list[QuestionScene], scenes: list[QuestionScene]) -> d
             [[known.get(q.kind or "question", known[None]) for q in scene.questions] for scene in scenes], scenes
         )
 
-    return of(truths) | {"bucketed": of([metrics.bucket(a, k) for a, k in zip(truths, kinds)])["bucketed"]}
+    found = of(truths)
+    for protocol in set(protocols_of(found)) - {"exact"}:
+        classed = metrics.PROTOCOLS[protocol]
+        found[protocol] = of([metrics.bucket(a, k) if k in classed else a for a, k in zip(truths, kinds)])[protocol]
+    return found
 
 
+TITLES = {
+    "exact": "Exact: the answer, normalised, equals the truth",
+    "areas": "Areas by class, counts exact, as in the RSVQA paper on high resolution",
+    "bucketed": "Bucketed: count and area by class (0, 1-10, 11-100, ...), as in the RSVQA paper on low resolution",
+}
 ROWS = (
     ("majority", "majority answer of the type"),
     ("blind", "blind: trained without images"),
@@ -109,7 +140,7 @@ ROWS = (
 
 
 def table(results: dict, protocol: str) -> tuple[list[dict], dict]:
-    """(rows, columns) of the result table under "exact" or "bucketed"."""
+    """(rows, columns) of the result table under one of `metrics.PROTOCOLS`."""
     kinds = list(results["after"][protocol]["types"])
     columns = {"model": "", "micro": "overall", "macro": "average"}
     if results["after"][protocol].get("micro_closed") is not None and {"count", "area"} & set(kinds):
@@ -124,25 +155,28 @@ def table(results: dict, protocol: str) -> tuple[list[dict], dict]:
     return rows, columns
 
 
-def summary(results: dict, best) -> str:
-    after, before = results["after"], results["before"]
-    lines = ["", f"{results['split']} split, {after['images']} images, {after['questions']} questions"]
-    kinds = set(after["exact"]["types"])
-    protocols = {"exact": "Exact: the answer, normalised, equals the truth"}
-    if kinds & {"count", "area"}:
-        protocols["bucketed"] = (
-            "Bucketed, as in the RSVQA paper: count and area are compared by class (0, 1-10, 11-100, ...)"
-        )
-    for protocol, title in protocols.items():
-        lines += [title, report.table_text(*table(results, protocol))]
-        intervals = {name: results[name][protocol]["micro_interval"] for name, _ in ROWS if name in results}
-        spans = [f"{name} {report.span_text(interval)}" for name, interval in intervals.items()]
-        lines += ["95% intervals of overall, by image: " + ", ".join(spans), ""]
-    change = results["change"]
-    lines.append(
+def protocols_of(found: dict) -> list[str]:
+    """Which of `metrics.PROTOCOLS` differ for the types of these questions."""
+    kinds = found["exact"]["types"].keys() & set(metrics.OPEN)
+    return ["exact"] + ["areas"] * (len(kinds) == 2) + ["bucketed"] * bool(kinds)
+
+
+def change_text(change: dict) -> str:
+    return (
         f"after against before: {change['gained']} gained, {change['lost']} lost, difference {change['difference']:+.3f}"
         f" ({report.span_text(change['difference_interval'])} by image), McNemar p {report.p_text(change['p'])}"
     )
+
+
+def summary(results: dict, best) -> str:
+    after, before = results["after"], results["before"]
+    lines = ["", f"{results['split']} split, {after['images']} images, {after['questions']} questions"]
+    for protocol in protocols_of(after):
+        lines += [TITLES[protocol], report.table_text(*table(results, protocol))]
+        intervals = {name: results[name][protocol]["micro_interval"] for name, _ in ROWS if name in results}
+        spans = [f"{name} {report.span_text(interval)}" for name, interval in intervals.items()]
+        lines += ["95% intervals of overall, by image: " + ", ".join(spans)]
+        lines += [change_text(results["change"][protocol]), ""]
     if after.get("count_mae") is not None:
         errors = [f"{name} {results[name]['count_mae']:.2f}" for name, _ in ROWS
                   if results.get(name, {}).get("count_mae") is not None]  # fmt: skip
@@ -260,6 +294,15 @@ def main(argv: list[str] | None = None) -> dict | None:
         read_config(config.base_model)  # a missing base is said before the data is read
     read = read_chat if config.task == "chat" else read_conversations
     splits = load_splits(config, args.seed, rejected, read=read, train_root=root)
+    trained_on = rows_digest(splits["train"])
+    if config.eval_only and (known := record_of(config.lora)):
+        if not was_trained_on(known, config.train_file):
+            refuse_trained_images(config, args, config.lora, splits["test"] or splits["val"], say, warn=True)
+        elif known.get("trained_on", trained_on) != trained_on:
+            say(f"warning: {config.train_file} has changed since: images that were trained on may be held out now")
+    if config.lora and not config.eval_only and not args.resume_from_checkpoint:
+        held_out = splits["val"] + splits["test"]
+        refuse_trained_images(config, args, config.lora, held_out, say, warn=config.allow_leak)
     if config.max_test_scenes:
         splits["test"] = sample_scenes(splits["test"], config.max_test_scenes)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -300,6 +343,11 @@ def main(argv: list[str] | None = None) -> dict | None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     say(f"model: {model.settings.base_model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained")
+
+    if not config.eval_only:
+        watched = watched_scenes(splits["val"], config.max_eval_questions)
+        kinds = sorted({f"accuracy_{q.kind or 'question'}" for scene in watched for q in scene.questions})
+        check_best_metric(args, ("loss",) if chat else ("accuracy", "accuracy_bucketed", *kinds))
 
     # ---- a frozen vision tower's image tokens are constants
     frozen = model.settings.vision_tower == model.settings.merger == "frozen"
@@ -342,8 +390,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         "split": tested,
         "images": {name: len(scenes) for name, scenes in splits.items()},
     }
-    if not chat:
-        results["majority"] = score_majority(splits["train"], held)
+    if not chat and (usual := score_majority(splits["train"], held)):
+        results["majority"] = usual
     made: dict[str, list[list[str]]] = {}
     with model.before():
         made["before"] = ask(held, progress=main_process)
@@ -385,8 +433,6 @@ def main(argv: list[str] | None = None) -> dict | None:
     # ---- training
     if config.compile_layers:
         model.compile_layers()
-    watched = watched_scenes(splits["val"], config.max_eval_questions)
-
     watched_texts = dataset_of(watched) if chat else None
 
     def evaluate(_, blind):
@@ -403,13 +449,12 @@ def main(argv: list[str] | None = None) -> dict | None:
             args=arguments,
             train_dataset=dataset_of(splits["train"], blind, config.texts_per_scene),
             collator=collator,
-            settings={"task": "chat" if chat else "vqa", "settings": changed},
+            settings={"task": "chat" if chat else "vqa", "settings": changed, "trained_on": trained_on},
+            watched=watched,
             rates={"vision": config.vision_learning_rate, "merger": config.merger_learning_rate, "language": None},
             early_stopping=config.early_stopping_patience,
         )
 
-    promised = ("loss",) if chat else ("accuracy", "accuracy_bucketed")
-    check_best_metric(args, promised, lambda: evaluate(model, blind=False))
     trainer = trainer_of(args)
     if main_process:
         write_json(run / "config.json", trainer.settings)
@@ -423,13 +468,30 @@ def main(argv: list[str] | None = None) -> dict | None:
         say("training the blind baseline: the same, without images")
         model.reset_adapter(args.seed)
         twin = copy.copy(args)
-        twin.output_dir, twin.resume_from_checkpoint, twin.report_to = str(run / "blind"), None, []
+        begun = begun_blind(run, trainer.settings) if args.resume_from_checkpoint else None
+        twin.output_dir, twin.resume_from_checkpoint, twin.report_to = str(run / "blind"), begun, []
         blind = trainer_of(twin, blind=True)
-        blind.train()
+        blind.train(resume_from_checkpoint=begun)
         made["blind"] = ask(held, blind=True)
         model.load_trained(best)
 
     return finish(best, keep=True)
+
+
+# Settings that say where a run lies, not what it does.
+PLACES = {"output_dir", "resume_from_checkpoint", "logging_dir", "cache_dir"}
+
+
+def begun_blind(run: Path, settings: dict) -> str | None:
+    """The newest whole checkpoint of a run's blind training, if that had the same settings and data."""
+
+    def kept(record: dict) -> dict:
+        return record | {"settings": {key: value for key, value in record["settings"].items() if key not in PLACES}}
+
+    found = whole_checkpoints(run / "blind")
+    last = found[max(found)] if found else None
+    recorded = record_of(last) if last else {}
+    return str(last) if recorded and kept(recorded) == kept(json.loads(json.dumps(settings))) else None
 
 
 def watched_scenes(scenes: list[QuestionScene], most: int) -> list[QuestionScene]:
@@ -443,23 +505,26 @@ def watched_scenes(scenes: list[QuestionScene], most: int) -> list[QuestionScene
 
 
 def change_of(made: dict, scenes: list[QuestionScene]) -> dict:
-    before, after = (rightness(made[name], scenes) for name in ("before", "after"))
-    return metrics.mcnemar(before, after, columns_of(scenes)[2])
+    """{protocol: `metrics.mcnemar`}"""
+    changes = {}
+    for protocol in metrics.PROTOCOLS:
+        before, after = (rightness(made[name], scenes, protocol) for name in ("before", "after"))
+        changes[protocol] = metrics.mcnemar(before, after, columns_of(scenes)[2])
+    return changes
 
 
 def write_report(run: Path, results: dict, samples: list[dict], settings: ImageSettings) -> None:
     """`report.html`: the tables, curves, flips by type, and pictures with their answers."""
     sections = []
-    for protocol, title in (("exact", "Scores, exact"), ("bucketed", "Scores, count and area by class")):
+    for protocol in protocols_of(results["after"]):
         rows, columns = table(results, protocol)
         best = {key: "max" for key in columns if key != "model"}
         interval = report.span_text(results["after"][protocol]["micro_interval"])
-        sections.append((title, report.table_html(rows, columns, best=best)
-                         + f"<p>95% interval of overall after training, by image: {interval}.</p>"))  # fmt: skip
-    change = results["change"]
+        sections.append((TITLES[protocol], report.table_html(rows, columns, best=best)
+                         + f"<p>95% interval of overall after training, by image: {interval}.</p>"
+                         + f"<p>{change_text(results['change'][protocol])}.</p>"))  # fmt: skip
     flips = report.flips_by_type(samples)
-    sections.append(("Before and after", report.table_html(*flips) + f"<p>{change['gained']} gained, {change['lost']} lost, "
-                     f"McNemar p {report.p_text(change['p'])}. All answers are in samples.jsonl.</p>"))  # fmt: skip
+    sections.append(("Before and after, exact", report.table_html(*flips) + "<p>All answers are in samples.jsonl.</p>"))
     curves = {"loss": "training loss", "eval_accuracy": "accuracy", "eval_accuracy_bucketed": "accuracy, bucketed"}
     history = read_history(run)
     if any(key in row for row in history for key in curves):

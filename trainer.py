@@ -22,8 +22,9 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
 from config import InputError
-from data import SceneSampler
+from data import SceneSampler, digest_of, fitting_workers, rows_digest
 from report import write_atomic
+from scenes import load_json
 
 PARTIAL, DOOMED = ".partial", ".deleted"
 
@@ -39,6 +40,33 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
         self.early_stopping_patience_counter = kept.get("early_stopping_patience_counter", 0)
+
+
+class AsAskedNow(TrainerCallback):
+    """A resumed Trainer takes over what its checkpoint says; what this run asks for goes before."""
+
+    def __init__(self, trainer: "SceneTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **_):
+        state.compute_steps(args, state.max_steps)  # --save_steps and its like may have changed
+        resumed, over = self.trainer.resumed, state.global_step >= state.max_steps > 0
+        if not resumed or over:
+            return
+        say = print if state.is_world_process_zero else lambda _: None
+        before = load_json(Path(resumed) / "config.json").get("best_by")
+        if before and before != self.trainer.settings["best_by"] and state.best_metric is not None:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            state.stateful_callbacks.pop(EarlyStopping.__name__, None)
+            say("resumed with another metric or other validation data: the best step is looked for from here on")
+        was, steps = load_json(Path(resumed) / "trainer_state.json")["epoch"], len(train_dataloader)
+        now = state.global_step / math.ceil(steps / args.gradient_accumulation_steps)
+        if abs(now - was) > 2 / steps:
+            name = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+            end = f"--{name} {getattr(args, name):.10g}"
+            say(
+                f"step {state.global_step} was epoch {was:.2f} and is {now:.2f} with these batches: it goes on to {end}"
+            )
 
 
 class NoStepAfterTheLast(TrainerCallback):
@@ -61,14 +89,17 @@ class SceneTrainer(Trainer):
     """Trains `model` on scenes; see the module's docstring for what `task` provides.
 
     `model` provides `save_pretrained(folder, state_dict)`, `load_trained(folder)`, `trained_names()` and
-    `parameter_groups()`. `settings` (JSON-able) is written to `config.json` of the run and of every checkpoint.
+    `parameter_groups()`. `settings` (JSON-able) is written to `config.json` of the run and of every checkpoint. `watched` are
+    the scenes that the task evaluates on: a resume compares its scores with those of the same scenes and metric alone.
     """
 
     def __init__(
-        self, *, model, task, args, train_dataset, collator, settings: dict, rates: dict, early_stopping: int = 0
-    ):
-        self.task, self.settings, self.rates = task, settings, rates
-        callbacks = [MetricsFile(), EpochOfSampler(self)]
+        self, *, model, task, args, train_dataset, collator, settings: dict, rates: dict, watched=(),
+        early_stopping: int = 0,
+    ):  # fmt: skip
+        best_by = digest_of(json.dumps([args.metric_for_best_model, rows_digest(watched)]))
+        self.task, self.settings, self.rates, self.resumed = task, settings | {"best_by": best_by}, rates, None
+        callbacks = [AsAskedNow(self), MetricsFile(), EpochOfSampler(self)]
         if early_stopping:
             callbacks.append(EarlyStopping(early_stopping))
         super().__init__(
@@ -82,6 +113,12 @@ class SceneTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process: start it with `accelerate launch --config_file"
                 " accelerate/ddp.yaml`, or choose one GPU with CUDA_VISIBLE_DEVICES=0"
             )
+        first = range(min(len(train_dataset), self.args.train_batch_size))
+        self.args.dataloader_num_workers = fitting_workers(
+            self.args.dataloader_num_workers,
+            lambda: collator([train_dataset[0, i] for i in first]),
+            self.args.dataloader_prefetch_factor or 2,
+        )
         world, per_step = self.args.world_size, self.args.train_batch_size * self.args.world_size
         if world > 1 and len(train_dataset) < per_step:
             raise InputError(
@@ -94,7 +131,8 @@ class SceneTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         size = len(train_dataset if train_dataset is not None else self.train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.sampler = SceneSampler(size, self.args.train_batch_size * self.args.world_size, seed)
+        # Not the argument: --auto_find_batch_size lowers this one.
+        self.sampler = SceneSampler(size, self._train_batch_size * self.args.world_size, seed)
         return self.sampler
 
     def create_optimizer(self, model=None):
@@ -137,12 +175,14 @@ class SceneTrainer(Trainer):
         # Under autocast a product takes its inputs to 16 bits. peft makes what LoRA reads float32 first: one more copy of
         # every layer's input, in time and in memory, for the same numbers.
         self.model.train()
+        self.resumed = kwargs.get("resume_from_checkpoint")
         with disable_input_dtype_casting(self.model, active=self.args.bf16 or self.args.fp16):
             try:
                 return super().train(*args, **kwargs)
             except _Finished:
+                print(f"nothing is left to train: step {self.state.global_step} is the last of these settings")
                 if self.args.load_best_model_at_end and self.state.best_global_step:
-                    self._find_best(kwargs.get("resume_from_checkpoint"))
+                    self._find_best(self.resumed)
                     self._load_best_model()
                 self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
                 return TrainOutput(self.state.global_step, 0.0, {})
@@ -165,7 +205,8 @@ class SceneTrainer(Trainer):
     @property
     def kept_step(self) -> int | None:
         """The step whose weights are kept after training."""
-        return self.state.best_global_step if self.args.load_best_model_at_end else self.state.global_step
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return best or self.state.global_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         return self.task.step(self, model, self._prepare_inputs(inputs), num_items_in_batch).detach()
@@ -271,7 +312,7 @@ class SceneTrainer(Trainer):
         left = [path for path in found if int(Path(path).name[11:]) > step]
         found = [path for path in found if path not in left]
         old = [path for path in found if path not in keep and str(Path(path)) not in keep]
-        for path in left + old[: max(0, len(found) - limit) if limit else 0]:
+        for path in left + old[: max(0, len(found) - limit) if limit and limit > 0 else 0]:
             doomed = f"{path}{DOOMED}"
             os.replace(path, doomed)  # a kill while deleting leaves no half checkpoint under a whole one's name
             shutil.rmtree(doomed, ignore_errors=True)
@@ -282,7 +323,7 @@ class SceneTrainer(Trainer):
         if "scheduler.pt" not in names or not any(name.startswith(("optimizer", "global_step")) for name in names):
             raise InputError(
                 f"{resume_from_checkpoint}: cannot resume, it holds no optimizer and scheduler (was it saved with"
-                " --save_only_model?); give another checkpoint, or train on from its weights in a new run"
+                " --save_only_model?); give another checkpoint"
             )
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -173,6 +173,8 @@ def checked(args) -> None:
             raise InputError(f"--extra: not JSON: {error.msg} at character {error.pos}") from None
         if not isinstance(args.extra, dict):
             raise InputError("--extra: expected a JSON object")
+        if args.extra.get("stream"):
+            raise InputError("--extra: stream: answers are read whole, so a model that only streams cannot be asked")
 
 
 def places_beside(output: Path, sources: list[Path]) -> dict[str, Path]:
@@ -216,11 +218,15 @@ def read_glossary(path: str) -> dict[str, list[str]]:
 
 
 def name_for(image: str, name: str, output: Path) -> str:
-    """What `scenes.read_conversations` finds `image` by from the output's folder: its own name, else the absolute path."""
+    """What `scenes.read_conversations` finds `image` by from the output's folder: its own name, else the path below that folder,
+    which may be moved with it, else the absolute path."""
     for root in (output.parent, output.parent / "images"):
         if (root / name).is_file():
-            return name if os.path.samefile(root / name, image) else os.path.abspath(image)
-    return os.path.abspath(image)
+            if os.path.samefile(root / name, image):
+                return name
+            break
+    path, folder = Path(os.path.abspath(image)), Path(os.path.abspath(output.parent))
+    return path.relative_to(folder).as_posix() if folder in path.parents else str(path)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -237,7 +243,7 @@ ENGLISH_NUMBER = re.compile(  # 12, 80,000, 3 million; twenty-one, two hundred a
     rf"|(?P<words>{ONE_WORD}(?: (?:{'|'.join(TIMES)})\b(?:(?: and)? {ONE_WORD})?)*)"
     r"|(?P<vague>many|numerous|lots of|plenty of|several|a few|(?:dozens|hundreds|thousands) of)\b)"
 )
-FRACTION = re.compile(rf"\b(?:{'|'.join(SMALL[1:])})[- ](?:half|third|quarter|fifth|sixth|eighth|tenth)s?\b")
+FRACTION = re.compile(rf"\b(?:{'|'.join(SMALL[1:])})[- ](?:half|third|quarter|fourth|fifth|sixth|eighth|tenth)s?\b")
 AND_A_HALF = re.compile(rf"\b({'|'.join(SMALL[1:10])}) and a half\b")
 NOT_A_COUNT = re.compile(r"\b(?:this|that|another|each|any|every|which|no|the other|the)$")  # "another one", "each one"
 PRONOUN = re.compile(r"\b(?:an?|the)(?: \w+){1,2}$")  # "a big plane and a small one"
@@ -248,7 +254,7 @@ NOUN_ENDS = re.compile(
 IMPLIED = {2: r"\b(both|pair|couple|double|dual|twin|two)\b", 3: r"\b(triang|triple|tri-|three)",
            4: r"\b(square|four|corner|quadrup)", 5: r"\b(star\b|pentag|quintup)", 6: r"\b(half a dozen|hexag)", 8: r"\boctag",
            12: r"\bdozen", 100: r"\bhundred", 1000: r"\bthousand", 10: r"\b(cross|ten\b|intersect)"}  # fmt: skip
-MANY = re.compile(r"[上成][百千万]|成[荫片]|多|大量|不少|无数|若干|成群|林立|遍布|覆盖|大片|些|[密茂满几数]")
+MANY = re.compile(r"[上成][百千万]|成[荫片]|多|大量|不少|无数|若干|成群|少量|少数|林立|遍布|覆盖|大片|些|[密茂满几数]")
 
 DIGIT = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 UNIT = {"十": 10, "百": 100, "千": 1000, "万": 10000, "亿": 10**8}
@@ -330,12 +336,15 @@ def chinese_numbers(text: str) -> list[tuple[set[float], bool, bool]]:
     text = re.sub(rf"(?:{NUMERAL}|\d+)分之(?:{NUMERAL}|\d+)", "", text)
     for match in CHINESE_NUMBER.finditer(text):
         token, more = match[0], RANGE.match(text, match.end())
+        counted = re.search(r"(?:数量?|数目|总数|数字|编号|号码)[为是：:]?$", text[: match.start()]) is not None
         after = text[more.end() if more else match.end() :].lstrip()[:1]
         nearly = text[: match.start()].endswith(("近", "约"))
         if token[0] in "百千万" and not nearly:  # 百货, 千...: no count of its own
             continue
         if token[0].isdigit():
             values = {float(token.rstrip("百千万亿").replace(",", "")) * UNIT.get(token[-1], 1)}
+        elif re.fullmatch("[一二两三四五六七八九]{2}[十百千万]", token):  # 二三十: twenty to thirty
+            values = {numeral(digit + token[-1]) for digit in token[:-1]}
         elif len(token) > 1 and all(c in DIGIT for c in token):  # 两三: two or three; 二〇二五: a year
             values = {float(DIGIT[c]) for c in token} | {float("".join(str(DIGIT[c]) for c in token))}
         else:
@@ -343,7 +352,7 @@ def chinese_numbers(text: str) -> list[tuple[set[float], bool, bool]]:
         about = len(values) > 1 or after in ("几", "多", "余", "来") or token[0] in "百千万"
         if token == "十" and after == "几":
             values = {float(n) for n in range(11, 20)}
-        found.append((values, after in CLASSIFIERS and after != "", about))
+        found.append((values, counted or (after in CLASSIFIERS and after != ""), about))
     return found
 
 
@@ -373,6 +382,7 @@ def shown(value) -> str:
 def check_numbers(captions: list[str], text: str) -> list[tuple[str, str]]:
     found, wrong = chinese_numbers(text), []
     names = {float(number) for caption in captions for number in NAMED.findall(caption)}  # Boeing 747, Terminal 3
+    names |= {float(number) for caption in captions for number in re.findall(r"\b[A-Z][a-z]+ \d+-(\d+)\b", caption)}
     names |= {float(number) for caption in captions for pair in GRID.findall(caption) for number in pair}
     for wanted in wanted_numbers(captions):
         named = "或".join(shown(value) for value in sorted(wanted, key=str))
@@ -415,7 +425,7 @@ DIRECTIONS = {
                "".join(rf"(?<!{kind} )" for kind in CENTRES) + r"cent(?:er|re|ers|res|ral)|middle"),
     "left": ("左", r"(?:(?<=the )|(?<=upper )|(?<=lower )|(?<=top )|(?<=bottom ))left\w*"
              r"|(?<!is )(?<!are )(?<!was )(?<!were )left(?! over| behind| empty| by| an?\b| some\b| its\b| trac)\w*"),
-    "right": ("右", r"right(?! next| beside| behind| angle| now| at| by| in the| above| below)(?:most|-hand)?"),
+    "right": ("右", r"right(?! next| beside| behind|[ -]angled?| now| at| by| in the| above| below)(?:most|-hand)?"),
     "top": ("上|顶", r"(?:top|upper)(?![- ](?:view|down))\w*"), "bottom": ("下|底", r"(?:bottom|lower)\w*"),
 }  # fmt: skip
 LETTER_OF = {"东": "east", "西": "west", "南": "south", "北": "north", "左": "left", "右": "right"}
@@ -525,9 +535,21 @@ OTHER_SCRIPT = re.compile(  # Cyrillic, Hebrew, Arabic, Indic and Thai, kana, Ha
 )
 
 
+ON_BOTH_SIDES = "瞭鄠崀栟塱滘垚昇祐珮堃"  # of Big5 and not of GB 2312, and yet written on the mainland: 瞭望塔
+
+
+def _traditional(character: str) -> bool:
+    """Of Taiwan's character set (Big5) and not of the mainland's (GB 2312): 機."""
+    if character in ON_BOTH_SIDES or not "\u4e00" <= character <= "\u9fff":
+        return False
+    return bool(character.encode("big5", "ignore")) and not character.encode("gb2312", "ignore")
+
+
 def check_language(captions: list[str], text: str) -> list[tuple[str, str]]:
     if not is_chinese(text):
         return [("not Chinese", "回答不是中文")]
+    if traditional := next(filter(_traditional, text), None):
+        return [("traditional characters", f"请用简体中文，不用“{traditional}”")]
     if OTHER_SCRIPT.search(text):
         return [("another script", f"回答里有中文以外的文字“{OTHER_SCRIPT.search(text)[0]}”")]
     capitals = set(
@@ -544,7 +566,7 @@ REFUSAL = re.compile(
 )
 META = re.compile(
     r"以下(?:是|为)|翻译(?:如下|结果|为)|译文|翻译[:：]|(?:描述|合并|结果)(?:如下|为)?[:：]|合并后|^(?:中文|输出|回答|答|标题)\s*[:：]|^好的|^当然|根据(?:您|你|以上|上述|提供|给出|这)"
-    r"|一段(?:中文)?描述|希望(?:这|对)|请提供|术语表|注[:：]|(?:原文|英文)(?:描述|中|为)"
+    r"|已合并|已?按照?您|一段(?:中文)?描述|希望(?:这|对)|请提供|术语表|注[:：]|(?:原文|英文)(?:描述|中|为)"
     r"|如有(?:需要|疑问)|请告诉我|```|\*\*|^#|^[-*•·【]|^\d+[.、)](?!\d)|here (?:is|are)|translation",
     re.IGNORECASE,
 )
@@ -558,6 +580,8 @@ def check_form(captions: list[str], text: str, min_chars: int) -> list[tuple[str
     wrong = []
     if REFUSAL.search(text):
         wrong.append(("refusal", "回答拒绝了翻译，请直接给出中文描述"))
+    if re.search(r"</?\w[^<>]*>", text):
+        wrong.append(("markup", "回答里有标记，只输出文字"))
     if META.search(text):
         wrong.append(("meta talk", "回答里有描述以外的话，只输出描述本身"))
     if "\ufffd" in text:
@@ -677,13 +701,15 @@ class Groups:
 class Answer:
     text: str
     cut: bool = False
-    """The model ran into its longest answer, or a filter of the server stopped it."""
+    """The model ran into its longest answer."""
+    filtered: bool = False
+    """A filter of the server stopped it."""
     limit: int = 0
     """The longest answer, --max_tokens, that was allowed: with more, one that was cut is asked for again."""
 
 
 class Cache:
-    """Append-only JSON lines {"key", "text", "cut", "limit"}, each on the disk before the next request takes its place.
+    """Append-only JSON lines of a key and its `Answer`, each on the disk before the next request takes its place.
 
     A line that a kill left half-written is ignored. Raises InputError where the file cannot be read or written, or where
     another run holds it.
@@ -708,11 +734,13 @@ class Cache:
         for line in content.split(b"\n"):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
-                self.answers[row["key"]] = Answer(row["text"], row["cut"], row.get("limit", 0))
+                self.answers[row["key"]] = Answer(
+                    row["text"], row["cut"], row.get("filtered", False), row.get("limit", 0)
+                )
         self.ragged = not content.endswith(b"\n") and content != b""
 
     def add(self, key: str, answer: Answer) -> None:
-        row = {"key": key, "text": answer.text, "cut": answer.cut, "limit": answer.limit}
+        row = {"key": key} | dataclasses.asdict(answer)
         line = json.dumps(row).encode() + b"\n"
         try:
             self.file.write(b"\n" + line if self.ragged else line)
@@ -760,8 +788,13 @@ def wait_asked(headers) -> float | None:
 HEAVIEST = 4 << 20  # bytes of an answer; the thinking of a model with 100,000 tokens is a tenth of it
 
 
+# What servers say where a model's answer is not what ended it: OpenAI, DeepSeek, vLLM, Zhipu.
+FILTERED = {"content_filter", "sensitive"}
+BROKEN_OFF = {"insufficient_system_resource", "abort", "error", "network_error"}
+
+
 def answer_in(body: str) -> Answer:
-    """The answer in the body of a chat completion. Raises Retry: malformed, empty."""
+    """The answer in the body of a chat completion. Raises Retry: malformed, empty, broken off."""
     try:
         choices = json.loads(body)["choices"]
         if not choices:
@@ -772,9 +805,12 @@ def answer_in(body: str) -> Answer:
             raise TypeError
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise Retry("malformed body", f"not a chat completion: {body[:80]!r}") from None
-    if not (text or "").strip() and why not in ("content_filter", "length"):  # those would be so again
+    if why in BROKEN_OFF:
+        raise Retry("broken off", f"the server broke the answer off ({why})")
+    answer = Answer(text or "", cut=why == "length", filtered=why in FILTERED)
+    if not answer.text.strip() and not (answer.cut or answer.filtered):  # those would be so again
         raise Retry("empty answer", "the answer is empty")
-    return Answer(text or "", why in ("length", "content_filter"))
+    return answer
 
 
 class Endpoint:
@@ -785,7 +821,8 @@ class Endpoint:
         self.sampling = {"temperature": args.temperature, "extra": args.extra}
         self.requests, self.retries = 0, Counter()
         self.answered = False  # now or in an earlier run: then one captions' failure does not speak for the server
-        self.refused_in_a_row = self.failed_in_a_row = 0
+        self.limit = "max_tokens"  # newer models of OpenAI's call it max_completion_tokens
+        self.refused_in_a_row = self.failed_in_a_row = self.spent_in_a_row = 0
         self.next_start = self.paused_until = 0.0
         self.dice = random.Random()  # waits only: nothing that is written depends on it
 
@@ -810,13 +847,22 @@ class Endpoint:
         async def work():
             for key, messages in waiting:
                 try:
-                    keep(key, await self._answer(client, messages))
-                    self.answered, self.failed_in_a_row, self.refused_in_a_row = True, 0, 0
+                    answer = await self._answer(client, messages)
+                    keep(key, answer)
+                    self.spent_in_a_row = self.spent_in_a_row + 1 if answer.cut and not clean(answer.text) else 0
+                    if self.spent_in_a_row >= (2 * self.args.concurrency + 5 if self.answered else 5):
+                        raise InputError(f"{self.args.base_url}: every answer {spent(self.args.max_tokens)}")
+                    self.failed_in_a_row = self.refused_in_a_row = 0
+                    self.answered = self.answered or not self.spent_in_a_row
                 except Refused as error:
                     failures[key] = str(error)
                     self.refused_in_a_row += 1
                     if self.refused_in_a_row >= (2 * self.args.concurrency + 5 if self.answered else 5):
-                        raise InputError(f"{self.args.base_url}: refuses every request: {error}") from None
+                        thinks = "enable_thinking" in str(error)  # Qwen's own service, where an answer is not streamed
+                        setting = '{"enable_thinking": false}' if thinks else '{"temperature": null}'
+                        does = "that it asks for may be given" if thinks else "that it does not take may be left out"
+                        hint = f"; a setting {does}: --extra '{setting}'"
+                        raise InputError(f"{self.args.base_url}: refuses every request: {error}{hint}") from None
                 except Retry as error:
                     failures[key] = str(error)
                     self.failed_in_a_row += 1
@@ -871,9 +917,10 @@ class Endpoint:
         """One try. Raises Retry, Refused, or InputError where the run has to stop."""
         import openai
 
+        settings = {"temperature": self.args.temperature, self.limit: self.args.max_tokens} | (self.args.extra or {})
         asked = client.chat.completions.with_raw_response.create(
-            model=self.name, messages=messages, temperature=self.args.temperature, max_tokens=self.args.max_tokens,
-            extra_body=self.args.extra,
+            model=self.name, messages=messages,
+            extra_body={name: value for name, value in settings.items() if value is not None},
         )  # fmt: skip
         try:
             # The client's own limit is on the silence between two pieces: a server that drips would hold it for ever.
@@ -884,6 +931,10 @@ class Endpoint:
         except (openai.APITimeoutError, asyncio.TimeoutError):
             raise Retry("timeout", f"no answer within {self.args.timeout:g} s") from None
         except openai.APIStatusError as error:
+            unknown = error.status_code == 400 and "max_completion_tokens" in str(error.message)
+            if unknown and "max_completion_tokens" not in settings:
+                self.limit = "max_completion_tokens"
+                return await self._request(client, messages)
             self._raise_for(error)
         except (openai.APIConnectionError, OSError) as error:
             raise Retry("connection", f"connection failed ({error.__cause__ or error})") from None
@@ -906,6 +957,13 @@ class Endpoint:
             cause = "429" if status == 429 else "timeout" if status == 408 else "5xx" if status >= 500 else str(status)
             raise Retry(cause, said, wait_asked(error.response.headers)) from None
         raise Refused(f"request refused: {said}") from None
+
+
+def spent(max_tokens: int) -> str:
+    return (
+        f"was cut at --max_tokens {max_tokens} before its first word, as of a model that thinks: give more, or turn its thinking"
+        """ off where the server can: --extra '{"chat_template_kwargs": {"enable_thinking": false}}'"""
+    )
 
 
 def one_line(error) -> str:
@@ -981,6 +1039,10 @@ class Item:
     """Answers that were not taken, with what was wrong with them."""
     failed: bool = False
     """There is no answer at all."""
+    spent: bool = False
+    """The answer was cut before its first word: to ask for a shorter one would not help."""
+    filtered: bool = False
+    """The server's filter stopped the answer: it would do so again."""
     part: bool = False
     """One of several given texts of its image: it need not say all that the captions say."""
     question: str | None = None
@@ -1029,7 +1091,11 @@ class Translator:
 
     def judge(self, item: Item, answer: Answer) -> None:
         item.text = clean(answer.text)
-        if answer.cut or not item.text:
+        item.spent = answer.cut and not item.text
+        item.filtered = answer.filtered
+        if answer.filtered:
+            item.reasons = [("content filter", "")]
+        elif answer.cut or not item.text:
             item.reasons = [("cut off", "回答没有写完，请写得简洁")]
         else:
             item.reasons = check(item.captions, item.text, self.glossary, self.args.min_chars)
@@ -1053,7 +1119,7 @@ class Translator:
                 item.text = item.text or given
             return Counter()
         self.ask(items, "translate")
-        bad = [item for item in items if item.reasons and not item.failed]
+        bad = [item for item in items if item.reasons and not (item.failed or item.spent or item.filtered)]
         sent_back = Counter(reason for item in bad for reason in {reason for reason, _ in item.reasons})
         for item in bad:
             told = "；".join(dict.fromkeys(told for _, told in item.reasons))
@@ -1266,6 +1332,8 @@ def main(argv: list[str] | None = None) -> int:
         }  # fmt: skip
         write_results(places, rows, items, report)
     print(summary(report))
+    if count := sum(item.spent for item in items):
+        print(f"of {count} texts the answer {spent(args.max_tokens)}", file=sys.stderr)
     if not rows:
         left = "is that of an earlier run" if output.exists() else "is not written"
         raise InputError(f"no answer passed the checks; {places['rejected']} says why, {output} {left}")

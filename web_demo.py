@@ -37,6 +37,7 @@ DEMO = {
     "vqa": "output/demo_vqa/best_model",
 }
 MOST_TEXT = 2000  # characters of a text that is encoded
+FRAME = 0.1  # seconds between two looks at an answer that grows: a browser draws the whole talk anew each time
 SIDE = 384  # pixels of pictures in the gallery
 
 # Every text of the page: English, Chinese.
@@ -410,7 +411,7 @@ class Page:
         if rgb is None:
             raise InputError(self.say("need_picture", language))
         lines = self.texts(texts, language)
-        scores = self.library.text_vectors(lines) @ self.library.picture_vector(rgb)
+        scores = self.library.text_vectors(lines, template="{}") @ self.library.picture_vector(rgb)
         rows = list(zip(lines, scores.tolist()))
         return f"<p>{self.say('scores', language)}</p>" + bars_html(
             rows, min(0.0, *scores.tolist()), max(0.5, *scores.tolist())
@@ -509,13 +510,17 @@ class Page:
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        said = ""
+        said, shown, due = "", "", 0.0
         try:
             for piece in streamer:
                 said += piece
-                yield said
+                if said != shown and (now := time.monotonic()) >= due:
+                    yield said
+                    shown, due = said, now + FRAME
             if failed:
                 raise failed[0]
+            if said != shown:
+                yield said
         finally:
             halt.set()
             thread.join()
@@ -669,33 +674,30 @@ def build(page: Page):
                     send = put(gr.Button, {"value": "send"}, variant="primary")
                     halt, again, clear = (put(gr.Button, {"value": key}) for key in ("halt", "retry", "clear"))
 
-        def run(*values):
-            for n, (words, others) in enumerate(flowing(*values)):
-                yield words, others, gr.skip() if n else ""  # what is typed meanwhile stays
-
-        def repeat(picture, _, words, others, *values):
-            if words:
+        def run(event: gr.EventData, picture, question, words, others, *values):
+            retry = event.target is again
+            if retry:
+                if not words:
+                    return
                 question = turns_of(words)[-1][0]
                 if others and turns_of(others)[-1][0] == question:
                     others = others[:-2]
-                yield from flowing(picture, question, words[:-2], others, *values)
-
-        def flowing(*values):
+                words = words[:-2]
             try:
-                yield from page.converse(*values)
+                for n, told in enumerate(page.converse(picture, question, words, others, *values)):
+                    yield *told, gr.skip() if n or retry else ""  # what is typed meanwhile stays
             except InputError as error:
                 raise notice(error) from None
 
         inputs = [picture, message, told, plain, compare, temperature, top_p, length, choice]
-        events = [
-            event(run, inputs, [told, plain, message], api_visibility="private")
-            for event in (send.click, message.submit)
-        ]
-        events.append(again.click(repeat, inputs, [told, plain], api_visibility="private"))
-        halt.click(None, cancels=events, api_visibility="private")
+        # One event: of several each would run beside the others, and write its own conversation over theirs.
+        asked = [send.click, message.submit, again.click]
+        answer = gr.on(asked, run, inputs, [told, plain, message], api_visibility="private")
+        halt.click(None, cancels=answer, api_visibility="private")
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         for event in (clear.click, picture.change):  # another image begins another conversation
-            event(lambda: ([], []), None, [told, plain], cancels=events, **quiet)
+            # In two steps, or the last piece of the answer that is cancelled might come behind.
+            event(None, cancels=answer, **quiet).then(lambda: ([], []), None, [told, plain], **quiet)
         compare.change(lambda both: gr.update(visible=both, value=[]), compare, plain, **quiet)
 
     with gr.Blocks(title=page.say("title", first), analytics_enabled=False, delete_cache=(3600, 3600)) as app:

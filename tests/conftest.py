@@ -332,6 +332,44 @@ def run_on_two_processes(*words) -> None:
     assert made.returncode == 0, made.stderr[-3000:]
 
 
+# As torchrun, but the script is imported once for both, which takes longer than what is tested.
+FORKED = """
+import importlib, os, signal, sys, traceback
+
+module, port, *argv = sys.argv[1:]
+module = importlib.import_module(module)
+running = set()
+for rank in "01":
+    if not (child := os.fork()):
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        try:
+            module.main(argv)
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    running.add(child)
+while running:
+    child, status = os.wait()
+    running.discard(child)
+    if status:
+        for other in running:
+            os.kill(other, signal.SIGKILL)
+        sys.exit(1)
+"""
+
+
+def run_forked(script: str | Path, *words) -> None:
+    """As `run_on_two_processes`, for a script whose `main` takes the words."""
+    root, script = Path(__file__).parents[1], Path(script)
+    command = [sys.executable, "-c", FORKED, script.stem, str(free_port()), *map(str, words)]
+    places = {"PYTHONPATH": os.pathsep.join([str(root), str(root / script.parent)]), "OMP_NUM_THREADS": "1"}
+    made = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=root, env=os.environ | places)
+    assert made.returncode == 0, made.stderr[-3000:]
+
+
 def free_port() -> int:
     with socket.socket() as made:
         made.bind(("127.0.0.1", 0))

@@ -1,5 +1,6 @@
 """Tiny models with random weights in the file layout and 4.x key names that the hubs publish."""
 
+import json
 from pathlib import Path
 
 TEXT = [
@@ -9,6 +10,12 @@ TEXT = [
     "图像中有河流吗？有没有",
     "描述这幅图像。农田旁边有一条道路，两辆车。",
 ]
+
+
+TEXT_ONLY = """{%- for message in messages %}{{- '<|im_start|>' + message.role + '
+' + message.content + '<|im_end|>
+' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant
+' }}{%- endif %}"""
 
 
 def write_qwen_vl(folder, family="qwen2_5_vl", shards=2, seed=0, vocab=None, **sizes) -> Path:
@@ -31,6 +38,9 @@ def write_qwen_vl(folder, family="qwen2_5_vl", shards=2, seed=0, vocab=None, **s
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = demo_bases.write_qwen_tokenizer(folder, *(vocab or demo_bases.train_bpe(TEXT * 2, 320)), family)
+    if family == "qwen2_5_vl":  # as published: the template that takes images lies in chat_template.json alone
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEXT_ONLY}))
     text = {"hidden_size": n["text_hidden"], "intermediate_size": n["text_intermediate"]}
     text |= {"num_hidden_layers": n["text_layers"], "heads": n["text_heads"], "kv_heads": n["text_kv_heads"]}
     vision = {"depth": n["depth"], "hidden_size": n["hidden"], "num_heads": n["num_heads"]}

@@ -213,6 +213,30 @@ def test_checkpoint_and_whole_folder_write_the_same_captions(options, captioner,
     transformers.CLIPVisionModel.from_pretrained(moved / "vision")
 
 
+def test_lora_on_a_mixture_of_experts_is_merged(captioner, scenes, qwen3_base, tmp_path):
+    """The experts are fused tensors, which no LoRA layer of ours takes: attention alone is adapted."""
+    config = transformers.AutoConfig.from_pretrained(qwen3_base).to_dict()
+    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    more = {"intermediate_size": 32, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    mixture = transformers.Qwen3MoeConfig(**{name: config[name] for name in kept}, **more)
+    transformers.Qwen3MoeForCausalLM(mixture).save_pretrained(tmp_path / "moe")
+    transformers.AutoTokenizer.from_pretrained(qwen3_base).save_pretrained(tmp_path / "moe")
+    model = unsettled(captioner(language_model_name=str(tmp_path / "moe"), lora_rank=4, lora_dropout=0.1))
+    assert {name.split(".")[-4] for name in model.parameter_groups()["language"]} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    model.eval()
+    model.save_whole(tmp_path / "final")
+    plain, ids = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final/language"),
+        torch.tensor([[5, 6, 7]]),
+    )
+    assert torch.allclose(plain(ids).logits, model.language(ids).logits, atol=1e-5)
+
+
 def test_a_checkpoint_of_the_first_stage_holds_the_projector_alone(captioner, scenes, tmp_path):
     model = captioner()
     model.set_stage(1)
@@ -407,6 +431,14 @@ def test_sixteen_bit_bases(captioner, scenes):
 
 # ----------------------------------------------------------------------------------------------------
 # Data
+
+
+def test_a_prompt_is_the_same_tomorrow(qwen3_base):
+    """Llama 3.2's template writes today's date where it is given none."""
+    _, tokenizer = load_language(qwen3_base)
+    date = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    tokenizer.chat_template = date + tokenizer.chat_template
+    assert tokenizer.decode(CaptionPrompt(tokenizer, 2).head).startswith("26 Jul 2024")
 
 
 def test_a_model_without_chat_template_reads_a_line(qwen3_base):

@@ -18,7 +18,7 @@ HISTORY = (("图中有什么？", "一片农田。"), ("What else?", "a river"))
 
 def test_turns_become_questions_with_their_history(picture, tmp_path):
     user = f"图中有什么？ <|vision_start|>{picture}<|vision_end|>"
-    turns = [user, "一片农田。", "What else?", "a river", "Where?", "in the north"]
+    turns = [user, "一片农田。", "<image>\nWhat else?", "a river", "Where? <ImageHere>", "in the north"]
     rows = [
         {"conversations": [{"from": ("user", "assistant")[n % 2], "value": text} for n, text in enumerate(turns)]},
         {"img": picture, "prompt": "Where?", "label": "in the north", "history": [list(pair) for pair in HISTORY]},
@@ -38,6 +38,7 @@ def test_turns_become_questions_with_their_history(picture, tmp_path):
         ({"history": [["q"]]}, "'history'"),
         ({"history": "x"}, "'history'"),
         ({"history": [["q", ""]]}, "'history'"),
+        ({"history": [["<image>", "a"]]}, "'history'"),
     ],
 )
 def test_a_bad_history_is_named(picture, tmp_path, row, said):

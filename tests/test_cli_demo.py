@@ -36,7 +36,8 @@ def talk(chat_adapter, lines, *flags) -> subprocess.CompletedProcess:
 
 def test_a_conversation_through_a_pipe(chat_adapter, pictures):
     lines = [pictures / "none.png", pictures / "a.png", "How many buildings?", "And now?", "before", "clear", "before",
-             pictures / "b.tif", "图中有什么？", "image nowhere.tif", "gone/else.TIF", "stop", "never reached"]  # fmt: skip
+             f"image {pictures / 'b.tif'}", "图中有什么？", "image nowhere.tif", "gone/else.TIF", "stop",
+             "never reached"]  # fmt: skip
     made = talk(chat_adapter, lines, "--language", "en")
     assert made.returncode == 0, made.stderr
     out = made.stdout
@@ -47,6 +48,7 @@ def test_a_conversation_through_a_pipe(chat_adapter, pictures):
         and "nowhere.tif" in out
         and "gone/else.TIF: no such" in out
     )
+    assert "\nb.tif\n" in out.replace("You: ", "\n")
     # The answers are those of `chat`, and the second has the first as its history.
     model = VQA.from_pretrained(chat_adapter)
     a, b = str(pictures / "a.png"), str(pictures / "b.tif")

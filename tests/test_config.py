@@ -99,6 +99,7 @@ def test_the_command_line_chooses_16_bits(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the card
     monkeypatch.setattr(TrainingArguments, "world_size", 1)
+    monkeypatch.setattr("config.refuse_schedule", lambda _: None)
     for words, wanted in (
         ([], (True, False, True)),
         (["--bf16=false"], (False, False, True)),
@@ -111,9 +112,29 @@ def test_the_command_line_chooses_16_bits(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("words", ["--neftune_noise_alpha=5", "--label_smoothing_factor=0.5", "--temperature=0.001",
-                                   "--data_seed=-1", "--adam_beta1=2"])  # fmt: skip
-def test_what_the_losses_do_not_know_is_refused(words):
+                                   "--data_seed=-1", "--adam_beta1=2", "--max_steps=0", "--fp16", "--push_to_hub",
+                                   "--train_sampling_strategy=sequential", "--remove_unused_columns=true",
+                                   "--adam_epsilon=-1", "--optim=adamw_bnb_8bit", "--optim=galore_adamw",
+                                   "--lr_scheduler_type=warmup_stable_decay",
+                                   '--lr_scheduler_kwargs={"no_such": 1}'])  # fmt: skip
+def test_what_could_not_work_is_refused_at_once(words, monkeypatch):
+    if "bnb" in words:
+        monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     refused(lambda: read(words), words.partition("=")[0])
+
+
+def test_what_could_work_is_not_refused():
+    for words in (["--optim=adafactor"], ["--optim=sgd"], ["--lr_scheduler_type=reduce_lr_on_plateau"],
+                  ["--lr_scheduler_type=cosine_with_min_lr", '--lr_scheduler_kwargs={"min_lr": 1e-6}'],
+                  ["--train_sampling_strategy=random"], ["--max_steps=5", "--warmup_steps=10"]):  # fmt: skip
+        read(*words)
+
+
+def test_no_secret_is_recorded(tmp_path):
+    assert (
+        parse(MatchConfig, [f"--output_dir={tmp_path / 'new'}", "--hub_token=hf_x", "--margin=0.4"])[2]["margin"] == 0.4
+    )
+    assert "hub_token" not in parse(MatchConfig, [f"--output_dir={tmp_path / 'new'}", "--hub_token=hf_x"])[2]
 
 
 def test_dashes_and_equal_signs():
@@ -270,3 +291,19 @@ def test_new_run_into_a_used_folder(tmp_path):
     refused(lambda: parse(VQAConfig, [f"--output_dir={tmp_path}", "--eval_only=false", "--use_cpu=true"]), tmp_path)
     _, args, _ = parse(MatchConfig, ["--use_cpu=true"])
     assert Path(args.output_dir).parent.name == "output" and TRAINING_DEFAULTS["output_dir"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "the disk is full"),
+        (RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"), "for want of memory"),
+        (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), "for want of memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_in_a_line(error, said, capsys):
+    with pytest.raises(SystemExit) as ended, user_errors():
+        raise error
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a fault"), user_errors():
+        raise RuntimeError("a fault")

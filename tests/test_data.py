@@ -133,6 +133,28 @@ def test_prepare_reads_each_image_once_and_reports(folder, monkeypatch):
     assert store.prepare([path for path in paths[:-1] if path not in bad]) == {}
 
 
+def test_many_files_are_read_in_processes(folder):
+    paths = [str(folder / f"a{i % 4}.png") for i in range(30)]
+    seen = data.over_files(_who_reads, paths, workers=2, disable=True)
+    assert [path for path, _ in seen] == paths and os.getpid() not in {process for _, process in seen}
+    few = data.over_files(_who_reads, paths[:7], workers=2, disable=True)
+    assert {process for _, process in few} == {os.getpid()}, "a process is not started for them"
+    store = PixelStore(lambda_resize(), ImageSettings())
+    for path, pixels in zip(paths, data.each_file(store.__getitem__, paths, workers=2), strict=True):
+        assert isinstance(pixels, np.ndarray) and np.array_equal(pixels, store[path])
+    with pytest.raises(InputError, match=r"^no room for a3\.png$"):
+        data.over_files(_refuse, paths, workers=2, disable=True)
+
+
+def _who_reads(path):
+    return path, os.getpid()
+
+
+def _refuse(path):
+    if path.endswith("a3.png"):
+        raise InputError("no room for a3.png")
+
+
 @pytest.mark.parametrize("size", [(3000, 10), (1, 201)])
 def test_a_strip_of_a_picture_is_refused_by_name(processors, tmp_path, size):
     path = picture(tmp_path / "thin.png", size=size)
@@ -301,3 +323,15 @@ def test_collator_with_features_of_frozen_towers(small):
     assert batch["image_features"].tolist() == [[4, 5], [0, 1]]
     assert batch["text_features"][:, 0].tolist() == batch["text_ids"].tolist()
     assert not {"pixel_values", "input_ids"} & set(batch)
+
+
+def test_no_more_processes_than_shared_memory_has_room_for(monkeypatch, capsys):
+    """In Docker's 64 MB training and indexing stood still for ever."""
+    usage = data.shutil.disk_usage("/")
+    pieces = [{"pixel_values": torch.zeros(5 * 2**18)}, {"pixel_values": torch.zeros(5 * 2**18)}]
+    batch = lambda: {"pieces": pieces, "labels": torch.zeros(2**18), "targets": 3}  # noqa: E731 - 11 MiB
+    for free, fit in ((64, 1), (256, 7), (20, 0), (9 * 1024, 8)):
+        monkeypatch.setattr(data.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free * 2**20))
+        assert data.fitting_workers(8, batch, ahead=2) == fit
+        assert ("--shm-size" in capsys.readouterr().err) == (fit < 8)
+    assert data.fitting_workers(0, None, 2) == 0

@@ -103,10 +103,28 @@ def test_questions_in_lists_and_several_answers(tmp_path, monkeypatch):
     source = write(tmp_path / "vqa", "all", {"image": [image(0)], "q": [["a?", "b?"]], "a": [["1", "2"]]})
     hub2data.main([str(source), "--output", "lists", "--question", "q", "--answer", "a"])
     rows = Path("lists/rsvqa-dataset.csv").read_text().splitlines()
-    assert rows[1:] == ["lists/images/all_000000.png,a?,1,", "lists/images/all_000000.png,b?,2,"]
+    assert rows[1:] == ["images/all_000000.png,a?,1,", "images/all_000000.png,b?,2,"]
     source = write(tmp_path / "many", "all", {"image": [image(0)], "question": ["c?"], "answers": [["x", "y", "y"]]})
     hub2data.main([str(source), "--output", "several"])
-    assert Path("several/rsvqa-dataset.csv").read_text().splitlines()[1] == "several/images/all_000000.png,c?,y,"
+    assert Path("several/rsvqa-dataset.csv").read_text().splitlines()[1] == "images/all_000000.png,c?,y,"
+    read = read_conversations("several/rsvqa-dataset.csv")  # as it is, from wherever
+    assert [scene.image for scene in read.scenes] == ["several/images/all_000000.png"]
+
+
+def test_types_of_questions(tmp_path):
+    """A class, or one for each of a list of questions."""
+    kinds = datasets.ClassLabel(names=["presence", "count"])
+    for n, (question, answer, kind, feature) in enumerate(
+        [("a?", "b", 1, kinds), (["a?", "b?"], ["c", "d"], [1, -1], datasets.List(kinds)),
+         (["a?", "b?"], ["c", "d"], ["count", "presence"], None), ("a?", "b", 7, None)]
+    ):  # fmt: skip
+        columns = {"image": [image(0)], "question": [question], "answer": [answer], "type": [kind]}
+        source = write(tmp_path / f"in{n}", "train", columns, {"type": feature} if feature else {})
+        hub2data.main([str(source), "--output", str(tmp_path / f"out{n}")])
+        (scene,) = read_conversations(tmp_path / f"out{n}/rsvqa-dataset.csv").scenes
+        assert [q.kind or None for q in scene.questions] == [["count"], ["count", None], ["count", "presence"], ["7"]][
+            n
+        ]
 
 
 def test_labels(tmp_path):
@@ -119,6 +137,14 @@ def test_labels(tmp_path):
     assert names[0] == "x.png" and names[1].startswith("x_") and len(names) == 2  # two pictures of one name
     found = read_attributes(tmp_path / "out/labels.csv")
     assert found["x.png"] == {"label": "Sea Lake"} and found[names[1]]["label"] == "River"
+
+
+def test_several_labels_an_image_are_no_class(tmp_path):
+    labels = [["Coniferous forest", "Pastures"], ["Pastures"]]
+    folder = write(tmp_path / "ben", "train", {"image": [image(0), image(1)], "labels": labels})
+    refused(
+        lambda: hub2data.main([str(folder), "--output", str(tmp_path / "x")]), "column 'labels' holds several labels"
+    )
 
 
 def test_unlabelled_images_are_no_class(tmp_path):

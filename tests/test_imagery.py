@@ -23,7 +23,7 @@ from rasterio.transform import Affine, from_origin
 
 import imagery
 from config import InputError
-from imagery import ImageError, ImageSettings, colour_histogram, image_size, read_image, read_windows, tile_windows
+from imagery import ImageError, ImageSettings, colour_histogram, image_size, opened, read_image, tile_windows
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -471,7 +471,8 @@ def test_tiles_and_windows_are_cut_from_the_scene(tmp_path, kind):
         ramp = (photo().astype(kind[:-4]) * 1).transpose(2, 0, 1)
         path, settings = write_tif(tmp_path / "a.tif", ramp, **UTM), ImageSettings()
     scene = read_image(path, settings)
-    tiles = list(read_windows(path, settings, tile_windows(*image_size(path), 16, 12)))
+    with opened(path, settings) as read:
+        tiles = [read(window) for window in tile_windows(*image_size(path), 16, 12)]
     assert [t.window for t in tiles] == list(tile_windows(40, 60, 16, 12))
     for picture in tiles:
         c, r, w, h = picture.window
@@ -566,8 +567,9 @@ import resource, imagery
 settings = imagery.ImageSettings(stretch="percentile")
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 700 * 2**20,) * 2)
-tiles = imagery.read_windows({str(path)!r}, settings, imagery.tile_windows(*imagery.image_size({str(path)!r}), 512, 512))
-first = next(tiles); second = next(tiles)
+tiles = imagery.tile_windows(*imagery.image_size({str(path)!r}), 512, 512)
+with imagery.opened({str(path)!r}, settings) as read:
+    first = read(next(tiles)); second = read(next(tiles))
 assert first.limits == second.limits and first.rgb.shape == (512, 512, 3) and first.rgb.max() == 255
 try:
     imagery.read_image({str(path)!r}, settings)
@@ -802,7 +804,7 @@ def test_sidecar_files_are_neither_read_nor_written(tmp_path):
 )
 def test_not_images(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
-    for call in (read_image, image_size, lambda p: list(read_windows(p, ImageSettings(), [None]))):
+    for call in (read_image, image_size, lambda p: opened(p, ImageSettings()).__enter__()(None)):
         with pytest.raises(ImageError, match=said) as caught:
             call(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name))
@@ -1030,11 +1032,145 @@ def test_bands_that_nothing_names_are_said(tmp_path):
         read_image(tmp_path / "B04.tif", ImageSettings(bands="sentinel2"))
 
 
-def test_a_file_for_each_band_is_said():
+def write_band(path, data, x=500_000, crs="EPSG:32633", **profile):
+    """A file of one band, on a grid of 10 m."""
+    transform = rasterio.transform.from_origin(x, 5_800_000, 10, 10)
+    profile |= {"height": data.shape[0], "width": data.shape[1], "count": 1, "dtype": data.dtype}
+    with rasterio.open(path, "w", driver="GTiff", crs=crs, transform=transform, **profile) as out:
+        out.write(data, 1)
+
+
+def joined(path, other, *, settings, **how):
+    """Whether a scene of several files reads as the file that holds its red, green and blue."""
+    picture, one = read_image(path, settings, **how), read_image(other, **how)
+    assert picture.footprint == one.footprint and picture.limits == one.limits and picture.valid == one.valid
+    return np.array_equal(picture.rgb, one.rgb)
+
+
+@pytest.mark.parametrize(
+    ("names", "bands"),
+    [("S2A_1_B{:02}.tif", "auto"), ("B{:02}.tif", "auto"), ("HLS.S30.T32TQM.2020166T101559.v2.0.B{:02}.tif", "auto"),
+     ("T33UUP_20200615_B{:02}_10m.tif", "auto"), ("LC08_L2SP_1_SR_B{}.TIF", "auto"), ("LE07_L1TP_1_B{}.TIF", "auto"),
+     ("mine_B{}.tif", "landsat9"), ("mine_B{}.tif", "landsat5"), ("x & <y>_B{:02}.tif", "sentinel2")],
+)  # fmt: skip
+def test_a_scene_with_a_file_for_each_band(tmp_path, names, bands):
+    data = np.random.default_rng(0).integers(1, 3000, (5, 40, 30), dtype=np.uint16)
+    data[:, :3] = 0
+    for band in range(1, 5):
+        write_band(tmp_path / names.format(band), data[band], nodata=0)
+    codes = (3, 2, 1) if "LE07" in names or bands == "landsat5" else (4, 3, 2)
+    grid = dict(crs="EPSG:32633", transform=rasterio.transform.from_origin(500_000, 5_800_000, 10, 10), nodata=0)
+    with rasterio.open(
+        tmp_path / "one.tif", "w", driver="GTiff", height=40, width=30, count=3, dtype="uint16", **grid
+    ) as out:
+        out.write(data[list(codes)])
+    red, settings = tmp_path / names.format(codes[0]), ImageSettings(bands=bands)
+    for how in ({}, {"window": (5, 2, 20, 30)}, {"max_side": 10}):
+        assert joined(red, tmp_path / "one.tif", settings=settings, **how)
+    assert imagery.image_size(red) == (40, 30)
+    alone = read_image(red, ImageSettings(bands="1")).rgb
+    assert (alone[..., 0] == alone[..., 1]).all() and not (read_image(red, settings).rgb == alone).all()
+    other = read_image(tmp_path / names.format(codes[1]), settings if bands == "auto" else ImageSettings()).rgb
+    assert (other[..., 0] == other[..., 1]).all()  # only red's stands for the scene
+
+    paths = sorted(tmp_path.iterdir())
+    kept, note = imagery.join_bands(paths, settings)
+    assert kept == [path for path in paths if path in (red, tmp_path / "one.tif")]
+    assert note.startswith("scenes with a file for each band: 1;") and str(red) in note and "3 files" in note
+    assert imagery.join_bands(paths, ImageSettings(bands="1")) == (paths, None)
+
+    size, time = imagery.file_state(red, bands)
+    os.utime(tmp_path / names.format(codes[1]), ns=(10**9,) * 2)  # older than red's
+    assert imagery.file_state(red, bands) != (size, time) and size > 2 * red.stat().st_size
+    assert imagery.file_state(red, "1") == (red.stat().st_size, red.stat().st_mtime_ns)
+
+
+def test_files_that_are_only_numbered_like_bands(tmp_path):
+    """Cells of a grid, pictures in colour, bands of other sizes: each is a picture of its own."""
+    data = np.random.default_rng(0).integers(1, 255, (4, 12, 12), dtype=np.uint8)
+    cells, sizes = tmp_path / "cells", tmp_path / "sizes"
+    for folder in (cells, sizes):
+        folder.mkdir()
+    for band in (2, 3, 4):
+        write_band(cells / f"cell_B{band:02}.tif", data[band - 1], x=500_000 + 120 * band)
+        write_band(sizes / f"s_B{band:02}_10m.tif", data[band - 1, : 4 * band])
+        Image.fromarray(data[:3].transpose(1, 2, 0)).save(tmp_path / f"street_B{band:02}.png")
+        assert len(imagery.band_files(cells / f"cell_B{band:02}.tif", "auto")) == (3 if band == 4 else 1)
+    for folder, name in ((cells, "cell_B04.tif"), (sizes, "s_B04_10m.tif")):
+        assert not imagery.is_joined(folder / name, ImageSettings())
+        rgb = read_image(folder / name).rgb
+        assert np.array_equal(rgb, np.repeat(data[3][..., None], 3, axis=2))
+        paths = sorted(folder.iterdir())
+        kept, note = imagery.join_bands(paths, ImageSettings())
+        assert kept == paths and "rio stack" in note
+    assert np.array_equal(read_image(tmp_path / "street_B04.png").rgb, data[:3].transpose(1, 2, 0))
+    photos = [tmp_path / f"street_B{band:02}.png" for band in (2, 3, 4)]
+    rgb = sizes / "rgb"
+    rgb.mkdir()
+    for band in (2, 3, 4):  # in colour, and lying somewhere
+        with rasterio.open(
+            rgb / f"B{band:02}.tif", "w", driver="GTiff", height=12, width=12, count=3, dtype="uint8", **UTM
+        ) as out:
+            out.write(data[:3])
+    for alone in (photos, sorted(rgb.iterdir())):
+        assert imagery.join_bands(alone, ImageSettings())[0] == alone
+    # Beside scenes of another name that do join.
+    (sizes / "scene").mkdir()
+    for band in (2, 3, 4):
+        write_band(sizes / "scene" / f"S2_B{band:02}.tif", data[0])
+    scene = sorted((sizes / "scene").iterdir())
+    mixed = [*sorted(cells.iterdir()), *photos, *scene]
+    assert imagery.join_bands(mixed, ImageSettings())[0] == [*mixed[:6], scene[-1]]
+    broken = tmp_path / "x_B03.tif"
+    write_band(tmp_path / "x_B04.tif", data[0])
+    write_band(tmp_path / "x_B02.tif", data[1])
+    broken.write_bytes(b"<html>")
+    with pytest.raises(ImageError, match=r"x_B03\.tif: is an HTML page"):
+        read_image(tmp_path / "x_B04.tif")
+
+
+def test_a_mask_inside_the_red_file_is_kept(tmp_path):
+    data = np.random.default_rng(0).integers(1, 255, (3, 12, 12), dtype=np.uint8)
+    mask = np.full((12, 12), 255, np.uint8)
+    mask[:4] = 0
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        for band in (2, 3, 4):
+            write_band(tmp_path / f"B{band:02}.tif", data[band - 2])
+            with rasterio.open(tmp_path / f"B{band:02}.tif", "r+") as out:
+                out.write_mask(mask)
+    picture = read_image(tmp_path / "B04.tif")
+    assert imagery.is_joined(tmp_path / "B04.tif", ImageSettings()) and picture.valid == pytest.approx(2 / 3)
+    assert np.array_equal(picture.rgb, data[::-1].transpose(1, 2, 0) * (mask[..., None] > 0))
+
+
+def test_a_sentinel_2_product_is_one_picture(tmp_path):
+    """As ESA publishes level 2A and level 1C: every band at up to three resolutions, and a picture in true colour."""
+    data = np.random.default_rng(0).integers(1, 4000, (12, 12), dtype=np.uint16)
+    for metres, bands in ((10, "B02 B03 B04 B08 TCI"), (20, "B02 B03 B04 B8A TCI"), (60, "B01 B02 B03 B04 TCI")):
+        folder = tmp_path / f"S2A.SAFE/IMG_DATA/R{metres}m"
+        folder.mkdir(parents=True)
+        for band in bands.split():
+            write_band(folder / f"T33UUP_20200615T101559_{band}_{metres}m.tif", data[: 120 // metres, : 120 // metres])
+    (tmp_path / "S2B.SAFE/IMG_DATA").mkdir(parents=True)
+    for band in ("B02", "B03", "B04", "B08", "TCI"):
+        write_band(tmp_path / f"S2B.SAFE/IMG_DATA/T33UUP_20200620T101559_{band}.tif", data)
+    write_band(tmp_path / "alone_TCI_10m.tif", data)
+    paths = sorted(path for path in tmp_path.rglob("*.tif"))
+    kept, note = imagery.join_bands(paths, ImageSettings())
+    assert [path.name for path in kept] == [
+        "T33UUP_20200615T101559_B04_10m.tif", "T33UUP_20200620T101559_B04.tif", "alone_TCI_10m.tif",
+    ]  # fmt: skip
+    assert note.startswith("scenes with a file for each band: 2;") and "18 files beside them are left out" in note
+    coarse = [path for path in paths if "R10m" not in str(path)]
+    assert imagery.join_bands(coarse, ImageSettings())[0][0].name == "T33UUP_20200615T101559_B04_20m.tif"
+
+
+def test_bands_that_cannot_be_joined_are_said():
     patch = [f"x/S2A_45_B{band}.tif" for band in ("01", "02", "03", "8A")]
-    assert "1 scenes have a file for each band, such as x/S2A_45.tif" in imagery.bands_apart([*patch, "a.tif"])
+    kept, note = imagery.join_bands([*patch, "a.tif"], ImageSettings())
+    assert kept == [*patch, "a.tif"] and "scenes with a file for each band: 1, such as x/S2A_45_B01.tif" in note
     for band in (2, 3, 4):
         patch.append(f"LC08_L2SP_SR_B{band}.TIF")
         patch.append(f"T33UUP_B0{band}_10m.jp2")
-    assert imagery.bands_apart(patch).startswith("3 scenes")
-    assert imagery.bands_apart(["harbour_B1.tif", "harbour_B2.tif", "farm_1.png"]) is None
+    assert imagery.join_bands(patch, ImageSettings())[1].startswith("scenes with a file for each band: 3,")
+    assert imagery.join_bands(["harbour_B1.tif", "harbour_B2.tif", "farm_1.png"], ImageSettings())[1] is None

@@ -116,6 +116,56 @@ def test_rasters_of_other_kinds_are_not_passed_over_in_silence(folder):
     assert passed_over(files_below(folder)) in plan.notes
 
 
+def test_masks_beside_the_pictures_are_left_out(folder):
+    masks = ["20200615_1_3B_udm2.tif", "LC08_L2SP_1_QA_PIXEL.TIF", "T33UUP_20200615_SCL_20m.jp2", "MSK_CLDPRB_20m.jp2",
+             "HLS.S30.T32TQM.2020166.v2.0.Fmask.tif", "LC08_L2SP_1_ST_EMIS.TIF", "AOT.tif",
+             "T33UUP_20200615T101559_PVI.jp2",
+             "S2A_MSIL2A_20200615T101559_N0214_R022_T33UUP_20200615T130153-ql.jpg",
+             "LC08_L2SP_1_02_T1_thumb_large.jpeg"]  # fmt: skip
+    for name in [*masks, "scl.png", "aqua_1.tif"]:
+        write_tif(folder / "farm" / name, 60, 60)
+
+    def planned(*only):
+        plan = module.plan_index(folder, None, tile=64, stride=48, settings=ImageSettings(), only=only or ("*",))
+        return {file.path for file in plan.files}, plan.notes
+
+    names, notes = planned()
+    assert names & {f"farm/{name}" for name in [*masks, "scl.png", "aqua_1.tif"]} == {"farm/scl.png", "farm/aqua_1.tif"}
+    assert [note for note in notes if note.startswith("masks, quality layers and previews left out: 10, such as")]
+    assert planned("*_SCL_20m.jp2") == ({"farm/T33UUP_20200615_SCL_20m.jp2"}, [])
+    for path in folder.rglob("*.*"):
+        if path.name not in masks:
+            path.unlink()
+    names, notes = planned()
+    assert len(names) == 10 and notes == [], "a folder of masks is meant"
+
+
+def test_cells_that_are_numbered_like_bands_all_come_in(folder):
+    for n in range(1, 7):
+        write_tif(folder / "cells" / f"dem_B{n:02}.tif", 60, 60, origin=(500000 + 600 * n, 4600000))
+    plan = module.plan_index(folder / "cells", None, tile=64, stride=48, settings=ImageSettings())
+    assert len(plan.files) == 6 and not plan.rejected
+
+
+def test_a_place_that_a_file_beside_tells_is_said(folder):
+    def notes():
+        plan = module.plan_index(folder, None, tile=64, stride=48, settings=ImageSettings())
+        return [note for note in plan.notes if "world file" in note]
+
+    (folder / "large.tfw").write_text("10\n0\n0\n-10\n500005\n4599995\n")
+    assert notes() == [], "the image says it, too"
+    (folder / "farm" / "S2A_20210630_0.pgw").write_text("10\n0\n0\n-10\n500005\n4599995\n")
+    (note,) = notes()
+    assert "them: 2," in note and "S2A_20210630_0.png, which says itself not" in note
+
+
+def test_a_file_of_many_tiles_is_opened_once(model, folder, tmp_path, monkeypatch):
+    opened, made = [], module.opened
+    monkeypatch.setattr(module, "opened", lambda path, settings: opened.append(path.name) or made(path, settings))
+    index_library(model, folder, tmp_path / "x", **SMALL)
+    assert sorted(opened) == sorted(set(opened)) and "large.tif" in opened
+
+
 def contents(location) -> dict:
     """{(path, window): (vector, payload)} of an index."""
     with store.open(location) as index:
@@ -141,6 +191,9 @@ def test_small_pieces(tmp_path):
     assert windows_of(96, 90, 64, 48) == [None] and windows_of(5000, 90, 0, 0) == [None]
     assert windows_of(97, 90, 64, 48) == list(tile_windows(97, 90, 64, 48))
     assert time_in_name("a/S2A_MSIL1C_20200630T101031_N02.tif") == "2020-06-30"
+    clocks = ("IMG_PHR1A_PMS_202006301028190_ORT_1.TIF", "DJI_202006301230_001.JPG", "DJI_20200630123000_1.JPG")
+    for name in ("影像_2020年06月30日.tif", "影像2020年6月30日.tif", "x_2020.06.30.tif", *clocks):
+        assert time_in_name(name) == "2020-06-30"
     assert time_in_name("x_2019-02-28.png") == "2019-02-28" and time_in_name("1999_12_31/a.png") is None
     for name in (
         "LC81930242020182LGN00_B4.TIF",
@@ -148,7 +201,11 @@ def test_small_pieces(tmp_path):
         "MOD09GA.A2020182.h18v03.tif",
     ):
         assert time_in_name(name) == "2020-06-30"
-    assert time_in_name("tile_20481024.tif") is None and time_in_name("x.2020400.tif") is None
+    assert (
+        time_in_name("tile_20481024.tif") is None
+        and time_in_name("id_202006309912.tif") is None
+        and time_in_name("x.2020400.tif") is None
+    )
     assert [time_in_name(name) for name in ("20200231.tif", "120200630.tif", "2020-0630.tif", "scene_01042.tif")] == [
         None
     ] * 4
@@ -246,6 +303,63 @@ def test_workers_make_the_same_index(model, folder, tmp_path, monkeypatch):
     two = index_library(model, folder, tmp_path / "two", **(SMALL | {"workers": 2, "batch_size": 5}))
     same_contents(contents(tmp_path / "one"), contents(tmp_path / "two"))
     assert one.rejected == two.rejected
+
+
+def test_scenes_with_a_file_for_each_band(model, tmp_path):
+    """Red, green and blue are one picture under red's name, whichever of them changes; `only` chooses among the rest."""
+    root, location = tmp_path / "library", tmp_path / "index"
+    data = np.random.default_rng(0).integers(1, 3000, (4, 60, 60), dtype=np.uint16)
+
+    def write(scene, band, data):
+        path = root / scene / f"{scene}_B{band:02}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place = {"crs": "EPSG:32633", "transform": from_origin(5e5, 46e5, 10, 10)}
+        with rasterio.open(path, "w", driver="GTiff", height=60, width=60, count=1, dtype="uint16", **place) as out:
+            out.write(data, 1)
+        return path
+
+    def index(**more):
+        report = index_library(model, root, location, **SMALL | more)
+        return report, contents(location)
+
+    for scene in ("S2A_1", "S2A_2"):
+        for band in (2, 3, 4, 8):
+            write(scene, band, data[band % 4])
+    green = root / "S2A_2/S2A_2_B03.tif"
+    green.rename(tmp_path / "later.tif")
+    write_tif(root / "S2A_1/S2A_1_photo.tif", 40, 40)
+    report, first = index()
+    assert [note for note in report.notes if note.startswith("scenes with a file for each band: 1;")]
+    assert {path for path, _ in first} == {
+        "S2A_1/S2A_1_B04.tif",
+        "S2A_1/S2A_1_photo.tif",
+        *(f"S2A_2/S2A_2_B{n}.tif" for n in ("02", "04", "08")),
+    }
+    shutil.move(tmp_path / "later.tif", green)
+    report, second = index()
+    assert (report.files, report.updated, report.removed, report.unchanged) == (1, 1, 2, 2)
+    assert {path for path, _ in second} == {f"S2A_{n}/S2A_{n}_B04.tif" for n in (1, 2)} | {"S2A_1/S2A_1_photo.tif"}
+    with Library.open(location, encoder=model) as library:
+        shown = {p["path"]: library.picture(p) for _, p in second.values()}
+    both = [read_image(root / f"S2A_{n}/S2A_{n}_B04.tif", module.ImageSettings()).rgb for n in (1, 2)]
+    assert all(np.array_equal(shown[f"S2A_{n}/S2A_{n}_B04.tif"], rgb) for n, rgb in zip((1, 2), both))
+    assert (both[0][..., 0] != both[0][..., 1]).any()
+
+    write("S2A_1", 3, data[0])
+    report, _ = index()
+    assert (report.files, report.updated, report.unchanged) == (1, 1, 2)
+    report, third = index(only=["*_B04.tif", "nothing/*"])
+    assert (report.files, report.removed, report.unchanged) == (0, 1, 2) and len(third) == 2
+    report, again = index()  # a later run keeps it
+    assert report.unchanged == 2 and again.keys() == third.keys()
+    with pytest.raises(InputError, match=r"no image in it has a name such as \*\.jp2 \(--only\)"):
+        index(only=["*.jp2"])
+    report, _ = index(only=["*"])
+    assert (report.files, report.unchanged) == (1, 2)
+    with rasterio.open(root / "S2A_2/S2A_2_B02.tif", "r+") as blue:
+        blue.transform = from_origin(6e5, 46e5, 10, 10)
+    report, _ = index()
+    assert "green and blue beside it are of another grid" in report.rejected[0].reason and report.removed == 1
 
 
 def test_what_cannot_be_written_ends_the_run(model, folder, tmp_path, monkeypatch):
@@ -353,7 +467,7 @@ def test_tiles_without_data_are_left_out(model, tmp_path):
     assert index_library(model, root, tmp_path / "x", tile=64, stride=64, workers=0).unchanged == 1
 
 
-def test_attributes(model, folder, tmp_path):
+def test_attributes(model, folder, tmp_path, monkeypatch):
     table = tmp_path / "labels.csv"
     table.write_text("path,split,sensor\nlarge.tif,test,S2\nfarm/S2A_20210630_0.png,train,\n")
     rows = read_attributes(table)
@@ -364,21 +478,41 @@ def test_attributes(model, folder, tmp_path):
         assert [hit.payload["path"] for hit in hits] == ["farm/S2A_20210630_0.png"]
         assert hits[0].payload["attributes"] == {"folder": "farm", "split": "train"}
     rows["large.tif"]["sensor"] = "L8"  # a changed label reaches the index although the image did not change
-    assert index_library(model, folder, tmp_path / "x", attributes=rows, **SMALL).updated == 1
+
+    def vectors():
+        return {key: vector.tobytes() for key, (vector, _) in contents(tmp_path / "x").items()}
+
+    before = vectors()
+    report = index_library(model, folder, tmp_path / "x", attributes=rows, **SMALL)
+    assert (report.amended, report.unchanged, report.added, report.removed) == (1, 5, 0, 0) and vectors() == before
     assert {p["attributes"].get("sensor") for _, p in contents(tmp_path / "x").values()} == {"L8", None}
     # A later run that names none keeps them, and encodes nothing anew; an empty table takes them away.
-    assert index_library(model, folder, tmp_path / "x", **SMALL).updated == 0
-    (folder / "farm" / "S2A_20210630_0.png").touch()
+    assert index_library(model, folder, tmp_path / "x", **SMALL).amended == 0
+    touched = folder / "farm" / "S2A_20210630_0.png"
+    os.utime(touched, ns=(10**18, 10**18))
+    assert index_library(model, folder, tmp_path / "x", **SMALL).added == 0
+    read = []
+    monkeypatch.setattr(module, "content_hash", lambda *paths: read.append(paths) or content_hash(*paths))
     index_library(model, folder, tmp_path / "x", **SMALL)
+    assert [Path(path).name for paths in read for path in paths] == ["broken.jpg"], (
+        "the time of the touched one is known now"
+    )
     kept = {p["attributes"].get("split") for _, p in contents(tmp_path / "x").values()}
     assert kept == {"test", "train", None}
-    assert index_library(model, folder, tmp_path / "x", attributes={}, **SMALL).updated == 2
+    report = index_library(model, folder, tmp_path / "x", attributes={}, **SMALL)
+    assert (report.amended, report.added) == (2, 0)
     assert {p["attributes"].get("split") for _, p in contents(tmp_path / "x").values()} == {None}
     wrong = [("path\nx\n", "header"), ("path,a b\nx,1\n", "a b"), ("path,a\nx\n", "line 2")]
     for text, word in [*wrong, ("path,time\nx,1\n", "'time'.*rename")]:
         table.write_text(text)
         with pytest.raises(InputError, match=word):
             read_attributes(table)
+    table.write_text("path,label,,\nfarm\\S2A_20210630_0.png,port,,\nlarge.tif,sea,,\nlarge.tif,sea,,\n,,,\n")
+    made = index_library(model, folder, tmp_path / "z", attributes=read_attributes(table), **SMALL)
+    assert made.unknown == [], "a spreadsheet's empty columns, and a path of Windows"
+    table.write_text("path,label\nlarge.tif,sea\nlarge.tif,port\n")
+    with pytest.raises(InputError, match=r"large\.tif stands in two rows"):
+        read_attributes(table)
     with pytest.raises(InputError, match="none of the 1 images"):
         index_library(model, folder, tmp_path / "y", attributes={"nowhere.tif": {"a": "b"}}, **SMALL)
     assert not (tmp_path / "y").exists()

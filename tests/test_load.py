@@ -83,8 +83,11 @@ def rewrite_header(path: Path, change) -> None:
 # --- whole or not ---
 
 
-def test_a_whole_model_passes(tiny):
+def test_a_whole_model_passes(tiny, tmp_path):
     load.verify_model(tiny)
+    shutil.copytree(tiny, tmp_path / "five")
+    (tmp_path / "five" / "preprocessor_config.json").rename(tmp_path / "five" / "processor_config.json")
+    load.verify_model(tmp_path / "five")  # as transformers 5 saves it
 
 
 @pytest.mark.parametrize(

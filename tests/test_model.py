@@ -438,6 +438,19 @@ def test_parameter_groups_hold_each_trained_parameter_once(encoder):
 # CLIP, Chinese-CLIP, SigLIP
 
 
+def test_siglip_2_reads_lower_case(tmp_path):
+    model = DualEncoder.from_pretrained(write_clip(tmp_path / "towers", "siglip"))
+    texts = ["Is there a River?", "is there a river?"]
+
+    class GemmaTokenizer:
+        def __call__(self, texts, **_):
+            return {"input_ids": [[ord(letter) % 128 for letter in text] for text in texts]}
+
+    model.tokenizer = GemmaTokenizer()
+    (large, small), _ = model.tokenize(texts)
+    assert np.array_equal(large, small)
+
+
 @pytest.mark.parametrize("family", ["clip", "siglip", "chinese_clip"])
 def test_a_clip_scores_as_transformers_does(tmp_path, family):
     folder = write_clip(tmp_path / "towers", family)

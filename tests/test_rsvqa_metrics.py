@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import metrics
 from metrics import bucket, majority_answers, mcnemar, normalise_answer, rsvqa_scores
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -281,7 +282,11 @@ def slow_class(text, kind):
 def slow_scores(rows):
     """Independent: plain Python over (answer, truth, kind, image) rows. -> {(protocol, name): value}"""
     out = {}
-    for protocol, read in (("exact", lambda text, kind: text), ("bucketed", slow_class)):
+
+    def areas(text, kind):
+        return slow_class(text, kind) if kind == "area" else text
+
+    for protocol, read in (("exact", lambda text, kind: text), ("areas", areas), ("bucketed", slow_class)):
         right = [(kind, read(a, kind) == read(t, kind)) for a, t, kind, _ in rows]
         for suffix, part in (("", right), ("_closed", [r for r in right if r[0] not in ("count", "area")])):
             by_type = {k: [r for kind, r in part if kind == k] for k in {kind for kind, _ in part}}
@@ -301,7 +306,7 @@ def slow_scores(rows):
 def flat(scores):
     """The result in the keys of `slow_scores`: -> values, intervals."""
     values, intervals = {}, {}
-    for protocol in ("exact", "bucketed"):
+    for protocol in metrics.PROTOCOLS:
         for name in ("micro", "macro", "micro_closed", "macro_closed"):
             values[protocol, name] = scores[protocol][name]
             intervals[protocol, name] = scores[protocol][f"{name}_interval"]
@@ -318,11 +323,26 @@ def test_scores_equal_an_independent_implementation(seed):
     got = rsvqa_scores(*columns, samples=20)
     assert flat(got)[0] == pytest.approx(slow_scores(rows))
     assert (got["questions"], got["images"]) == (len(rows), 30)
-    for protocol in ("exact", "bucketed"):
+    for protocol in metrics.PROTOCOLS:
+        kinds = zip(*columns[:3])
+        right = [metrics.is_right(answer, truth, kind, protocol) for answer, truth, kind in kinds]
+        assert sum(right) / len(right) == pytest.approx(got[protocol]["micro"])
         assert {k: e["count"] for k, e in got[protocol]["types"].items()} == Counter(columns[2])
         assert list(got[protocol]["types"]) == sorted(set(columns[2]))
-    assert got["exact"]["micro"] <= got["bucketed"]["micro"]
+    assert got["exact"]["micro"] <= got["areas"]["micro"] <= got["bucketed"]["micro"]
     assert got["exact"]["micro_closed"] == got["bucketed"]["micro_closed"]
+
+
+def test_a_truth_that_says_more_than_no_is_asked_for_whole():
+    """Classes of other sets: "no damage" is not "no trees", nor "Yes, 5 ships" "Yes, 2 ships", and "no" says no class."""
+    truths = ["no damage"] * 4 + ["no"] * 2 + ["Yes, 5 ships."] * 2
+    answers = ["No damage.", "no", "no trees", "damage", "No trees", "no, none", "yes, 5 ships", "Yes, 2 ships"]
+    right = [True, False, False, False, True, True, True, False]
+    for kind in ("presence", "damage", "comp"):
+        assert [metrics.is_right(a, t, kind) for a, t in zip(answers, truths)] == right
+        assert rsvqa_scores(answers, truths, [kind] * 8, range(8), samples=9)["exact"]["micro"] == 0.5
+    known = metrics.majority_answers(["no damage", "no damage", "no trees", "yes"], ["state"] * 4)
+    assert known["state"] == "no damage" and metrics.is_right(known["state"], "No damage", "state")
 
 
 def test_intervals_equal_a_plain_resampling_of_images():
@@ -525,8 +545,8 @@ def test_mcnemar_interval_resamples_images():
 
 
 def test_majority_answers():
-    answers = ["Yes.", "no", "yes, a road", "0", "zero", "3", "urban", "rural", "No", "no"]
-    kinds = ["presence"] * 3 + ["count"] * 3 + ["rural_urban"] * 2 + ["comp"] * 2
+    answers = ["Yes.", "no", "yes", "yes, a road", "0", "zero", "3", "urban", "rural", "No", "no"]
+    kinds = ["presence"] * 4 + ["count"] * 3 + ["rural_urban"] * 2 + ["comp"] * 2
     got = majority_answers(answers, kinds)
     assert got == {"presence": "yes", "count": "0", "rural_urban": "rural", "comp": "no", None: "no"}
     assert got.get("area", got[None]) == "no"

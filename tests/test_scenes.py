@@ -166,13 +166,14 @@ def test_coco_form(folder):
     refused(lambda: read_scenes(save(path, {"images": images, "annotations": boxes})), "'captions': expected a text")
 
 
-@pytest.mark.parametrize("folders", [True, False])
+@pytest.mark.parametrize("folders", [True, False, "NWPU_images"])
 def test_nwpu_captions_form(folder, folders):
+    root = folder / (folders if isinstance(folders, str) else "")
     content: dict = {"airport": [], "sea ice": []}
     for i, label in enumerate(["airport", "airport", "sea ice"]):
         name = f"{label}_{i}.jpg"
-        (folder / label).mkdir(exist_ok=True)
-        picture((folder / label if folders else folder) / name, i)
+        (root / label).mkdir(exist_ok=True, parents=True)
+        picture((root / label if folders else root) / name, i)
         texts = {"raw": f"one {i}", **{f"raw_{n}": f"text {n} of {i}" for n in range(1, 5)}}
         content[label].append(
             {"filename": name, "imgid": i, "sentids": [1, 2], "split": ["train", "val", "test"][i], **texts}
@@ -224,6 +225,9 @@ def test_images_below_links_are_found_and_a_closed_folder_is_said(folder, monkey
     (folder / "library" / "x.png").mkdir()
     found = image_files(folder / "library")
     assert found == [folder / "library" / "2020" / "c.png"]
+    (folder / "library" / "nas").symlink_to(folder / "not mounted")
+    refused(lambda: image_files(folder / "library"), "nas: the link leads nowhere", "not mounted")
+    (folder / "library" / "nas").unlink()
 
     def closed(path):
         raise PermissionError(13, "Permission denied", str(path))
@@ -308,6 +312,31 @@ def test_images_in_a_folder_below(tmp_path):
     both = os.pathsep.join(str(tmp_path / name) for name in ("val2017", "RSICD_images"))
     found = read_scenes(tmp_path / "dataset.json", image_root=both).scenes
     assert {Path(scene.image).parent.name for scene in found} == {"val2017"}
+
+
+def test_images_named_by_their_whole_path_may_have_moved(tmp_path):
+    """As csv2json.py names them; they are looked for below --image_root alone, never beside a file that names others."""
+    new = tmp_path / "new"
+    for folder in ("a", "b"):
+        (new / folder).mkdir(parents=True)
+    for name in ("a/0.tif", "b/0.tif", "1.tif"):
+        picture(new / name, len(name))
+    picture(tmp_path / "2.tif")
+    old = ["/old/set/a/0.tif", "/old/set/b/0.tif", "\\old\\set\\1.tif", "/old/set/2.tif"]
+    rows = [{"image": name, "question": "is it?", "answer": "yes", "caption": "a farm"} for name in old]
+    path = save(tmp_path / "rows.json", rows)
+    for read in (read_scenes, read_conversations):
+        found = read(path, image_root=str(new), max_rejected=1)
+        assert [scene.image for scene in found.scenes] == [str(new / name) for name in ("a/0.tif", "b/0.tif", "1.tif")]
+        refused(lambda read=read: read(path), "/old/set/2.tif", "set --image_root")
+        one = read(path, image_root=str(new / "a"), max_rejected=1)  # folders of the same names
+        assert [scene.image for scene in one.scenes] == [str(new / "a" / "0.tif")] and len(one.rejected) == 3
+        two = read(path, image_root=os.pathsep.join([str(new / "a"), str(new / "b")]), max_rejected=1)
+        assert [scene.image for scene in two.scenes] == [str(new / "a" / "0.tif"), str(new / "b" / "0.tif")]
+    windows = save(tmp_path / "windows.json", [{"image": "D:\\set\\1.tif", "caption": "a farm"}])
+    assert read_scenes(windows, image_root=str(new)).scenes[0].image == str(new / "1.tif")
+    named = save(tmp_path / "named.json", [{"image": "new/1.tif", "caption": "a farm"}])
+    assert read_scenes(named, image_root=str(new)).scenes[0].image == str(new / "1.tif")
 
 
 def test_windows_paths(tmp_path):
@@ -421,7 +450,7 @@ def test_questions_of_vrsbench(tmp_path):
 
 ONE_QUESTION = {
     "plain.json": [{"image": "a.png", "question": "How many?", "answer": "2", "type": "count", "split": "test"}],
-    "plain.jsonl": [{"image_path": "a.png", "question": "How many?", "answer": "2", "type": "count", "split": "test"}],
+    "plain.jsonl": [{"image_path": "a.png", "question": "How many?", "answer": 2.0, "type": "count", "split": "test"}],
     "plain.csv": "image_path,question,answer,type,split\na.png,How many?,2,count,test\n",
     "earthvqa.json": {"a.png": [{"Type": "count", "Question": "How many?", "Answer": "2", "split": "test"}]},
     "floodnet.json": {
@@ -447,6 +476,33 @@ def test_rows_of_one_question(tmp_path, name):
         (scene,) = read(tmp_path / name).scenes
         found = scene.questions[0]
         assert (found.text, found.answer, found.kind, scene.split) == ("How many?", "2", "count", "test")
+
+
+def test_pictures_lie_in_a_folder_of_the_name_of_the_file(tmp_path):
+    """EarthVQA as it is unpacked: Train.json beside Train/images_png and Train/masks_png."""
+    for folder in ("Train/images_png", "Train/masks_png", "Val/images_png"):
+        (tmp_path / folder).mkdir(parents=True)
+        picture(tmp_path / folder / "0.png")
+    save(tmp_path / "Train.json", {"0.png": [{"Type": "count", "Question": "How many?", "Answer": "2"}]})
+    (scene,) = read_conversations(tmp_path / "Train.json").scenes
+    assert scene.image == str(tmp_path / "Train/images_png/0.png")
+
+
+def test_marks_in_answers_and_boxes_that_are_not_filled_in(tmp_path):
+    picture(tmp_path / "a.png")
+    row = {"image": "a.png", "question": "Where?", "answer": "at <|box_start|>(1,2),(3,4)<|box_end|>"}
+    turns = [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": row["answer"]}]
+    save(tmp_path / "q.json", [row, {"messages": turns, "images": ["a.png"]}])
+    (scene,) = read_conversations(tmp_path / "q.json").scenes
+    assert [question.answer for question in scene.questions] == ["at (1,2),(3,4)"]
+    turns[1]["content"] = "<bbox>"
+    boxes = {"messages": turns, "images": ["a.png"], "objects": {"ref": ["ship"], "bbox": [[1, 2, 3, 4]]}}
+    save(tmp_path / "q.json", [boxes])
+    with pytest.raises(InputError, match="field 'objects': <bbox> and <ref-object> are not filled in"):
+        read_conversations(tmp_path / "q.json")
+    save(tmp_path / "q.json", [row | {"answer": "<|box_end|>"}])
+    with pytest.raises(InputError, match="field 'answer' is empty"):
+        read_conversations(tmp_path / "q.json")
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -95,6 +95,24 @@ def overlaps(a, b):
 # Both engines
 
 
+def test_what_is_known_of_a_file_changes_without_its_vectors(opened):
+    points = made(40)
+    path = points[3].path
+    with opened(record=RECORD, dim=DIM) as index:
+        index.upsert(points)
+        before = dict(index.scroll())
+        index.amend([(path, {"attributes": {"season": "wet"}, "hash": "new", "size": 7, "mtime_ns": 9})])
+        changed = {"attributes": {"season": "wet"}, "hash": "new", "size": 7, "mtime_ns": 9}
+        after = dict(index.scroll())
+        of_file = {point.id for point in points if point.path == path}
+        assert after == {id: known | changed if id in of_file else known for id, known in before.items()}
+        assert np.array_equal(index.vectors([p.id for p in points]), np.stack([p.vector for p in points]))
+        found = index.search(points[0].vector, 40, filter=Filter(attributes={"season": "wet"}))
+        assert {hit.id for hit in found} == of_file
+        with pytest.raises(InputError, match="two words"):
+            index.amend([(path, {"attributes": {"two words": "x"}})])
+
+
 def test_search_is_numpys(opened):
     points = made(300)
     with opened(record=RECORD, dim=DIM) as index:
@@ -269,7 +287,7 @@ def test_server_addresses():
 
     client.create_collection("library", vectors_config=models.VectorParams(size=4, distance=models.Distance.COSINE))
     with pytest.raises(InputError, match="not a search index of this project"):
-        store.open("https://host", collection="library", client=client)
+        store.open("https://host/library", client=client)
 
 
 def test_server_refuses(monkeypatch):

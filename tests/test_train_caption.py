@@ -15,7 +15,7 @@ import caption
 import train_caption
 from config import InputError
 from model import Captioner
-from tests.conftest import draw, run_on_two_processes
+from tests.conftest import draw, run_forked
 
 SMALL = ["--preset=demo", "--stretch=auto", "--num_epochs=2", "--batch_size=4", "--disable_tqdm=true", "--learning_rate=0.003",
          "--max_rejected=0.2", "--max_caption_tokens=32", "--freeze_language_model_except_layers=1"]  # fmt: skip
@@ -116,7 +116,7 @@ def test_two_processes_equal_one_with_twice_the_batch(run, bases, drawn, tmp_pat
     run(*flags, output="one")
     words = [*SMALL, *bases, f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'two'}",
              f"--data_path={drawn.captions}", *flags, "--batch_size=2", "--ddp_backend=gloo"]  # fmt: skip
-    run_on_two_processes("train_caption.py", *words)
+    run_forked("train_caption.py", *words)
     one, two = (load_file(tmp_path / name / "final" / "language" / "model.safetensors") for name in ("one", "two"))
     base = transformers.AutoModelForCausalLM.from_pretrained(bases[1].split("=")[1]).state_dict()
     moved = [name for name in one if not torch.equal(one[name], base[name])]
@@ -202,6 +202,27 @@ def test_errors_name_the_flag_the_file_or_the_command(run, drawn, bases, tmp_pat
 
 # ----------------------------------------------------------------------------------------------------
 # caption.py
+
+
+def test_what_is_written_before_a_stop_is_kept(trained, drawn, tmp_path, monkeypatch, capsys):
+    final, out, write, calls = str(trained[0] / "final"), tmp_path / "out.json", Captioner.caption, []
+
+    def stopped(*given, **how):
+        calls.append(given)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return write(*given, **how)
+
+    monkeypatch.setattr(Captioner, "caption", stopped)
+    where = ["--model_path", final, "--output_file", str(out), "--batch_size", "2"]
+    for command in (["generate", "--image_path", str(drawn.images)], ["eval", "--test_dir", str(drawn.images)]):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            caption.main([*command, *where])
+        rows = json.loads((tmp_path / "out.json.partial").read_text())
+        assert [set(row) for row in rows] == [{"image", "caption"}] * 2 and not out.exists()
+        assert "2 captions so far -> " in capsys.readouterr().err
+        (tmp_path / "out.json.partial").unlink()
 
 
 def test_generate_one_image_a_list_and_a_folder(trained, drawn, tmp_path, capsys):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import train_vqa
-from config import InputError, VQAConfig, refuse_unwritable, use_files_of_training
+from config import InputError, VQAConfig, refuse_unwritable, use_files_of_training, whole_checkpoints
 from model import VQA, load_processor
 from scenes import read_chat, read_conversations
 from tests.conftest import conversation, draw, relative, run_on_two_processes
@@ -149,12 +149,12 @@ def test_a_run_of_one_step_trains(run, tmp_path):
     assert any(value.any() for key, value in adapter(tmp_path / "run").items() if "lora_B" in key)
 
 
-def test_a_score_that_is_none_is_said_before_training(run, tmp_path):
+def test_a_score_that_is_none_is_said_before_anything_is_answered(run, tmp_path, monkeypatch):
     choose = ["--no_blind_baseline", "--max_steps=2", "--load_best_model_at_end=true", "--save_strategy=steps",
               "--eval_strategy=steps", "--save_steps=1", "--eval_steps=1"]  # fmt: skip
-    with pytest.raises(
-        InputError, match=r"--metric_for_best_model accuracy_presense: expected one of accuracy, .*_presence"
-    ):
+    expected = r"--metric_for_best_model accuracy_presense: expected one of accuracy, .*_presence"
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=expected):
+        patch.setattr(VQA, "answer", None)
         run(*choose, "--metric_for_best_model=accuracy_presense", output="other")
     assert not (tmp_path / "other" / "metrics.jsonl").exists(), "no step was made"
     assert run(*choose, "--metric_for_best_model=eval_accuracy_presence")["best_step"] in (1, 2)
@@ -175,11 +175,22 @@ def test_folders_that_cannot_be_written_are_said_first(run, tmp_path):
     assert not (tmp_path / "a").exists(), "asking leaves nothing behind"
 
 
-def test_blind_baseline_is_trained_and_the_adapter_is_back(run, tmp_path):
-    results = run()
+def test_blind_baseline_is_trained_goes_on_and_the_adapter_is_back(run, tmp_path):
+    results = run("--save_total_limit=9", "--lora_dropout=0.1")
     assert 0 <= results["blind"]["exact"]["micro"] <= 1 and (tmp_path / "run" / "blind" / "metrics.jsonl").is_file()
     alone = run("--eval_only", f"--lora={tmp_path / 'run' / 'best_model'}", output="alone")
     assert alone["after"] == results["after"], "the blind training must not touch the adapter that is scored"
+
+    first, last = whole_checkpoints(tmp_path / "run" / "blind").values()
+    shutil.rmtree(max(first, last))  # as a kill late in the blind training leaves it
+    again = train_vqa.main([f"--resume_from_checkpoint={tmp_path / 'run'}"])
+    assert again["blind"] == results["blind"] and again["after"] == results["after"]
+    steps = [row["step"] for row in read_history(tmp_path / "run" / "blind") if "loss" in row]
+    assert steps == sorted(set(steps))
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert train_vqa.begun_blind(tmp_path / "run", settings) == str(max(first, last))
+    assert train_vqa.begun_blind(tmp_path / "run", settings | {"trained_on": "another"}) is None
+    assert train_vqa.begun_blind(tmp_path, settings) is None
 
 
 def adapter(folder) -> dict[str, torch.Tensor]:
@@ -237,14 +248,64 @@ def test_resumed_run_ends_with_the_same_adapter(run, tmp_path):
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
 
 
-def test_training_goes_on_from_an_adapter(run, tmp_path):
+def test_training_goes_on_from_an_adapter(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "peft.tuners.tuners_utils.MIN_TARGET_MODULES_FOR_OPTIMIZATION", 2
+    )  # 20: what a real base has is more
     run("--no_blind_baseline")
     results = run(
         "--no_blind_baseline", f"--lora={tmp_path / 'run' / 'best_model'}", "--num_train_epochs=1", output="more"
     )
     assert results["after"]["questions"] and (tmp_path / "more" / "best_model" / "vqa.json").is_file()
     first, second = adapter(tmp_path / "run"), adapter(tmp_path / "more")
+    again = run("--eval_only", f"--lora={tmp_path / 'more' / 'best_model'}", output="again")
+    assert again["after"] == results["after"], "peft names many modules by their ends"
     assert first.keys() == second.keys() and any(not torch.equal(first[key], second[key]) for key in first)
+
+
+def test_what_an_adapter_was_trained_on_is_not_held_out_later(run, asked, tmp_path, capsys):
+    """More data came, and a split was drawn anew."""
+    run("--no_blind_baseline", "--max_steps=1")
+    for name, file, split in (("train", asked.test, "train"), ("test", asked.train, "test")):
+        rows = [row | {"split": split} for row in json.loads(file.read_text()) if row["split"] != "val"]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    more = ["--no_blind_baseline", f"--lora={tmp_path / 'run' / 'best_model'}", f"--train_file={tmp_path / 'train.json'}",
+            f"--test_file={tmp_path / 'test.json'}", "--max_steps=1"]  # fmt: skip
+    with pytest.raises(
+        InputError, match=r"9 images that are held out were in the training of .*best_model, first .*split"
+    ):
+        run(*more, output="more")
+    assert not (tmp_path / "more" / "metrics.jsonl").exists()
+    settings = json.loads((tmp_path / "run" / "best_model" / "config.json").read_text())
+    run("--eval_only", *more[1:4], output="scored")
+    assert "warning: 9 images that are held out" in capsys.readouterr().out
+    run(*more, "--allow_leak", output="more")
+    assert "warning: 9 images that are held out" in capsys.readouterr().out
+    link = f"--lora={tmp_path / 'more' / 'best_model'}"
+    with pytest.raises(InputError, match=r"9 images that are held out .*run/best_model"):  # a chain of runs
+        run("--no_blind_baseline", link, *more[2:], output="third")
+    with pytest.raises(InputError, match=r"held out .*more/best_model"):  # another seed draws another validation split
+        run("--no_blind_baseline", link, *more[2:], "--seed=7", output="third")
+    record = tmp_path / "run" / "best_model" / "config.json"
+    record.write_text("{}")
+    run(*more, output="other")  # another tool's
+    record.write_text(json.dumps(settings))
+    record.write_text(record.read_text().replace(str(asked.train), str(tmp_path / "gone.json")))
+    run(*more, output="again")
+    assert "cannot be looked at" in capsys.readouterr().out
+
+
+def test_data_that_has_changed_is_said_when_an_adapter_is_scored(run, asked, tmp_path, capsys):
+    rows = json.loads(asked.train.read_text())
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    file = f"--train_file={tmp_path / 'train.json'}"
+    run("--no_blind_baseline", "--max_steps=1", file)
+    score = ["--eval_only", f"--lora={tmp_path / 'run' / 'best_model'}", file]
+    run(*score, output="same")
+    assert "has changed since" not in capsys.readouterr().out
+    (tmp_path / "train.json").write_text(json.dumps(rows[1:]))  # of a training image
+    run(*score, output="other")
+    assert "train.json has changed since: images that were trained on may be held out" in capsys.readouterr().out
 
 
 def test_the_base_is_the_adapters_unless_a_flag_says_otherwise(run, base, asked, tmp_path):
@@ -288,7 +349,7 @@ def test_mistakes_are_said_in_one_line(run, base, asked, tmp_path):
         run(f"--base_model={tmp_path / 'nowhere'}")
     with pytest.raises(InputError, match="no such file"):
         run(f"--train_file={tmp_path / 'none.json'}")
-    with pytest.raises(InputError, match="too long"):
+    with pytest.raises(InputError, match=r"too long .*all would pass with --max_question_tokens \d"):
         run("--max_question_tokens=3")
     with pytest.raises(InputError, match="expected"):
         run("--prompt=hello")

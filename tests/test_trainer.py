@@ -1,7 +1,6 @@
 """trainer.py and train_match.py: whole runs on the tiny base; resume, kills, two processes, the best model."""
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from config import InputError, resolve_checkpoint
 from imagery import ImageSettings
 from model import DualEncoder
 from scenes import Scene
-from tests.conftest import draw
+from tests.conftest import draw, run_forked
 from trainer import SceneTrainer, read_history
 
 ROOT = Path(__file__).parents[1]
@@ -267,7 +266,7 @@ def test_a_resumed_run_keeps_its_mined_negatives(train, tmp_path):
     words = (
         "--mine_negatives --mine_margin 0 --save_strategy steps --eval_strategy steps --save_steps 3 --eval_steps 3 "
     )
-    words += "--save_total_limit 9 "
+    words += "--save_total_limit -1 "  # as transformers has it: all are kept
     train(tmp_path / "run", words)
     last = max(int(path.name[11:]) for path in (tmp_path / "run").glob("checkpoint-*"))
     whole = weights(tmp_path / "run" / f"checkpoint-{last}")
@@ -300,7 +299,7 @@ def test_a_trained_matcher_can_mine(train, tmp_path, capsys):
     assert any(new for found in json.loads((tmp_path / "two" / "mined_negatives.json").read_text()) for new in found)
 
 
-def test_eval_only_scores_a_checkpoint_as_its_run_did(train, tmp_path):
+def test_eval_only_scores_a_checkpoint_as_its_run_did(train, drawn, tmp_path, capsys):
     trained = train(tmp_path / "run", "--max_steps 3")["trained"]
     only = f"--eval_only {tmp_path / 'run' / 'best_model'}"
     again = train(tmp_path / "other", only)["trained"]
@@ -311,6 +310,9 @@ def test_eval_only_scores_a_checkpoint_as_its_run_did(train, tmp_path):
         assert again[name] == pytest.approx(value), name
     kept = tmp_path / "other"
     assert json.loads((kept / "results.json").read_text())["trained"] == json.loads(json.dumps(again))
+    assert "warning" not in capsys.readouterr().out
+    train(tmp_path / "seen", f"{only} --train_file {drawn.test} --test_file {drawn.train}")
+    assert "warning: 13 images that are held out were in the training of" in capsys.readouterr().out
 
 
 def test_eval_only_scores_what_was_held_out_then(flags, tmp_path, monkeypatch):
@@ -428,6 +430,34 @@ def test_patience_goes_on_after_a_resume(train, tmp_path, scripted):
     scripted([0.3, 0.2, 0.1])
     again = train_match.main(["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-8")])
     assert (again["steps"], again["best_step"]) == (12, 4)
+
+
+def test_a_resume_compares_scores_of_the_same_kind_alone(train, tmp_path, scripted, capsys):
+    scripted([0.9, 0.3, 0.2, 0.0])
+    run = tmp_path / "run"
+    train(run, "--num_train_epochs 1")
+    again = ["--resume_from_checkpoint", str(run), "--num_train_epochs=3"]
+    results = train_match.main([*again, "--max_eval_scenes=2"])  # another part of the validation split
+    assert (results["best_step"], results["steps"]) == (8, 12)
+    assert "the best step is looked for from here on" in capsys.readouterr().out
+    scripted([0.8])
+    assert train_match.main([*again, "--num_train_epochs=4"])["best_step"] == 16, "the same as the last time"
+    assert "looked for" not in capsys.readouterr().out
+
+
+def test_a_resume_saves_when_it_is_asked_to(train, tmp_path, capsys):
+    """Not when the checkpoint's own run was."""
+    run = tmp_path / "run"
+    train(run, "--num_train_epochs 1 --save_total_limit 9")
+    again = ["--resume_from_checkpoint", str(run), "--num_train_epochs=2", "--save_strategy=steps", "--save_steps=1"]
+    train_match.main([*again, "--eval_strategy=steps", "--eval_steps=1", "--per_device_train_batch_size=2"])
+    assert "step 4 was epoch 1.00 and is 0.57 with these batches" in capsys.readouterr().out
+    names = sorted(int(path.name[11:]) for path in run.glob("checkpoint-*"))
+    assert set(range(7, 15)) <= set(names), "one a step, of which nine are kept"
+    best = weights(run / "best_model")
+    train_match.main([*again[:2], "--max_eval_scenes=2"])
+    assert "nothing is left to train" in capsys.readouterr().out
+    assert_identical(weights(run / "best_model"), best)
 
 
 def test_a_best_step_between_saves_is_saved(train, tmp_path, scripted):
@@ -570,17 +600,16 @@ def test_sigkill_inside_a_checkpoint_write(flags, uninterrupted, tmp_path, monke
 
 
 WORKER = """
-import json, sys
-sys.path.insert(0, {root!r})
 import train_match
 train_match.write_report = lambda *a: None
 train_match.histogram_baseline = lambda *a: {{}}
-for argv in {runs!r}:
-    train_match.main(argv)
+
+def main(_):
+    for argv in {runs!r}:
+        train_match.main(argv)
 """
 
 PARALLEL = {
-    "semi_hard": "--in_batch_negatives semi_hard --margin 0.5",
     "infonce": "--loss infonce --image_tower full",
     "semi_hard_cached": "--in_batch_negatives semi_hard --margin 0.5 --grad_cache_chunk 1",
     "infonce_cached": "--loss infonce --grad_cache_chunk 1 --text_tower frozen",
@@ -591,12 +620,8 @@ EXACT += "--save_steps 3 --eval_strategy steps --eval_steps 3 --save_total_limit
 
 def launch(tmp_path, runs) -> None:
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(root=str(ROOT), runs=runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    made = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert made.returncode == 0, made.stderr[-3000:]
+    script.write_text(WORKER.format(runs=runs))
+    run_forked(script)
 
 
 def test_two_processes_equal_one_with_twice_the_batch(train, flags, tmp_path):

@@ -347,6 +347,37 @@ def test_adapters_with_4x_names_are_recognised(answerer, scenes, tmp_path):
     assert again.answer(asked, max_tokens=6) == model.answer(asked, max_tokens=6)
 
 
+def test_module_patterns_with_4x_names_are_recognised(answerer, tmp_path):
+    """A pattern that names no module would be passed over in silence."""
+    model = answerer(strength=0.2)
+    model.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    record = json.loads(file.read_text())
+    scaled = record["lora_alpha"] * 3
+    new, old = (f"{path}layers.0.self_attn.q_proj" for path in ("model.language_model.", "model."))
+    found = {}
+    for name, path in (("new", new), ("old", old), ("none", "model.layers.9.self_attn.q_proj")):
+        file.write_text(json.dumps(record | {"alpha_pattern": {path: scaled}}))
+        module = dict(VQA.from_pretrained(tmp_path / "a").peft.base_model.model.named_modules())[new]
+        found[name] = module.scaling["default"]
+    assert found["new"] == found["old"] == pytest.approx(3 * found["none"])
+
+
+def test_a_base_that_cannot_be_asked_is_refused_in_words(base, tmp_path, vqa_settings):
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}})
+    )
+    with pytest.raises(InputError, match=r"quantised \(awq\); give the base"):
+        VQA.from_base(vqa_settings(base_model=str(folder)))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "chat_template.json").unlink()  # tokenizer_config.json has one that takes texts alone
+    with pytest.raises(InputError, match="its chat template takes no image and question"):
+        VQA.from_base(vqa_settings(base_model=str(folder)))
+
+
 def broken(tmp_path, model, change) -> str:
     """The message when an adapter whose tensors `change` has altered is loaded."""
     folder = tmp_path / "broken"

@@ -609,7 +609,7 @@ def tab(chromium, served):
     """The page, open. It may not fetch from elsewhere, run a name as a script, or fail on its own."""
     context = chromium.new_context(viewport={"width": 1280, "height": 1000}, locale="en")
     made = context.new_page()
-    made.set_default_timeout(20000)
+    made.set_default_timeout(60_000)
     foreign, wrong = [], []
     home = (served.url, "data:", "blob:", served.url.replace("http", "ws"))
     made.on("request", lambda request: request.url.startswith(home) or foreign.append(request.url))
