@@ -153,7 +153,8 @@ class Client(httpx.Client):
         """What a button makes of the fields' values -> (event, its data)."""
         started = self.post(f"/gradio_api/call/{name}", json={"data": values}).raise_for_status().json()
         stream = self.get(f"/gradio_api/call/{name}/{started['event_id']}").text
-        event, data = stream.strip().split("\n", 1)
+        # A heartbeat stands before the answer for each 15 seconds that it took.
+        event, data = stream.strip().split("\n\n")[-1].split("\n", 1)
         return event.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
     def search(self, words="water", without="", picture=None, bbox="", start="", end="", where="", k=12):
