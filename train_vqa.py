@@ -426,8 +426,13 @@ def main(argv: list[str] | None = None) -> dict | None:
         say(text)
         return results
 
-    if config.eval_only:
+    def ask_after() -> None:
+        if chat:
+            caption_scores.start_meteor([[q.text + q.answer for q in scene.questions] for scene in held])
         made["after"] = ask(held, progress=main_process)
+
+    if config.eval_only:
+        ask_after()
         return finish(config.lora, keep=keeps_scores(argv))
 
     # ---- training
@@ -461,7 +466,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     outcome = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     best = trainer.save_best()
     results |= {"steps": outcome.global_step, "best_step": trainer.kept_step}
-    made["after"] = ask(held, progress=main_process)
+    ask_after()
 
     # ---- the same training without images: what the questions give away
     if config.blind_baseline and not chat:
