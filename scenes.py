@@ -120,6 +120,7 @@ TEXT_FIELDS = (
 QUESTION_FIELDS = ("question", "prompt")
 ANSWER_FIELDS = ("answer", "ground_truth", "label")
 TYPE_FIELDS = ("type", "question_type")
+NUMBERED = re.compile(rf"({'|'.join(TEXT_FIELDS)})(_?\d+)?", re.IGNORECASE)  # caption_1, caption_2 ...
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)  # texts in a list as Python writes it
 
 
@@ -197,9 +198,9 @@ def read_scenes(
 
     Forms: triplets `[{"image_name", "positive", "negative"}]`; captions `[{"image", "caption"}]`; Karpathy
     `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`; COCO `{"images": [{"id", "file_name"}], "annotations":
-    [{"image_id", "caption"}]}`; NWPU-Captions `{class: [{"filename", "raw", "raw_1", ...}]}`, its images in a folder for each
+    [{"image_id", "caption"}]}`; `{image: its captions}`; NWPU-Captions `{class: [{"filename", "raw", "raw_1", ...}]}`, its images in a folder for each
     class or in one; scenes `[{"image", "captions": [...]}]`, with an optional Chinese `zh_answer` to a `zh_prompt`; CSV, TSV
-    and rows of an image and its text or texts under any of `IMAGE_FIELDS` and `TEXT_FIELDS`. Rows may have a `split`, captions
+    and rows of an image and its text or texts under any of `IMAGE_FIELDS` and `TEXT_FIELDS`, or caption_1, caption_2 ... Rows may have a `split`, captions
     the `prompt` they answer. `path` may also be a folder with images/ and captions.json. Images are looked for in
     `image_root`, else beside the file, in its images/ and in `more_roots`. `among`: of these images alone, found by their
     path or else by their file name, where only one of them has it; rows of others are passed over.
@@ -329,7 +330,13 @@ def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list, tuple[s
         return "karpathy", entries, ("filename", "sentences")
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         content = content["annotations"]
+    if isinstance(content, dict) and content and all(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in content):
+        content = [
+            {"image": name} | (known if isinstance(known, dict) else {"captions": known})
+            for name, known in content.items()
+        ]
     if isinstance(content, list):
+        content = list(map(_gathered, content))
         first = next((entry for entry in content if isinstance(entry, dict)), {})
         image, text = _field(first, IMAGE_FIELDS), _field(first, TEXT_FIELDS, (str, list))
         # VRSBench has answers and boxes in files of this form, too.
@@ -352,6 +359,17 @@ def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list, tuple[s
         f' {{image_name, positive, negative}}; or {{"images": [...]}} of Karpathy or COCO, or {{class: [...]}} of NWPU-Captions;'
         f" {have}"
     )
+
+
+def _gathered(row):
+    """A row whose texts stand in columns of their own, as caption_1 to caption_5, with their list as "captions"."""
+    columns = [found for found in map(NUMBERED.fullmatch, row) if found] if isinstance(row, dict) else []
+    base = next((column[1] for column in columns if column[2]), None)
+    names = [column[0] for column in columns if column[1] == base]
+    if base is None or len(names) < 2:
+        return row
+    texts = [row[name] for name in names if row[name] is not None and not _says_nothing(row[name])]
+    return {name: value for name, value in row.items() if name not in names} | {"captions": texts}
 
 
 def _is_nwpu(rows) -> bool:

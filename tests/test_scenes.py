@@ -166,6 +166,34 @@ def test_coco_form(folder):
     refused(lambda: read_scenes(save(path, {"images": images, "annotations": boxes})), "'captions': expected a text")
 
 
+def test_captions_by_image_and_in_numbered_columns(folder):
+    want = [("a0.png", ["one", "two"], "train"), ("a1.png", ["three"], "test")]
+
+    def read(name, content):
+        return [(scene.name, scene.texts, scene.split) for scene in read_scenes(save(folder / name, content)).scenes]
+
+    assert read("by.json", {"a0.png": ["one", "two"], "a1.png": "three"}) == [(*row[:2], None) for row in want]
+    whole = {
+        "a0.png": {"captions": ["one", "two"], "split": "train"},
+        "a1.png": {"captions": ["three"], "split": "test"},
+    }
+    assert read("by.json", whole) == want
+    rows = [
+        {"image": name, "caption_1": texts[0], "caption_2": texts[-1] if len(texts) > 1 else None, "split": split}
+        for name, texts, split in want
+    ]
+    assert read("rows.json", rows) == want
+    table = "filename,Caption,Caption2,Caption3,split\na0.png,one,two,,train\na1.png,,three, ,test\n"
+    (folder / "rows.csv").write_text(table)
+    assert [(scene.name, scene.texts, scene.split) for scene in read_scenes(folder / "rows.csv").scenes] == want
+    # One column with a number beside no other is a column like any.
+    refused(lambda: read("rows.json", [{"image": "a0.png", "text_2": "one"}]), "its first row has ['image', 'text_2']")
+    rows[1] |= {"caption_1": "", "caption_2": "."}
+    refused(lambda: read("rows.json", rows), "row 1", "there is no text")
+    refused(lambda: read("by.json", {"a0.png": [3], "a1.png": ["x"]}), "row 0", "expected a text, found int")
+    refused(lambda: read("by.json", {"a0.png": ["x"], "classes": ["x"]}), "its top level is dict")
+
+
 @pytest.mark.parametrize("folders", [True, False, "NWPU_images"])
 def test_nwpu_captions_form(folder, folders):
     root = folder / (folders if isinstance(folders, str) else "")
