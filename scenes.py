@@ -196,14 +196,15 @@ def read_scenes(
 ):  # fmt: skip
     """Read a text-image file and gather its rows by image.
 
-    Forms: triplets `[{"image_name", "positive", "negative"}]`; captions `[{"image", "caption"}]`; Karpathy
-    `{"images": [{"filename", "split", "sentences": [{"raw"}]}]}`; COCO `{"images": [{"id", "file_name"}], "annotations":
-    [{"image_id", "caption"}]}`; `{image: its captions}`; NWPU-Captions `{class: [{"filename", "raw", "raw_1", ...}]}`, its
-    images in a folder for each class or in one; scenes `[{"image", "captions": [...]}]`, with an optional Chinese `zh_answer`
-    to a `zh_prompt`; CSV, TSV and rows of an image and its text or texts under any of `IMAGE_FIELDS` and `TEXT_FIELDS`, or in
-    caption_1, caption_2 and so on. Rows may have a `split`, captions the `prompt` they answer. `path` may also be a folder with images/ and captions.json. Images are looked for in
-    `image_root`, else beside the file, in its images/ and in `more_roots`. `among`: of these images alone, found by their
-    path or else by their file name, where only one of them has it; rows of others are passed over.
+    Forms: triplets `[{"image_name", "positive", "negative"}]`; captions `[{"image", "caption"}]`; Karpathy `{"images":
+    [{"filename", "split", "sentences": [{"raw"}]}]}`; COCO `{"images": [{"id", "file_name"}], "annotations": [{"image_id",
+    "caption"}]}`; `{image: its captions}`; NWPU-Captions `{class: [{"filename", "raw", "raw_1", ...}]}`, its images in a
+    folder for each class or in one; scenes `[{"image", "captions": [...]}]`, with an optional Chinese `zh_answer` to a
+    `zh_prompt`; CSV, TSV and rows of an image and its text or texts under any of `IMAGE_FIELDS` and `TEXT_FIELDS`, or in
+    caption_1, caption_2 and so on. Rows may have a `split`, captions the `prompt` they answer. `path` may also be a folder
+    with images/ and captions.json. Images are looked for in `image_root`, else beside the file, in its images/ and in
+    `more_roots`. `among`: of these images alone, found by their path or else by their file name, where only one of them has
+    it; rows of others are passed over.
 
     Returns a `SceneFile`. Raises InputError when the file is of no known form, or when more than `max_rejected` of its
     rows are bad: a missing field, a wrong type, an empty text, an image that is missing or not readable.
