@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,7 @@ IMAGE_FIELDS = (*IMAGE_COLUMNS, "img", "image_id")
 TEXT_FIELDS = (
     "caption", "captions", "sentences", "sentence", "title", "text", "description", "text_output", "ground_truth",
 )  # fmt: skip
+NEGATIVE_FIELDS = ("negative", "negatives")
 QUESTION_FIELDS = ("question", "prompt")
 ANSWER_FIELDS = ("answer", "ground_truth", "label")
 TYPE_FIELDS = ("type", "question_type")
@@ -164,7 +166,10 @@ def load_rows(path: Path):
         return load_json(path)
     names, rows = read_table(path)
     made = [
-        {name: _unlisted(cell) if name.lower() in TEXT_FIELDS else cell for name, cell in zip(names, row)}
+        {
+            name: _unlisted(cell) if name.lower() in (*TEXT_FIELDS, *NEGATIVE_FIELDS) else cell
+            for name, cell in zip(names, row)
+        }
         for row in rows
     ]
     split = _field(made[0], ("split",)) if made else None
@@ -212,6 +217,11 @@ def read_scenes(
     path = Path(path)
     if path.is_dir():
         path = path / "captions.json"
+        if not path.exists():
+            raise InputError(
+                f"{path}: no such file; texts are read from it or from a file of another name that you give. Folders of classes"
+                " are for `search.py index` and `classify`; a CSV of filename,text makes captions of them"
+            )
     content = load_rows(path)
     roots = _roots(image_root) or [path.parent, path.parent / "images", *map(Path, more_roots)]
     look = functools.partial(_find_image, before={} if image_root else None)
@@ -342,8 +352,8 @@ def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list, tuple[s
         image, text = _field(first, IMAGE_FIELDS), _field(first, TEXT_FIELDS, (str, list))
         # VRSBench has answers and boxes in files of this form, too.
         asked = text == "ground_truth" and "caption" not in str(first.get("type", "caption"))
-        if image and "positive" in first:
-            return "triplets", content, (image, "positive")
+        if image and (positive := _field(first, ("positive",))):
+            return "triplets", content, (image, positive)
         if image and text and not asked:
             return "captions", content, (image, text)
         if not content:
@@ -386,8 +396,18 @@ def _rows_of(form: str, entry, fields: tuple[str, str]) -> tuple[str, list[tuple
         raise InputError(f"expected an object, found {type(entry).__name__}")
     (image, field), split = fields, _split_in(entry)
     if form == "triplets":
-        negative = _text(entry, "negative") if entry.get("negative") is not None else None
-        return _text(entry, image), [(_text(entry, field), negative)], split, 0
+        own = _field(entry, NEGATIVE_FIELDS, (str, list))
+        given = entry.get(own)  # one, or several; a table has an empty cell where there is none
+        negatives = [
+            _text({own: text}, own)
+            for text in (given if isinstance(given, list) else [given])
+            if text not in (None, "")
+        ] or [None]
+        name, positive = _text(entry, image), _text(entry, field)
+        for text in (positive, *negatives):
+            if text and not has_word(text):
+                raise InputError(f"{text!r} holds no word")
+        return name, [(positive, negative) for negative in negatives], split, 0
     texts = entry.get(field)
     if form == "captions" and not isinstance(texts, list):
         name, text = _text(entry, image), _text(entry, field)
@@ -461,9 +481,11 @@ def _look_for(name: str, roots: list[Path], found: dict[str, str | ImageError], 
 def _find_image(name: str, roots: list[Path], before: dict[Path, str] | None = None) -> str:
     """The path of an image. before: where the images below each root were, as far as is known; one that is named by its whole
     path may have moved with them. None: nothing has moved. Raises ImageError."""
-    for root in roots:
-        if os.path.isfile(root / name):  # Path's own raises where a name is too long or a folder is locked
-            return str(root / name)
+    # é is one character or two: names of a folder that was packed on a Mac are not those of the file beside it.
+    forms = dict.fromkeys((name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))))
+    for path in (root / form for root in roots for form in forms):
+        if os.path.isfile(path):  # Path's own raises where a name is too long or a folder is locked
+            return str(path)
     if "\\" in name:  # written on Windows
         return _find_image(name.replace("\\", "/"), roots, before)
     if before is not None and re.match(r"/|[A-Za-z]:/", name):

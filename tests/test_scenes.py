@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,37 @@ def test_coco_form(folder):
     images[1]["file_name"] = "a1.png"
     boxes = [{"id": n, "image_id": n, "bbox": [0, 0, 1, 1]} for n in range(3)]
     refused(lambda: read_scenes(save(path, {"images": images, "annotations": boxes})), "'captions': expected a text")
+
+
+def test_negatives_of_a_triplet(folder):
+    """One, several, or none, in JSON and in a table as pandas writes it: a list is not one text with brackets."""
+    want = [[("p0", "n0"), ("p0", "n00")], [("p1", None)], [("p2", "n2")]]
+    given = [["n0", "n00"], None, "n2"]
+
+    def rows(path):
+        return [scene.rows for scene in read_scenes(path).scenes]
+
+    for field in ("negative", "negatives", "Negative"):
+        made = [{"Image": f"a{k}.png", "Positive": f"p{k}", field: given[k]} for k in range(3)]
+        assert rows(save(folder / "t.json", made)) == want
+        table = [f'a{k}.png,p{k},"{given[k] or ""}"' for k in range(3)]
+        (folder / "t.csv").write_text("\n".join([f"Image,Positive,{field}", *table]))
+        assert rows(folder / "t.csv") == want
+    made[1] = made[1] | {"Negative": 3}
+    refused(lambda: rows(save(folder / "t.json", made)), "row 1", "'Negative': expected a text, found int")
+    made[1] = made[1] | {"Positive": "...", "Negative": "n1"}
+    refused(lambda: rows(save(folder / "t.json", made)), "row 1", "'...' holds no word")
+    refused(lambda: rows(folder), "captions.json: no such file", "classify")
+
+
+def test_names_of_a_folder_that_was_packed_on_a_mac(folder):
+    for k, (here, there) in enumerate([("NFC", "NFD"), ("NFD", "NFC")]):
+        name = f"forêt {k}.png"
+        (folder / "images").mkdir(exist_ok=True)
+        picture(folder / "images" / unicodedata.normalize(there, name), k)
+        save(folder / "c.json", [{"image": unicodedata.normalize(here, name), "caption": "a wood"}])
+        (scene,) = read_scenes(folder / "c.json").scenes
+        assert scene.image == str(folder / "images" / unicodedata.normalize(there, name))
 
 
 def test_captions_by_image_and_in_numbered_columns(folder):

@@ -61,15 +61,15 @@ class Server:
     seen       counts requests by their messages; asked: by their number
     """
 
-    def __init__(self, delay=0.0):
+    def __init__(self):
         self.plan: dict[int, list[str]] = {}
         self.sent_back: set[int] = set()
-        self.seen, self.asked, self.delay = Counter(), Counter(), delay
+        self.seen, self.asked, self.fill = Counter(), Counter(), 0
         self.times: list[float] = []
         self.bodies: list[dict] = []
         self.under_way = self.most = 0
         self.status: tuple[int, str] | None = None
-        self.lock, self.stop = threading.Lock(), threading.Event()
+        self.lock, self.stop, self.told = threading.Lock(), threading.Event(), threading.Event()
 
     def __enter__(self):
         outer = self
@@ -122,8 +122,10 @@ class _Handler(BaseHTTPRequestHandler):
             server.under_way += 1
             server.most = max(server.most, server.under_way)
         try:
-            if server.delay:
-                time.sleep(server.delay)
+            end = time.monotonic() + 10
+            while server.most < server.fill and time.monotonic() < end:
+                time.sleep(0.01)
+            time.sleep(0.1 if server.fill else 0)  # one too many would come now
             steps = server.plan.get(number, [])
             fault = "dropped" if number in server.sent_back and len(body["messages"]) == 1 else "ok"
             self.act(steps[step] if step < len(steps) else fault, number)
@@ -138,9 +140,9 @@ class _Handler(BaseHTTPRequestHandler):
         if server.status:
             return self.send(server.status[0], json.dumps({"error": {"message": server.status[1], "code": "x"}}))
         if fault.startswith("429"):
-            return self.send(
-                429, '{"error": {"message": "slow down"}}', {"Retry-After": fault[4:]} if fault[4:] else {}
-            )
+            self.send(429, '{"error": {"message": "slow down"}}', {"Retry-After": fault[4:]} if fault[4:] else {})
+            server.told.set()
+            return None
         if fault.isdigit():
             return self.send(int(fault), json.dumps({"error": {"message": f"planted {fault}"}}))
         if fault == "newer" and "max_tokens" in server.bodies[-1]:
@@ -161,7 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
                 server.stop.wait(0.1)
             self.close_connection = True
             return None
-        if fault == "late":
+        if fault == "late":  # 0.4 s after another was told to wait
+            server.told.wait(60)
             server.stop.wait(0.4)
         if fault == "malformed":
             return self.send(200, '{"choices": [{"message"')
@@ -399,7 +402,7 @@ def test_every_planted_fault_is_caught_and_counted(tmp_path, call, server):
         27: ["400"], 29: ["broken"], 30: ["filtered"],
     }  # fmt: skip
     write_input(tmp_path, [[english(i)] for i in range(31)])
-    code, out, err = call("--timeout", 1.5, "--concurrency", 4)
+    code, out, err = call("--timeout", 3, "--concurrency", 4)
     report = rows_in(tmp_path / "zh.json.report.json")
     assert code == 1 and "1 texts have no answer" in err
     assert report["retries"] == {
@@ -437,7 +440,7 @@ def test_every_planted_fault_is_caught_and_counted(tmp_path, call, server):
     )
 
     before = server.total()
-    code, _, _ = call("--timeout", 1.5)  # only the one without an answer is asked again; bad answers are not paid twice
+    code, _, _ = call("--timeout", 3)  # only the one without an answer is asked again; bad answers are not paid twice
     assert code == 0 and server.total() == before + 1 and len(rows_in(tmp_path / "zh.json")) == 24
 
 
@@ -452,13 +455,14 @@ def test_retry_after_is_honoured_by_all(tmp_path, call, server):
     assert script.wait_asked({}) is None
 
 
-def test_limits(tmp_path, call, server):
+def test_limits(tmp_path, call, server, monkeypatch):
     write_input(tmp_path, [[english(i)] for i in range(6)])
-    server.delay = 0.1
+    server.fill = 3  # answers wait until so many are under way
     assert call("--concurrency", 3)[0] == 0 and server.most == 3
-    server.times.clear()
+    sent, request = [], script.Endpoint._request
+    monkeypatch.setattr(script.Endpoint, "_request", lambda *given: sent.append(time.monotonic()) or request(*given))
     assert call("--requests_per_minute", 600, "--temperature", "1")[0] == 0
-    assert server.times[-1] - server.times[0] >= 0.45
+    assert len(sent) == 6 and sent[-1] - sent[0] >= 0.45
 
 
 def test_a_redirection_in_circles_costs_few_requests(tmp_path, call, server):
