@@ -23,7 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, help="best_model/ or checkpoint-N/ of a train_match.py run")
     parser.add_argument("--image_path", help="image of the pair")
     parser.add_argument("--text", nargs="+", help="one or more texts to score against the image")
-    parser.add_argument("--json_input", help='file of [{"image_path", "text"}], or - for standard input')
+    parser.add_argument(
+        "--json_input", help='file of [{"image_path", "text"}], a CSV of these columns, or - for standard input'
+    )
     parser.add_argument("--json_output", help="file for the rows with their scores, or - for standard output")
     parser.add_argument(
         "--image_root", help="folder that relative image paths start from (default: the input file's, then here)"
@@ -103,11 +105,11 @@ def row_error(row) -> str | None:
 
 
 def read_rows(source: str):
-    """Rows of a JSON file or of standard input. Raises InputError with line and column."""
-    from scenes import load_json
+    """Rows of a JSON, CSV or TSV file, or of JSON from standard input. Raises InputError with line and column."""
+    from scenes import load_rows
 
     if source != "-":
-        return load_json(source)
+        return load_rows(Path(source))
     try:
         return json.loads(sys.stdin.buffer.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:

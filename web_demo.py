@@ -539,11 +539,15 @@ class Page:
         for messages, adapter in ((told, True), (plain, False)):
             if not adapter and not compare:
                 continue
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+            # The chatbot puts what it is given into the page as HTML, without Markdown too: <ref> would be gone, <img> fetched.
+            messages += [
+                {"role": "user", "content": html.escape(question, False)},
+                {"role": "assistant", "content": ""},
+            ]
             yield told, plain
             try:
                 for text in self.talk(pixels, question, history, adapter=adapter, **how):
-                    messages[-1]["content"] = text
+                    messages[-1]["content"] = html.escape(text, False)
                     yield told, plain
             except Exception:  # a question without an answer would be part of what is asked next
                 del messages[-2:]
@@ -552,12 +556,13 @@ class Page:
 
 
 def turns_of(messages: list[dict]) -> list[tuple[str, str]]:
-    """[(question, answer)] of a chatbot's messages, whose content is a text or a list of parts with texts."""
+    """[(question, answer)] of a chatbot's messages, whose content is a text, escaped for HTML, or a list of parts with such."""
     texts = []
     for message in messages:
         content = message["content"]
         parts = content if isinstance(content, list) else [content]
-        texts.append("".join(part if isinstance(part, str) else part.get("text", "") for part in parts).strip())
+        shown = "".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
+        texts.append(html.unescape(shown).strip())
     return [(q, a or "…") for q, a in zip(texts[::2], texts[1::2])]
 
 

@@ -36,6 +36,17 @@ def test_turns_of_messages():
     assert turns_of([messages[0], {"role": "assistant", "content": ""}]) == [("q", "…")]
 
 
+def test_what_is_said_is_shown_as_it_is(page, picture, monkeypatch):
+    asked, answer = [], "<p>ship</p> <img src=x> a<b &amp; c"
+    monkeypatch.setattr(page, "talk", lambda *given, **how: asked.append(given[1:]) or iter([answer[:5], answer]))
+    told, _ = last(page.converse(picture, "<image> a < b?", [], [], False, 0.0, 1.0, 4, "en"))
+    assert [message["content"] for message in told] == [
+        "&lt;image&gt; a &lt; b?", "&lt;p&gt;ship&lt;/p&gt; &lt;img src=x&gt; a&lt;b &amp;amp; c",
+    ]  # fmt: skip
+    last(page.converse(picture, "And?", told, [], False, 0.0, 1.0, 4, "en"))
+    assert asked[1] == ("And?", [("<image> a < b?", answer)]), "the model is told what was said"
+
+
 def test_turns_stream_with_their_history_and_without_the_adapter(page, picture):
     fields = (True, 0.0, 1.0, 6, "en")
     told, plain = last(page.converse(picture, "How many buildings?", [], [], *fields))
@@ -128,6 +139,7 @@ def test_browser_converses(chat_adapter, picture, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not os.path.exists(CHROMIUM):
         pytest.skip(f"{CHROMIUM} is not installed")
+    follow_up = "And <b>now</b>, a<b &amp; <image> <img src=x.png>?"  # what is said is no page
     port, log = free_port(), tmp_path / "log"
     words = ["web_demo.py", "--from_pretrained", chat_adapter, "--port", port, "--device", "cpu", "--language", "en"]
     with log.open("wb") as file:
@@ -149,7 +161,7 @@ def test_browser_converses(chat_adapter, picture, tmp_path):
             tab.get_by_label("number input for Most tokens").fill("8")
             tab.get_by_label("Answer without the adapter too").check()
             tab.locator(".talk").nth(1).wait_for()
-            for words in ("How many buildings?", "And now?"):
+            for words in ("How many buildings?", follow_up):
                 ask(tab, words, tab.get_by_role("button", name="Send").click)
                 # Both answers of this turn: the question stands in both columns.
                 sync_api.expect(tab.get_by_text(words, exact=True)).to_have_count(2, timeout=60_000)
@@ -157,7 +169,7 @@ def test_browser_converses(chat_adapter, picture, tmp_path):
             tab.screenshot(path=tmp_path / "converse.png", full_page=True)
             tab.get_by_role("button", name="Again", exact=True).click()
             settle(tab)
-            sync_api.expect(tab.get_by_text("And now?", exact=True)).to_have_count(2)
+            sync_api.expect(tab.get_by_text(follow_up, exact=True)).to_have_count(2)
             tab.get_by_label("number input for Most tokens").fill("1000")  # a long answer, and what comes in its middle
             ask(tab, "A long one?", lambda: tab.get_by_label("Your question").press("Enter"))
             tab.get_by_label("Your question").fill("Too early?")
@@ -168,7 +180,7 @@ def test_browser_converses(chat_adapter, picture, tmp_path):
             assert tab.get_by_label("Your question").input_value() == "Too early?"
             tab.locator("label", has_text="中文").click()
             tab.get_by_role("button", name="清空").click()
-            sync_api.expect(tab.get_by_text("And now?", exact=True)).to_have_count(0, timeout=60_000)
+            sync_api.expect(tab.get_by_text(follow_up, exact=True)).to_have_count(0, timeout=60_000)
             browser.close()
     finally:
         server.terminate()
