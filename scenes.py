@@ -17,6 +17,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from config import SPLITS, SURROGATE, DataConfig, InputError, by_content
 from imagery import ImageError, image_size
@@ -119,8 +120,8 @@ TEXT_FIELDS = (
     "caption", "captions", "sentences", "sentence", "title", "text", "description", "text_output", "ground_truth",
 )  # fmt: skip
 NEGATIVE_FIELDS = ("negative", "negatives")
-QUESTION_FIELDS = ("question", "prompt")
-ANSWER_FIELDS = ("answer", "ground_truth", "label")
+QUESTION_FIELDS = ("question", "prompt", "query", "instruction")
+ANSWER_FIELDS = ("answer", "ground_truth", "response", "output", "label")
 TYPE_FIELDS = ("type", "question_type")
 NUMBERED = re.compile(rf"({'|'.join(TEXT_FIELDS)})(_?\d+)?", re.IGNORECASE)  # caption_1, caption_2 ...
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)  # texts in a list as Python writes it
@@ -576,7 +577,8 @@ def read_conversations(
     `"from": "human"` and `"gpt"`, `<image>` in the first value), messages as ms-swift, LLaMA-Factory and TRL have them
     `[{"messages": [{"role", "content"}], "images": ["image"]}]` (a system message is left out: `--prompt` says how to
     answer), and rows of one question, `[{"image", "question", "answer", "type", "split"}]`, also as CSV, also under the names
-    of chat rows (`img`, `prompt`, `label`), of VRSBench (`image_id`, `ground_truth`), of EarthVQA (`{image: [{"Question",
+    of chat rows (`img`, `prompt`, `label`), of ms-swift and LLaMA-Factory without messages (`{"query", "response", "images"}`,
+    `{"instruction", "input", "output", "images"}`), of VRSBench (`image_id`, `ground_truth`), of EarthVQA (`{image: [{"Question",
     "Answer", "Type"}]}`) and of FloodNet (`{"0": {"Image_ID", "Question", "Ground_Truth", "Question_Type"}}`).
     A conversation may go on, user and assistant by turns: each answer makes a question of its own, with what was said
     before as its `history`; a chat row may bring `"history": [[question, answer], ...]`.
@@ -604,6 +606,8 @@ def read_conversations(
     for number, entry in enumerate(content):
         try:
             (name, questions), split = _questions_of(entry), _split_in(entry)
+            if name.startswith("file://"):  # as in Qwen's own examples
+                name = unquote(urlsplit(name).path)
             _look_for(name, roots, found, find)
         except InputError as error:
             result.rejected.append(Rejected(str(path), number, str(error)))
@@ -728,7 +732,13 @@ def _said(turn: dict, content: str) -> tuple[str, list]:
 
 def _asked(entry: dict, kind: str | None, number: str | None) -> tuple[str, list[Question]]:
     """`_questions_of` a row that is one question and its answer."""
+    if not _field(entry, IMAGE_FIELDS) and isinstance(images := entry.get("images"), list):
+        if len(images) != 1:
+            raise InputError(f"field 'images': expected one image, found {len(images)}")
+        entry = {**entry, "image": images[0].get("path") if isinstance(images[0], dict) else images[0]}
     image, question, answer = (_field(entry, known) for known in (IMAGE_FIELDS, QUESTION_FIELDS, ANSWER_FIELDS))
+    if question and question.lower() == "instruction" and isinstance(more := entry.get("input"), str) and more.strip():
+        entry = {**entry, question: f"{_text(entry, question)}\n{more.strip()}"}
     if not (image and question and answer):
         what = "an image" if not image else "a question" if not question else "an answer"
         raise InputError(

@@ -9,7 +9,7 @@
 of the input where it has one; `img` is the name the input uses where that finds the same image from the output's folder,
 else an absolute path. Beside it stand `<output>.report.json` (counts), `<output>.rejected.jsonl` (what was put aside,
 with the reasons) and `<output>.cache.jsonl` (every answer, written as it comes: a run that was stopped goes on from there
-and pays for nothing twice).
+and pays again for at most what was under way).
 
 Exit code: 0, or 1 where the server left captions without an answer (run the same command again), or 2 where nothing
 was written.
@@ -555,7 +555,10 @@ def check_language(captions: list[str], text: str) -> list[tuple[str, str]]:
     capitals = set(
         re.findall(r"\b[A-Z][A-Z\d]+\b|\b[A-Z][a-z]+(?=[ -][A-Z]?\d)", " ".join(captions))
     )  # UAV; Boeing 747
-    left = [word for word in re.findall(r"[A-Za-z]+\d*", text) if not MAY_STAY.fullmatch(word) and word not in capitals]
+    letters = unicodedata.normalize("NFKC", text)  # of whatever width
+    left = [
+        word for word in re.findall(r"[A-Za-z]+\d*", letters) if not MAY_STAY.fullmatch(word) and word not in capitals
+    ]
     return [("English left", f"还有英文“{left[0]}”")] if left else []
 
 
@@ -580,7 +583,7 @@ def check_form(captions: list[str], text: str, min_chars: int) -> list[tuple[str
     wrong = []
     if REFUSAL.search(text):
         wrong.append(("refusal", "回答拒绝了翻译，请直接给出中文描述"))
-    if re.search(r"</?\w[^<>]*>", text):
+    if re.search(r"</?\w[^<>]*>|\\|##|^/|[（(](?:完|全文完)[）)]$", text):
         wrong.append(("markup", "回答里有标记，只输出文字"))
     if META.search(text):
         wrong.append(("meta talk", "回答里有描述以外的话，只输出描述本身"))
@@ -638,8 +641,9 @@ def clean(answer: str) -> str:
     text = text.rsplit("</think>", 1)[-1].strip()
     if "<think>" in text:  # the thinking did not end within --max_tokens
         return ""
+    text = text.replace("\\n", "\n").replace('\\"', '"').strip()  # JSON's escapes, in an answer that is no JSON
     text = re.sub(r"\s*\n\s*", "", text)
-    for pair in ("“”", '""', "「」", "''"):
+    for pair in ("“”", '""', "「」", "''", "‘’", "『』", "《》", "（）", "()"):
         if len(text) > 1 and text[0] == pair[0] and text[-1] == pair[1] and not set(pair) & set(text[1:-1]):
             text = text[1:-1].strip()
     return text

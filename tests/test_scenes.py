@@ -167,6 +167,32 @@ def test_coco_form(folder):
     refused(lambda: read_scenes(save(path, {"images": images, "annotations": boxes})), "'captions': expected a text")
 
 
+def test_rows_of_training_frameworks(folder):
+    """ms-swift's query and response, LLaMA-Factory's instruction and output, an image as a file's address."""
+    (folder / "a b.png").write_bytes((folder / "a0.png").read_bytes())
+    swift = {"query": "<image>And now?", "response": "no", "images": ["a0.png"], "history": [["Ships?", "yes"]]}
+    alpaca = {
+        "instruction": "<image>Count.",
+        "input": "Only ships.",
+        "output": "2",
+        "images": [{"path": "a1.png"}],
+        "system": "x",
+    }
+    content = [{"type": "image", "image": f"file://{folder}/a%20b.png"}, {"type": "text", "text": "Ships?"}]
+    parts = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]}
+    made = []
+    for row in (swift, alpaca, parts):
+        for read in (read_chat, read_conversations):
+            ((scene,),) = [read(save(folder / "rows.json", [row])).scenes]
+            made.append((Path(scene.image).name, [(q.text, q.answer, q.history) for q in scene.questions]))
+    assert made[::2] == made[1::2] == [
+        ("a0.png", [("And now?", "no", (("Ships?", "yes"),))]),
+        ("a1.png", [("Count.\nOnly ships.", "2", ())]),
+        ("a b.png", [("Ships?", "yes", ())]),
+    ]  # fmt: skip
+    refused(lambda: read_chat(save(folder / "rows.json", [swift | {"images": ["a0.png"] * 2}])), "found 2")
+
+
 def test_negatives_of_a_triplet(folder):
     """One, several, or none, in JSON and in a table as pandas writes it: a list is not one text with brackets."""
     want = [[("p0", "n0"), ("p0", "n00")], [("p1", None)], [("p2", "n2")]]

@@ -759,6 +759,12 @@ def test_clean():
     assert script.clean("<think>a</think>\n\n“一片\n森林。”") == "一片森林。"
     assert script.clean("thoughts</think>一片森林") == "一片森林" and script.clean("<think>never ends") == ""
     assert script.clean("“东”和“西”") == "“东”和“西”"
+    for first, last in ("『』", "《》", "‘’", "（）", ('\\"', '\\"'), ("", "\\n"), ('"', '\\n"')):
+        assert script.clean(f"{first}一片森林。{last}") == "一片森林。", (first, last)
+    for text in ("一片森林。（完）", "一片森林##", "/一片森林", "一片\\t森林"):
+        assert [reason for reason, _ in script.check_form([], script.clean(text), 2)] == ["markup"], text
+    assert script.check_language([], "一片森林。ｆｏｒｅｓｔ")[0][0] == "English left"
+    assert not script.check_form([], "一片森林（东部）里的1#楼", 2)
 
 
 def test_glossary_file():
