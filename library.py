@@ -89,6 +89,7 @@ MASK = re.compile(  # and previews, beside the pictures of Planet, Landsat, HLS 
     r"|^S2.*-ql\.jpg$|^L[A-Z]\d\d_.*_thumb_(?:large|small)\.jpe?g$",
     re.IGNORECASE,
 )
+SAFE_PAGE = re.compile(r"\.SAFE/HTML/[^/]+$", re.IGNORECASE)  # banners and backgrounds of a product's own page
 CLASS_LISTS = Path(__file__).parent / "classes"
 NEIGHBOURS = 0.2  # share of the smaller of two tiles that the other covers, above which both show one place
 
@@ -110,6 +111,8 @@ class PlannedFile:
     """(col, row, width, height), or None for the whole image. Empty where the content is as the index has it, and only the
     attributes or the time of change are not."""
     attributes: dict[str, str]
+    image: tuple[int, int] | None = None
+    """Width and height in pixels; None where no tile is to be encoded."""
 
 
 @dataclass
@@ -224,11 +227,14 @@ class FileChecks:
             untouched = old is not None and old[:2] == (size, mtime_ns)
             if untouched and known_marks == marks:
                 return None
+            if not os.path.isfile(path):  # it may have no end
+                return Rejected(name, -1, f"{path}: no file but a pipe, a socket or a device")
             content = known if untouched else content_hash(*files)
             digest = f"{content}.{marks}"
             if content == known and (untouched or size <= HASHED):  # of a larger file the hash did not see every byte
                 return PlannedFile(name, size, mtime_ns, digest, [], mine)
-            windows = windows_of(*image_size(path), *self.cut)
+            size_of_image = image_size(path)
+            windows = windows_of(*size_of_image, *self.cut)
             stands_for_all = len(files) > 1 and not any(file in self.there for file in files[1:])
             if stands_for_all and not is_joined(path, self.settings):
                 what = (
@@ -239,7 +245,7 @@ class FileChecks:
             return Rejected(name, -1, f"{path}: cannot be read: {error.strerror}")
         except ImageError as error:
             return Rejected(name, -1, str(error))
-        return PlannedFile(name, size, mtime_ns, digest, windows, mine)
+        return PlannedFile(name, size, mtime_ns, digest, windows, mine, size_of_image)
 
 
 def plan_index(
@@ -253,7 +259,8 @@ def plan_index(
     images = [path for path in image_files(root, below) if any(_matches(path, root, pattern) for pattern in only)]
     if not images:
         raise InputError(f"{root}: no image in it has a name such as {' or '.join(only)} (--only)")
-    masks = {path for path in images if MASK.search(path.name)} if [*only] == ["*"] else set()
+    masks = {path for path in images if MASK.search(path.name) or SAFE_PAGE.search(path.as_posix())}
+    masks = masks if [*only] == ["*"] else set()
     if len(masks) < len(images):
         images = [path for path in images if path not in masks]
     else:
@@ -705,8 +712,9 @@ class _Writer:
             file = self.plan.files[number]
             if number in self.held:
                 self.ready.append(self.held[number])
+            extra = known["extra"] | ({"image": list(file.image)} if window else {})
             self.held[number] = Point(
-                file.path, vector, window=window, footprint=known["footprint"], last=False, extra=known["extra"],
+                file.path, vector, window=window, footprint=known["footprint"], last=False, extra=extra,
                 time=known["time"] or time_in_name(file.path), attributes=file.attributes,
                 hash=file.hash, size=file.size, mtime_ns=file.mtime_ns,
             )  # fmt: skip
@@ -1142,13 +1150,16 @@ def _grid_notes(before: list[dict], after: list[dict], overlaps: list[float]) ->
 
 
 def _match_names(before: list[dict], after: list[dict]) -> list[tuple[int, int, float]]:
-    """As `match_footprints` finds them, where path and window are all that is known of a place."""
+    """As `match_footprints` finds them, where path and window are all that is known of a place. Tiles of one window show
+    one place only where their images are of one size."""
 
     def key(payload):
         return payload["path"], tuple(payload["window"] or ())
 
     known = {key(payload): n for n, payload in enumerate(after)}
-    return [(n, known[key(payload)], 1.0) for n, payload in enumerate(before) if key(payload) in known]
+    found = [(n, known[key(payload)], 1.0) for n, payload in enumerate(before) if key(payload) in known]
+    sizes = [[payload["extra"].get("image") for payload in side] for side in (before, after)]  # None in older indexes
+    return [(n, m, 1.0) for n, m, _ in found if None in (sizes[0][n], sizes[1][m]) or sizes[0][n] == sizes[1][m]]
 
 
 def _bounds_text(payloads: list[dict]) -> str:

@@ -185,8 +185,9 @@ def _rounded(value):
 def read_regions(path) -> list[tuple[str, shapely.Geometry]]:
     """(name, Polygon or MultiPolygon in lon / lat) of a GeoJSON FeatureCollection, Feature or geometry.
 
-    The name is the property "name" (in any case) or "id", else the feature's id, else "region N", from 1. Features
-    without a geometry are passed over; rings that cross themselves are repaired. Raises InputError.
+    The name is the property "name", "NAME_4" to "NAME_1" (GADM), "NUTS_NAME" (in any case) or "id", else the feature's id,
+    else "region N", from 1. Features without a geometry are passed over; rings that cross themselves are repaired. Raises
+    InputError.
     """
 
     def wrong(what, remedy):
@@ -198,6 +199,8 @@ def read_regions(path) -> list[tuple[str, shapely.Geometry]]:
             top = json.load(file)
     except OSError as error:
         raise wrong(f"cannot be read ({error.strerror})", "give the path of a GeoJSON file") from None
+    except UnicodeDecodeError:
+        raise wrong("is no GeoJSON but another kind of file", export) from None
     except (ValueError, RecursionError) as error:
         raise wrong(f"is not JSON ({error})", "export the regions as GeoJSON") from None
     kind = top.get("type") if isinstance(top, dict) else None
@@ -231,7 +234,8 @@ def read_regions(path) -> list[tuple[str, shapely.Geometry]]:
             raise wrong(f"{at} encloses no area", "draw it anew or leave it out of the file")
         properties = feature.get("properties")
         named = {str(k).lower(): v for k, v in (properties if isinstance(properties, dict) else {}).items()}
-        names = [named.get("name"), named.get("id"), feature.get("id"), f"region {i + 1}"]
+        usual = ("name", *(f"name_{level}" for level in (4, 3, 2, 1)), "nuts_name", "id")
+        names = [*map(named.get, usual), feature.get("id"), f"region {i + 1}"]
         name = next(str(n).strip() for n in names if isinstance(n, str | int | float) and str(n).strip())
         regions.append((name, parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)))
     if not regions:
@@ -402,7 +406,7 @@ def land_use_areas(polygons, scores, regions=()) -> LandUse:
 
     polygons: N outlines; scores: (N, C) class probabilities; regions: geometries in lon / lat, of shapely or GeoJSON.
 
-    Tiles that touch form a place. On a grid in an equal-area projection centred there, of 1/8 of the narrowest tile (coarser
+    Tiles that touch form a place. On a grid in an equal-area projection centred there, of 1/64 of the narrowest tile (coarser
     where it would have over 4 million cells), each cell takes the mean scores of the tiles that cover its centre, and its
     class is the highest of them (of equals the first). A cell counts as the exact area of the place divided by its cells, in
     a region as the exact area of what it holds of the place divided by the cells there, so totals do not depend on how the
@@ -493,7 +497,7 @@ def _count(flat: np.ndarray, scores: np.ndarray, masks: list):
     # The narrow side of the rectangle of that area and perimeter, slanted or not.
     area, half = shapely.area(flat), shapely.length(flat) / 2
     narrow = (area * 2 / (half + np.sqrt(np.maximum(half**2 - 4 * area, 0)))).min()
-    cell = max(narrow / 8, math.sqrt((x1 - x0) * (y1 - y0) / MAX_CELLS))
+    cell = max(narrow / 64, math.sqrt((x1 - x0) * (y1 - y0) / MAX_CELLS))
     width, height = math.ceil((x1 - x0) / cell), math.ceil((y1 - y0) / cell)
     columns = np.stack([(boxes[:, 0] - x0) // cell, (boxes[:, 2] - x0) // cell + 1], axis=1).astype(int).clip(0, width)
     lines = np.stack([(y1 - boxes[:, 3]) // cell, (y1 - boxes[:, 1]) // cell + 1], axis=1).astype(int)

@@ -278,7 +278,14 @@ def run_index(args) -> int:
         print(f"{report.empty} tiles without data left out")
     for note in report.notes:
         print(note, file=sys.stderr)
-    if report.blank > report.added / 2:
+    dark = report.blank > report.added / 2
+    if report.blank and not dark and args.nodata is None:
+        print(
+            f"{report.blank} of {report.added} pictures are all black or white: give --nodata 0 (or 255) if that is where a file"
+            " holds no data",
+            file=sys.stderr,
+        )
+    if dark:
         stretch = record_of(args.store)["image"]["stretch"]
         stretch = f"--stretch {stretch}: give --stretch percentile, or a model trained on such files"
         print(f"{report.blank} of {report.added} pictures are all black or white under {stretch}", file=sys.stderr)
@@ -686,6 +693,8 @@ def run_landuse(args) -> int:
     ]
     used = [row["class"] for row in rows if row["images"]]
     region_heads = {"region": "region", **{label: label for label in used}, "all": "all"}
+    if by_region and not any(row["all"] for row in by_region):
+        print("no region meets an image: GeoJSON has longitude first, then latitude", file=sys.stderr)
     if by_region:
         print(f"\nkm2 by region\n{table_text(by_region, region_heads)}")
     colours = dict(zip(labels, palette(len(labels))))

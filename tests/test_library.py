@@ -124,6 +124,8 @@ def test_masks_beside_the_pictures_are_left_out(folder):
              "LC08_L2SP_1_02_T1_thumb_large.jpeg"]  # fmt: skip
     for name in [*masks, "scl.png", "aqua_1.tif"]:
         write_tif(folder / "farm" / name, 60, 60)
+    (page := folder / "farm/S2A_MSIL2A_20200615T101559_N0214_R022_T33UUP_20200615T130153.SAFE/HTML").mkdir(parents=True)
+    (page / "banner_1.png").write_bytes((folder / "farm/scl.png").read_bytes())
 
     def planned(*only):
         plan = module.plan_index(folder, None, tile=64, stride=48, settings=ImageSettings(), only=only or ("*",))
@@ -131,7 +133,9 @@ def test_masks_beside_the_pictures_are_left_out(folder):
 
     names, notes = planned()
     assert names & {f"farm/{name}" for name in [*masks, "scl.png", "aqua_1.tif"]} == {"farm/scl.png", "farm/aqua_1.tif"}
-    assert [note for note in notes if note.startswith("masks, quality layers and previews left out: 10, such as")]
+    assert [note for note in notes if note.startswith("masks, quality layers and previews left out: 11, such as")]
+    assert not any("banner" in name for name in names)
+    shutil.rmtree(page.parent)
     assert planned("*_SCL_20m.jp2") == ({"farm/T33UUP_20200615_SCL_20m.jp2"}, [])
     for path in folder.rglob("*.*"):
         if path.name not in masks:
@@ -282,6 +286,9 @@ def test_a_name_that_is_not_utf8_is_rejected(model, folder, tmp_path):
     report = index_library(model, folder, tmp_path / "x", **SMALL)
     assert [bad.file for bad in report.rejected] == ["broken.jpg", "caf?.tif"] and report.files == 5
     assert report.rejected[1].reason == "caf?.tif: the name is not UTF-8; rename the file"
+    os.mkfifo(folder / "pipe.png")  # which has no end
+    report = index_library(model, folder, tmp_path / "x", **SMALL)
+    assert [bad.file for bad in report.rejected] == ["broken.jpg", "caf?.tif", "pipe.png"] and report.unchanged == 5
 
 
 def test_a_large_file_with_a_new_time_is_read_again(model, folder, tmp_path, monkeypatch):
@@ -827,8 +834,8 @@ def test_places_of_two_dates_are_matched(model, tmp_path):
 def test_places_without_a_georeference_are_matched_by_name(model, tmp_path):
     """LEVIR-CD, SECOND, S2Looking and others: A/ and B/ (or im1/ and im2/) of pictures with the same names."""
     sizes = {
-        "A": {"train_1.png": 64, "train_2.png": 64, "big.png": 160, "grown.png": 64},
-        "B": {"train_2.png": 64, "big.png": 160, "grown.png": 160, "train_3.png": 64},
+        "A": {"train_1.png": 64, "train_2.png": 64, "big.png": 160, "grown.png": 64, "finer.png": 224},
+        "B": {"train_2.png": 64, "big.png": 160, "grown.png": 160, "train_3.png": 64, "finer.png": 160},
         "C": {"other.png": 64},
     }
     opened = {}
@@ -845,7 +852,9 @@ def test_places_without_a_georeference_are_matched_by_name(model, tmp_path):
     assert sum(p["path"] == "deep/big.png" for p in pairs.before) > 1, "every tile of it"
     np.testing.assert_allclose(pairs.before_vectors, pairs.after_vectors, atol=1e-6)
     assert "no image has a georeference: images of one path and size" in pairs.notes[0]
-    assert any("before: 2 of" in note and "no counterpart" in note for note in pairs.notes)
+    # A window of a picture of another size is other ground.
+    alone = 2 + sum(p["path"] == "deep/finer.png" for p in opened["A"].everything()[0])
+    assert any(f"before: {alone} of" in note and "no counterpart" in note for note in pairs.notes) and alone > 6
     with pytest.raises(
         InputError, match=r"C.index \(deep/other.png, ...\) no pair of tiles has the same path and size"
     ):

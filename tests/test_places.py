@@ -121,9 +121,13 @@ def test_regions_and_their_names(tmp_path):
     bow = {"type": "Polygon", "coordinates": [[[0, 0], [2, 2], [2, 0], [0, 2], [0, 0]]]}
     features = [feature(hole, {"NAME": "城东"}), feature(two, {"id": 7}), feature(bow), feature(None, {"name": "none"})]
     features += [feature(SQUARE, {"name": None}, id="x1")]
+    features += [
+        feature(SQUARE, {"GID_1": "DEU.3_1", "NAME_1": "Berlin", "id": 3}),
+        feature(SQUARE, {"NUTS_NAME": "Wien"}),
+    ]
     found = read_regions(write(tmp_path, {"type": "FeatureCollection", "features": features}))
-    assert [name for name, _ in found] == ["城东", "7", "region 3", "x1"]
-    assert [region.area for _, region in found] == [15, 2, 2, 4] and all(region.is_valid for _, region in found)
+    assert [name for name, _ in found] == ["城东", "7", "region 3", "x1", "Berlin", "Wien"]
+    assert [region.area for _, region in found] == [15, 2, 2, 4, 4, 4] and all(region.is_valid for _, region in found)
     assert [name for name, _ in read_regions(write(tmp_path, feature(SQUARE, {"name": "a"})))] == ["a"]
     assert read_regions(write(tmp_path, SQUARE))[0][0] == "region 1"
     text = "\ufeff" + json.dumps(

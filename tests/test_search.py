@@ -91,6 +91,14 @@ def test_rejected_files_of_a_server_have_a_list_of_their_own(ask, two_dates, mat
     assert (tmp_path / "rejected.jsonl").read_text() == "another program's"
 
 
+def test_pictures_without_data_are_told_of(ask, two_dates, matcher, monkeypatch, tmp_path):
+    """Sentinel-2's files do not tag the 0 that stands where nothing was seen."""
+    monkeypatch.setattr("library.index_library", lambda *_, **__: IndexReport(added=9, blank=2, seconds=1))
+    words = ["index", two_dates / "2020", "--model", matcher]
+    assert "2 of 9 pictures are all black or white: give --nodata 0" in ask(*words, store=tmp_path / "x")[2]
+    assert "black" not in ask(*words, "--nodata", 0, store=tmp_path / "x")[2]
+
+
 def test_rows_of_different_attributes_make_one_table():
     assert csv_text([{"a": 1}, {"a": 2, "b": 3}]) == "a,b\n1,\n2,3\n"
 
@@ -247,6 +255,10 @@ def test_landuse_says_what_it_counts_and_draws(ask, matcher, tmp_path):
     regions = tmp_path / "regions.geojson"
     shape = {"type": "Polygon", "coordinates": [[[14, 41], [16, 41], [16, 42], [14, 42], [14, 41]]]}
     regions.write_text(json.dumps({"type": "Feature", "properties": {}, "geometry": shape}))
+    shape["coordinates"] = [[pair[::-1] for pair in shape["coordinates"][0]]]
+    regions.write_text(json.dumps({"type": "Feature", "properties": {"name": "x"}, "geometry": shape}))
+    code, _, err = ask("landuse", "--classes", "farm,harbour", "--regions", regions, "--out", tmp_path / "s")
+    assert code == 0 and "no region meets an image: GeoJSON has longitude first" in err
     code, _, err = ask("landuse", "--classes", "farm,all", "--regions", regions, "--out", tmp_path / "r")
     assert code == 2 and "'all'" in err and "rename" in err and not (tmp_path / "r").exists()
 
