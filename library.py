@@ -89,7 +89,7 @@ MASK = re.compile(  # and previews, beside the pictures of Planet, Landsat, HLS 
     r"|^S2.*-ql\.jpg$|^L[A-Z]\d\d_.*_thumb_(?:large|small)\.jpe?g$",
     re.IGNORECASE,
 )
-SAFE_PAGE = re.compile(r"\.SAFE/HTML/[^/]+$", re.IGNORECASE)  # banners and backgrounds of a product's own page
+SAFE_PAGE = re.compile(r"\.SAFE/(?:HTML|preview)/", re.IGNORECASE)  # what a Sentinel product shows of itself
 CLASS_LISTS = Path(__file__).parent / "classes"
 NEIGHBOURS = 0.2  # share of the smaller of two tiles that the other covers, above which both show one place
 
