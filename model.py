@@ -101,7 +101,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     name = "/".join(folder.parts[-2:]) if folder.parent.parent == Path(__file__).parent else folder
     command = "run `python load.py --preset demo`" if demo else f"run `python load.py {name}`"
     if not demo and name == folder and folder.is_absolute():  # it was somebody's own, and may be elsewhere now
-        command = "give the folder where it is (--base_model), or download it with `python load.py ORG/NAME`"
+        command = "give the folder where it is (--base_model beside what was trained), or run `python load.py ORG/NAME`"
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no model here (config.json is missing); {command}")
     index = folder / "model.safetensors.index.json"
