@@ -310,8 +310,6 @@ def evaluate(args) -> int:
                 f"warning: {len(leaks)} of these images are in the training split of {args.training}, first {leaks[0][2]}"
             )
         known = drop_unreadable({"train": known}, store, args.max_rejected)["train"]
-    if references:
-        caption_scores.start_meteor(list(references.values()))
     captions, broken = write_captions(model, store, images, args)
     if not captions:
         raise InputError(f"{args.test_dir}: no image could be read; {next(iter(broken.values()))}")

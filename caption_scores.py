@@ -16,7 +16,6 @@ other four (BLEU-4 0.6606, CIDEr 3.280) and for the most frequent training capti
 unusual punctuation may differ a little: see `english_tokens`. METEOR runs on Java 17, seen; SPICE was never run here.
 """
 
-import atexit
 import contextlib
 import html
 import importlib.util
@@ -31,7 +30,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -131,35 +130,6 @@ def language_of(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 # Java, in a child process
 
-_waiting: list[subprocess.Popen] = []  # a METEOR that was started and that no scores have taken yet
-
-
-def start_meteor(references: list[list[str]]) -> None:
-    """Let METEOR load its paraphrases, 8 s of one core, while the captions are still being written: the next scores of this
-    process find it ready. Does nothing where there is no Java or no English reference."""
-    english = any(language_of(text) == "en" for texts in references for text in texts)
-    if english and not _waiting and shutil.which("java"):
-        _waiting.append(_start("meteor"))
-        atexit.register(_end, _waiting[0])
-
-
-def _start(task: str) -> subprocess.Popen:
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"encoding": "utf-8", "errors": "replace"}
-    return subprocess.Popen([sys.executable, str(Path(__file__).resolve()), task], start_new_session=True, **pipes)
-
-
-def _end(child: subprocess.Popen) -> None:
-    with contextlib.suppress(OSError):
-        child.stdin.close()  # one that was given nothing ends by itself
-    for name in ("SIGTERM", "SIGKILL"):  # the first stops Java, and our child tidies up
-        if child.poll() is None:
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                os.killpg(child.pid, getattr(signal, name)) if hasattr(os, "killpg") else child.kill()
-                child.wait(3)
-    for pipe in (child.stdin, child.stdout, child.stderr):
-        with contextlib.suppress(OSError):
-            pipe.close()
-
 
 def _in_child(task: str, **given) -> tuple[dict | None, str]:
     """-> (what the task gives, "") or (None, the reason why not)."""
@@ -167,13 +137,21 @@ def _in_child(task: str, **given) -> tuple[dict | None, str]:
         return None, "no Java on PATH"
     texts = given.get("texts") or [text for candidates, _ in given["runs"] for text in candidates]
     seconds = SECONDS[task] + SECONDS_PER_TEXT[task] * len(texts)
-    child = _waiting.pop() if task == "meteor" and _waiting else _start(task)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"encoding": "utf-8", "errors": "replace"}
+    child = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), task], start_new_session=True, **pipes)
     try:
-        out, noise = child.communicate(json.dumps(given) + "\n", timeout=seconds)
+        out, noise = child.communicate(json.dumps(given), timeout=seconds)
     except subprocess.TimeoutExpired:
         return None, f"Java took longer than {seconds:.0f} s"
     finally:
-        _end(child)
+        for name in ("SIGTERM", "SIGKILL"):  # the first stops Java, and our child tidies up
+            if child.poll() is None:
+                with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                    os.killpg(child.pid, getattr(signal, name)) if hasattr(os, "killpg") else child.kill()
+                    child.wait(3)
+        for pipe in (child.stdin, child.stdout, child.stderr):
+            with contextlib.suppress(OSError):
+                pipe.close()
     if child.returncode == 0:
         return json.loads(out), ""
     lines = [line.strip() for line in noise.splitlines() if line.strip()]
@@ -201,12 +179,15 @@ def _keyed(candidates: list[str], references: list[list[str]]) -> tuple[dict, di
     return dict(enumerate(references)), {i: [text] for i, text in enumerate(candidates)}
 
 
-def _meteor(meteor, runs: list, samples: int, seed: int) -> dict:
-    """METEOR 1.5 and its interval, of several runs (candidates, references), by a pycocoevalcap `Meteor`.
+def _meteor(runs: list, samples: int, seed: int) -> dict:
+    """METEOR 1.5 and its interval, of several runs (candidates, references): it takes ten seconds to start.
 
     The score of many images is that of their summed counts (like BLEU's), not the mean of their scores. The Java
     program gives the counts of each image and scores any counts, so a resample is its sum, scored by the program.
     """
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    meteor = Meteor()
     one_image = meteor._stat
 
     def scored(candidates, references):
@@ -251,20 +232,13 @@ def _spice(runs: list, samples: int, seed: int) -> dict:
 
 
 def _child(task: str):
-    """What `_start` starts: a line of JSON on standard input, JSON on standard output, all noise on standard error. A line, for
-    the end of the input is not seen as long as another process, forked meanwhile, has the pipe open too."""
+    """What `_in_child` starts: a JSON object on standard input, one on standard output, all noise on standard error."""
     out = os.dup(1)
     os.dup2(2, 1)
     signal.signal(signal.SIGTERM, lambda *_: None)  # ends Java alone, and PTBTokenizer then removes its file
     try:
-        tasks = {"ptb": _ptb, "spice": _spice}
-        if task == "meteor":
-            from pycocoevalcap.meteor.meteor import Meteor
-
-            tasks[task] = partial(
-                _meteor, Meteor()
-            )  # Java loads from here on, whether there is something to score yet or not
-        made = json.dumps(tasks[task](**json.loads(sys.stdin.readline())))
+        given = json.loads(sys.stdin.buffer.read())
+        made = json.dumps({"ptb": _ptb, "meteor": _meteor, "spice": _spice}[task](**given))
         with os.fdopen(out, "w") as file:
             file.write(made)
     except BaseException as error:

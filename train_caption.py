@@ -242,7 +242,6 @@ def main(argv: list[str] | None = None) -> dict:
             known, texts = in_language(splits["train"], language)
             features = ([pooled[path] for path in part] for part in (images, known))
             made = caption_scores.baselines(*features, texts)
-            caption_scores.start_meteor(references)
             made["captioner"] = write(images, prompt, progress=True)
             found = caption_scores.compare(made, references, texts, language=language)
             for image, text, truths, scores in zip(

@@ -426,13 +426,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         say(text)
         return results
 
-    def ask_after() -> None:
-        if chat:
-            caption_scores.start_meteor([[q.text + q.answer for q in scene.questions] for scene in held])
-        made["after"] = ask(held, progress=main_process)
-
     if config.eval_only:
-        ask_after()
+        made["after"] = ask(held, progress=main_process)
         return finish(config.lora, keep=keeps_scores(argv))
 
     # ---- training
@@ -466,7 +461,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     outcome = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     best = trainer.save_best()
     results |= {"steps": outcome.global_step, "best_step": trainer.kept_step}
-    ask_after()
+    made["after"] = ask(held, progress=main_process)
 
     # ---- the same training without images: what the questions give away
     if config.blind_baseline and not chat:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -435,53 +434,6 @@ def test_meteor_that_fails_does_not_hang(java, capfd):
     assert time.perf_counter() - began < 15 and capfd.readouterr() == ("", "")
 
 
-METEOR = """echo $$ >> "$0.started"
-while read -r line; do
-  case "$line" in
-    SCORE*) echo 4 4 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 3 3 ;;
-    EVAL*) while [ "$line" != "${line#*|||}" ]; do echo 0.25; line=${line#*|||}; done; echo 0.5 ;;
-  esac
-done
-exit
-"""  # in METEOR's place: 0.25 for each image, 0.5 for all
-
-
-def test_meteor_loads_while_captions_are_written(java):
-    """It is started once, scores as one that is started when it is asked, and is started for English alone."""
-    folder = java('[ "$1" = -jar ] && {\n' + METEOR + "}\n" + TOKENIZER)
-    started = folder / "java.started"
-    want = values(scores(*CAPTIONS)["parts"][0])["METEOR"]
-    assert want == 0.5 and len(started.read_text().split()) == 1
-    caption_scores.start_meteor([["一条路"]])
-    assert not caption_scores._waiting
-    for _ in range(2):
-        caption_scores.start_meteor([["一条路"], ["a road"]])
-    (child,) = caption_scores._waiting
-    while len(started.read_text().split()) < 2:
-        assert child.poll() is None
-        time.sleep(0.05)
-    assert values(scores(*CAPTIONS)["parts"][0])["METEOR"] == want
-    assert len(started.read_text().split()) == 2 and not caption_scores._waiting and child.poll() is not None
-
-
-@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("how", ["", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
-def test_a_meteor_that_nothing_took_ends_with_its_program(java, how):
-    folder = java('[ "$1" = -jar ] && {\n' + METEOR + "}\n" + TOKENIZER)
-    code = f"import caption_scores; caption_scores.start_meteor([['a road']]); input(); {how}"
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as program:
-        until = time.perf_counter() + 60
-        while not (folder / "java.started").exists() or not (pid := (folder / "java.started").read_text().strip()):
-            assert time.perf_counter() < until
-            time.sleep(0.05)
-        _, noise = program.communicate(b"\n")
-    assert noise == b""
-    while Path("/proc", pid).exists() and Path("/proc", pid, "stat").read_text().split()[2] != "Z":
-        assert time.perf_counter() < until, "METEOR is still there"
-        time.sleep(0.05)
-
-
 def test_spice_by_image(monkeypatch):
     """What is made of SPICE's answer; the program itself needs a download."""
     import pycocoevalcap.spice.spice as spice
@@ -514,7 +466,8 @@ def test_with_java(monkeypatch, capfd):
     value, each = meteor.compute_score(gts, res)
     want, images = direct([res[f"i{i}"][0] for i in range(12)], [gts[f"i{i}"] for i in range(12)])
 
-    tasks = {"ptb": caption_scores._ptb, "meteor": partial(caption_scores._meteor, meteor)}
+    tasks = {"ptb": caption_scores._ptb, "meteor": caption_scores._meteor}
+    monkeypatch.setattr(package, "Meteor", lambda: meteor)
     monkeypatch.setattr(
         caption_scores, "_in_child", lambda task, **given: (json.loads(json.dumps(tasks[task](**given))), "")
     )
