@@ -17,10 +17,9 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from config import SURROGATE, add_device_flags, refuse_outside, user_errors
-from scenes import IMAGE_SUFFIXES
+from scenes import IMAGE_SUFFIXES, path_of
 
 SAY = {
     "image": ("Image (path, or empty for none): ", "图像路径（留空则无图像）："),
@@ -159,10 +158,7 @@ def named_like_a_picture(text: str) -> bool:
 
 def file_named(text: str) -> str:
     """The path that a user typed, pasted or dragged here: there is no shell to take its quotes, ~ and \\ away."""
-    path = text.strip().strip("\"'")
-    if path.startswith("file://"):
-        path = unquote(urlsplit(path).path)
-    path = os.path.expanduser(path)
+    path = os.path.expanduser(path_of(text.strip().strip("\"'")))
     if os.path.exists(path):
         return path
     with contextlib.suppress(ValueError):  # as a terminal writes what is dropped on it: it\'s.tif, a\(1\).tif

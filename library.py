@@ -259,8 +259,7 @@ def plan_index(
     images = [path for path in image_files(root, below) if any(_matches(path, root, pattern) for pattern in only)]
     if not images:
         raise InputError(f"{root}: no image in it has a name such as {' or '.join(only)} (--only)")
-    masks = {path for path in images if MASK.search(path.name) or SAFE_PAGE.search(path.as_posix())}
-    masks = masks if [*only] == ["*"] else set()
+    masks = set(filter(_is_mask, images)) if [*only] == ["*"] else set()
     if len(masks) < len(images):
         images = [path for path in images if path not in masks]
     else:
@@ -321,6 +320,10 @@ def plan_index(
 
 def _matches(path: Path, root: Path, pattern: str) -> bool:
     return fnmatch.fnmatch(path.name, pattern) or fnmatch.fnmatch(path.relative_to(root).as_posix(), pattern)
+
+
+def _is_mask(path: Path) -> bool:
+    return bool(MASK.search(path.name) or SAFE_PAGE.search(path.as_posix()))
 
 
 def masks_left_out(masks: set[Path]) -> str | None:

@@ -399,11 +399,8 @@ def _rows_of(form: str, entry, fields: tuple[str, str]) -> tuple[str, list[tuple
     if form == "triplets":
         own = _field(entry, NEGATIVE_FIELDS, (str, list))
         given = entry.get(own)  # one, or several; a table has an empty cell where there is none
-        negatives = [
-            _text({own: text}, own)
-            for text in (given if isinstance(given, list) else [given])
-            if text not in (None, "")
-        ] or [None]
+        listed = given if isinstance(given, list) else [given]
+        negatives = [_text({own: text}, own) for text in listed if text not in (None, "")] or [None]
         name, positive = _text(entry, image), _text(entry, field)
         for text in (positive, *negatives):
             if text and not has_word(text):
@@ -479,6 +476,11 @@ def _look_for(name: str, roots: list[Path], found: dict[str, str | ImageError], 
         raise found[name].with_traceback(None)  # or it would grow by every row
 
 
+def path_of(address: str) -> str:
+    """The path that a file:// address names; another text as it is."""
+    return unquote(urlsplit(address).path) if address.startswith("file://") else address
+
+
 def _find_image(name: str, roots: list[Path], before: dict[Path, str] | None = None) -> str:
     """The path of an image. before: where the images below each root were, as far as is known; one that is named by its whole
     path may have moved with them. None: nothing has moved. Raises ImageError."""
@@ -487,6 +489,8 @@ def _find_image(name: str, roots: list[Path], before: dict[Path, str] | None = N
     for path in (root / form for root in roots for form in forms):
         if os.path.isfile(path):  # Path's own raises where a name is too long or a folder is locked
             return str(path)
+    if name.startswith("file://"):  # as in Qwen's own examples
+        return _find_image(path_of(name), roots, before)
     if "\\" in name:  # written on Windows
         return _find_image(name.replace("\\", "/"), roots, before)
     if before is not None and re.match(r"/|[A-Za-z]:/", name):
@@ -606,8 +610,6 @@ def read_conversations(
     for number, entry in enumerate(content):
         try:
             (name, questions), split = _questions_of(entry), _split_in(entry)
-            if name.startswith("file://"):  # as in Qwen's own examples
-                name = unquote(urlsplit(name).path)
             _look_for(name, roots, found, find)
         except InputError as error:
             result.rejected.append(Rejected(str(path), number, str(error)))
@@ -692,9 +694,7 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
     images = VISION.findall(" ".join(said))
     said[::2] = [_words_of(text) for text in said[::2]]
     if not images:
-        named = entry.get("images") or entry.get("image") or []  # the list of ms-swift and others, LLaVA's one
-        images = [image for _, found in parts for image in found] or (named if isinstance(named, list) else [named])
-        images = [image.get("path") if isinstance(image, dict) else image for image in images]
+        images = [image for _, found in parts for image in found] or _listed_images(entry)
     one = len(images) == 1 and isinstance(images[0], str) and images[0].strip()
     said[1::2] = [_sayable(text) for text in said[1::2]]
     if entry.get("objects") and re.search("<bbox>|<ref-object>", " ".join(said)):
@@ -708,6 +708,13 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
         )
     pairs = tuple(zip(said[::2], said[1::2]))
     return images[0].strip(), [Question(q, a, kind, number, pairs[:n]) for n, (q, a) in enumerate(pairs)]
+
+
+def _listed_images(entry: dict) -> list:
+    """The images of a row: the list of ms-swift and others, of names or of {"path"}, or LLaVA's one."""
+    named = entry.get("images") or entry.get("image") or []
+    named = named if isinstance(named, list) else [named]
+    return [image.get("path") if isinstance(image, dict) else image for image in named]
 
 
 def _words_of(question: str) -> str:
@@ -732,10 +739,10 @@ def _said(turn: dict, content: str) -> tuple[str, list]:
 
 def _asked(entry: dict, kind: str | None, number: str | None) -> tuple[str, list[Question]]:
     """`_questions_of` a row that is one question and its answer."""
-    if not _field(entry, IMAGE_FIELDS) and isinstance(images := entry.get("images"), list):
-        if len(images) != 1:
+    if not _field(entry, IMAGE_FIELDS) and "images" in entry:
+        if len(images := _listed_images(entry)) != 1:
             raise InputError(f"field 'images': expected one image, found {len(images)}")
-        entry = {**entry, "image": images[0].get("path") if isinstance(images[0], dict) else images[0]}
+        entry = {**entry, "image": images[0]}
     image, question, answer = (_field(entry, known) for known in (IMAGE_FIELDS, QUESTION_FIELDS, ANSWER_FIELDS))
     if question and question.lower() == "instruction" and isinstance(more := entry.get("input"), str) and more.strip():
         entry = {**entry, question: f"{_text(entry, question)}\n{more.strip()}"}

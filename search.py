@@ -278,17 +278,19 @@ def run_index(args) -> int:
         print(f"{report.empty} tiles without data left out")
     for note in report.notes:
         print(note, file=sys.stderr)
-    dark = report.blank > report.added / 2
-    if report.blank and not dark and args.nodata is None:
-        print(
-            f"{report.blank} of {report.added} pictures are all black or white: give --nodata 0 (or 255) if that is where a file"
-            " holds no data",
-            file=sys.stderr,
+    if report.blank:
+        image, told = (
+            record_of(args.store)["image"],
+            f"{report.blank} of {report.added} pictures are all black or white",
         )
-    if dark:
-        stretch = record_of(args.store)["image"]["stretch"]
-        stretch = f"--stretch {stretch}: give --stretch percentile, or a model trained on such files"
-        print(f"{report.blank} of {report.added} pictures are all black or white under {stretch}", file=sys.stderr)
+        if report.blank > report.added / 2:
+            stretch = f"--stretch {image['stretch']}: give --stretch percentile, or a model trained on such files"
+            print(f"{told} under {stretch}", file=sys.stderr)
+        elif image["nodata"] is None:
+            print(
+                f"{told}: give --nodata 0 (or 255) if that is where a file holds no data",
+                file=sys.stderr,
+            )
     if report.unknown:
         print(
             f"{args.attributes}: {len(report.unknown)} rows name no image there, first {report.unknown[0]!r}",

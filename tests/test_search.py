@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -91,12 +92,22 @@ def test_rejected_files_of_a_server_have_a_list_of_their_own(ask, two_dates, mat
     assert (tmp_path / "rejected.jsonl").read_text() == "another program's"
 
 
-def test_pictures_without_data_are_told_of(ask, two_dates, matcher, monkeypatch, tmp_path):
+def test_pictures_without_data_are_told_of(ask, two_dates, matcher, tmp_path):
     """Sentinel-2's files do not tag the 0 that stands where nothing was seen."""
-    monkeypatch.setattr("library.index_library", lambda *_, **__: IndexReport(added=9, blank=2, seconds=1))
-    words = ["index", two_dates / "2020", "--model", matcher]
-    assert "2 of 9 pictures are all black or white: give --nodata 0" in ask(*words, store=tmp_path / "x")[2]
-    assert "black" not in ask(*words, "--nodata", 0, store=tmp_path / "x")[2]
+    shutil.copytree(two_dates / "2020", tmp_path / "black")
+    for n in (0, 2):
+        with rasterio.open(tmp_path / f"black/farm/p{n}.tif", "r+") as file:
+            file.write(np.zeros_like(file.read()))
+    words = ["index", tmp_path / "black", "--workers", 0, "--model", matcher]
+    told = "2 of 10 pictures are all black or white: give --nodata 0"
+    assert told in ask(*words, store=tmp_path / "x")[2]
+    assert "2 tiles without data left out" in ask(*words, "--nodata", 0, store=tmp_path / "y")[1]
+    assert "black or white" not in ask(*words, "--nodata", 7, store=tmp_path / "z")[2]
+    shutil.copy(tmp_path / "black/farm/p0.tif", tmp_path / "black/farm/p10.tif")
+    shutil.copy(two_dates / "2020/farm/p4.tif", tmp_path / "black/farm/p12.tif")
+    shutil.copy(two_dates / "2020/farm/p6.tif", tmp_path / "black/farm/p14.tif")
+    code, out, err = ask(*words, store=tmp_path / "z")  # the index knows its own value
+    assert code == 0 and "3 files indexed" in out and "black or white" not in err
 
 
 def test_rows_of_different_attributes_make_one_table():
