@@ -241,17 +241,23 @@ def read_objects(path: str, images: list[str]) -> tuple[dict, list, dict[str, li
             raise InputError(
                 f"{path}: field {field!r}: {name}: expected a list of texts, found {json.dumps(value)[:60]}"
             )
-    present = {}
+    present, taken = {}, {}
     for image in images:
-        if Path(image).name not in listed:
+        parts = Path(image).parts
+        name = next((tail for n in range(len(parts)) if (tail := Path(*parts[n:]).as_posix()) in listed), None)
+        if name is None:
             try:
                 image_size(image)
             except ImageError:
                 continue  # it has no caption either, and is told with the others that cannot be read
             raise InputError(f"{path}: field 'images': {Path(image).name} is missing")
-        present[image] = listed[Path(image).name]
+        if name in taken:
+            raise InputError(
+                f"{path}: field 'images': {name} is both {taken[name]} and {image}: name them with their folders"
+            )
+        present[image], taken[name] = listed[name], image
         if unknown := set(present[image]) - set(words):
-            raise InputError(f"{path}: field 'words': {sorted(unknown)[0]!r} of {Path(image).name} is missing")
+            raise InputError(f"{path}: field 'words': {sorted(unknown)[0]!r} of {name} is missing")
     return words, ignore, present
 
 

@@ -348,7 +348,7 @@ def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list, tuple[s
             for name, known in content.items()
         ]
     if isinstance(content, list):
-        content = list(map(_gathered, content))
+        content = _gathered(content)
         first = next((entry for entry in content if isinstance(entry, dict)), {})
         image, text = _field(first, IMAGE_FIELDS), _field(first, TEXT_FIELDS, (str, list))
         # VRSBench has answers and boxes in files of this form, too.
@@ -373,15 +373,22 @@ def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list, tuple[s
     )
 
 
-def _gathered(row):
-    """A row whose texts stand in columns of their own, as caption_1 to caption_5, with their list as "captions"."""
-    columns = [found for found in map(NUMBERED.fullmatch, row) if found] if isinstance(row, dict) else []
-    base = next((column[1] for column in columns if column[2]), None)
-    names = [column[0] for column in columns if column[1] == base]
-    if base is None or len(names) < 2:
-        return row
-    texts = [row[name] for name in names if row[name] is not None and not _says_nothing(row[name])]
-    return {name: value for name, value in row.items() if name not in names} | {"captions": texts}
+def _gathered(rows: list) -> list:
+    """The rows; where the texts of one stand in columns of their own, as caption_1 to caption_5, all with a list of theirs as
+    "captions"."""
+    columns = [
+        [found for found in map(NUMBERED.fullmatch, row) if found] if isinstance(row, dict) else [] for row in rows
+    ]
+    numbered = (next((column[1] for column in found if column[2]), None) for found in columns if len(found) > 1)
+    if (base := next(filter(None, numbered), None)) is None:
+        return rows
+    gathered = []
+    for row, found in zip(rows, columns):
+        if names := [column[0] for column in found if column[1] == base]:
+            texts = [row[name] for name in names if row[name] is not None and not _says_nothing(row[name])]
+            row = {name: value for name, value in row.items() if name not in names} | {"captions": texts}
+        gathered.append(row)
+    return gathered
 
 
 def _is_nwpu(rows) -> bool:

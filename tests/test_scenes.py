@@ -248,6 +248,9 @@ def test_captions_by_image_and_in_numbered_columns(folder):
     refused(lambda: read("rows.json", [{"image": "a0.png", "text_2": "one"}]), "its first row has ['image', 'text_2']")
     rows[1] |= {"caption_1": "", "caption_2": "."}
     refused(lambda: read("rows.json", rows), "row 1", "there is no text")
+    alone = {"image": "a1.png", "caption": "three", "split": "test"}  # beside rows of several
+    assert read("rows.json", [rows[0], alone]) == want
+    assert read("rows.json", [alone, rows[0]]) == want[::-1]
     refused(lambda: read("by.json", {"a0.png": [3], "a1.png": ["x"]}), "row 0", "expected a text, found int")
     refused(lambda: read("by.json", {"a0.png": ["x"], "classes": ["x"]}), "its top level is dict")
 

@@ -312,6 +312,19 @@ def test_eval_counts_objects(trained, drawn, tmp_path, capsys):
     assert found["recall"] == pytest.approx(right / len(captions))
 
 
+def test_objects_of_images_of_one_name(tmp_path):
+    file, images = tmp_path / "objects.json", ["test/port/1.png", "test/lake/1.png"]
+    words = {"ship": ["ship"], "jetty": ["jetty"]}
+
+    def read(listed):
+        file.write_text(json.dumps({"words": words, "images": listed}))
+        return caption.read_objects(str(file), images)[2]
+
+    assert read({"port/1.png": ["jetty"], "1.png": ["ship"]}) == dict(zip(images, (["jetty"], ["ship"])))
+    with pytest.raises(InputError, match=r"1\.png is both test/port/1\.png and test/lake/1\.png: name them"):
+        read({"1.png": ["ship"]})
+
+
 def test_what_captions_are_compared_with_is_read_first(trained, drawn, tmp_path, monkeypatch):
     """A mistake in it must not cost the hours that writing captions takes."""
     monkeypatch.setattr(caption, "write_captions", lambda *_: pytest.fail("captions were written before"))
