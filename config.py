@@ -448,6 +448,7 @@ TRAINING_DEFAULTS = {
     "ddp_broadcast_buffers": False,  # no buffer of these models changes in training
 }
 
+READERS = min(4, processors())  # more than there are processors only wait for each other
 PRESETS: dict[str, dict[str, dict]] = {
     "MatchConfig": {
         "full": {
@@ -456,7 +457,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             "learning_rate": 1e-4,
             "num_train_epochs": 5,
             "gradient_checkpointing": True,
-            "dataloader_num_workers": 4,
+            "dataloader_num_workers": READERS,
         },
         "demo": {
             "base_model": "models/demo/qwen2_5_vl",
@@ -493,7 +494,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             "learning_rate": 1e-4,
             "num_train_epochs": 5,
             "gradient_checkpointing": True,
-            "dataloader_num_workers": 4,
+            "dataloader_num_workers": READERS,
             "metric_for_best_model": "accuracy",
         },
         "demo": {
@@ -523,7 +524,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             "per_device_eval_batch_size": 32,
             "learning_rate": 2e-5,
             "num_train_epochs": 3,
-            "dataloader_num_workers": 4,
+            "dataloader_num_workers": READERS,
             "metric_for_best_model": "CIDEr",
         },
         "demo": {

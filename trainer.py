@@ -119,6 +119,7 @@ class SceneTrainer(Trainer):
             lambda: collator([train_dataset[0, i] for i in first]),
             self.args.dataloader_prefetch_factor or 2,
         )
+        self.args.dataloader_pin_memory &= self.args.device.type != "cpu"  # torch warns of pages that it cannot lock
         world, per_step = self.args.world_size, self.args.train_batch_size * self.args.world_size
         if world > 1 and len(train_dataset) < per_step:
             raise InputError(
