@@ -56,6 +56,7 @@ from store import Filter, Hit, Point
 WHOLE = 1.5  # an image up to this many tiles long and wide is not cut: scenes "of 256 pixels" have 253 or 280 too
 CHECKED = 256  # files that a process looks at before it reports
 FLUSH, FLUSH_SECONDS = 1024, 20.0  # tiles, or time, after which what is encoded goes to disk
+RENAMED = 256  # files whose points get a new path at once
 HASHED = 64 * 2**20  # bytes of a file's content that are hashed: all of most, 64 pieces spread over a larger one
 DATE_IN_NAME = re.compile(
     r"(?<!\d)((?:19|20)\d\d)([-_.]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])"
@@ -122,6 +123,8 @@ class Plan:
     files: list[PlannedFile]
     amended: list[PlannedFile]
     """Files whose vectors stay."""
+    renamed: dict[str, PlannedFile]
+    """{path in the index: the file there is now}, whose vectors stay, too."""
     stale: list[str]
     """Paths whose points are to be removed: gone, or changed since."""
     unchanged: int
@@ -199,6 +202,42 @@ def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
     return found
 
 
+def marks_of(attributes: dict[str, str]) -> str:
+    """8 hex digits of them: what follows the content's hash in an index, for other attributes to be noticed."""
+    return hashlib.blake2b(repr(sorted(attributes.items())).encode(), digest_size=4).hexdigest()
+
+
+def shared_end(one: str, other: str) -> int:
+    """How many of their last parts two paths have in common."""
+    pairs = zip(reversed(one.split("/")), reversed(other.split("/")))
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def renamed_files(files: list[PlannedFile], done: dict, found: dict, kept: dict) -> dict[str, PlannedFile]:
+    """{path in the index (`done`): the one of `files` that it is now}: a path that is not among those `found` any more, and a
+    new file of the same content whose name says the same date. They take their attributes along (`kept`)."""
+    gone: dict[tuple, list[str]] = {}
+
+    def key(
+        path: str, size: int, mtime_ns: int, digest: str
+    ) -> tuple:  # of a larger file the hash did not see every byte
+        return digest.partition(".")[0], size, mtime_ns if size > HASHED else 0, time_in_name(path)
+
+    for path, known in done.items():
+        if path not in found:
+            gone.setdefault(key(path, *known), []).append(path)
+    renamed = {}
+    for file in files:
+        if file.path in done or not (same := gone.get(key(file.path, file.size, file.mtime_ns, file.hash))):
+            continue
+        before = max(same, key=lambda path: shared_end(path, file.path))  # of copies the likeliest
+        same.remove(before)
+        file.attributes = {k: v for k, v in kept.get(before, {}).items() if k != "folder"} | file.attributes
+        file.hash = f"{file.hash.partition('.')[0]}.{marks_of(file.attributes)}"
+        renamed[before] = file
+    return renamed
+
+
 class FileChecks:
     """What is to be done with a file: a PlannedFile, Rejected, or None for one that is in the index as it is."""
 
@@ -220,7 +259,7 @@ class FileChecks:
             size, mtime_ns = file_state(path, self.settings.bands)
             mine = {"folder": name.rpartition("/")[0]} if "/" in name else {}
             mine |= self.attributes.get(name, {})
-            marks = hashlib.blake2b(repr(sorted(mine.items())).encode(), digest_size=4).hexdigest()
+            marks = marks_of(mine)
             old = self.done.get(name)
             files = band_files(path, self.settings.bands)
             known, _, known_marks = old[2].partition(".") if old else ("", "", "")
@@ -266,6 +305,7 @@ def plan_index(
         masks = set()
     images, bands = join_bands(images, settings)
     found = {path.relative_to(root).as_posix(): path for path in images}
+    kept = {}
     if attributes is None:
         kept = index.attributes() | index.record.get("waiting", {}) if index is not None else {}
         attributes = {name: values for name, values in kept.items() if name in found}
@@ -292,8 +332,11 @@ def plan_index(
     results = over_files(checks.check, found, workers, CHECKED, **bar)
     planned = [result for result in results if isinstance(result, PlannedFile)]
     files, amended = ([file for file in planned if bool(file.windows) == new] for new in (True, False))
+    renamed = renamed_files([file for file in files if file.path not in partial], done, found, kept)
+    here = {file.path for file in renamed.values()}
+    files = [file for file in files if file.path not in here]
     rejected = [result for result in results if isinstance(result, Rejected)]
-    stale = [name for name in {*done, *partial} if name not in found]
+    stale = [name for name in {*done, *partial} if name not in found and name not in renamed]
     stale += [bad.file for bad in rejected if bad.file in done or bad.file in partial]
     for file in files:
         if file.path in done:
@@ -315,7 +358,7 @@ def plan_index(
     ]
     notes = [note for note in notes if note]
     unchanged = results.count(None) + len(amended)
-    return Plan(files, amended, sorted(stale), unchanged, rejected, attributes, unknown, notes)
+    return Plan(files, amended, renamed, sorted(stale), unchanged, rejected, attributes, unknown, notes)
 
 
 def _matches(path: Path, root: Path, pattern: str) -> bool:
@@ -513,6 +556,8 @@ class IndexReport:
     unchanged: int = 0
     amended: int = 0
     """Of these, files with other attributes than before."""
+    renamed: int = 0
+    """Files that were in the index under another path."""
     empty: int = 0
     """Tiles without data, left out."""
     blank: int = 0
@@ -687,7 +732,7 @@ class _Writer:
         self.broken: dict[int, str] = {}
         self.stale = set(plan.stale)
         # A killed run goes on without them on its command line: they wait in the record for the files they are of.
-        planned = {file.path: file.attributes for file in (*plan.files, *plan.amended)}
+        planned = {file.path: file.attributes for file in (*plan.files, *plan.amended, *plan.renamed.values())}
         known = index.record.get("waiting", {})
         waiting = {path: of for path, of in known.items() if path not in planned} | _own_attributes(planned)
         if waiting != known:
@@ -700,6 +745,29 @@ class _Writer:
                 (file.path, {name: getattr(file, name) for name in ("attributes", "hash", "size", "mtime_ns")})
                 for file in bar
             )
+        self._rename()
+
+    def _rename(self) -> None:
+        """Give the points of files that lie elsewhere now their new path. A kill leaves some under both, and the next run
+        takes the old ones out."""
+        renamed = list(self.plan.renamed.items())
+        for start in range(0, len(renamed), RENAMED):
+            part = dict(renamed[start : start + RENAMED])
+            known = list(self.index.scroll(Filter(path=list(part))))
+            vectors, points = self.index.vectors(id for id, _ in known), []
+            for (_, payload), vector in zip(known, vectors):
+                file = part[payload["path"]]
+                points.append(
+                    Point(
+                        file.path, vector, window=payload["window"] and tuple(payload["window"]),
+                        footprint=payload["footprint"] and tuple(payload["footprint"]), time=payload["time"],
+                        last="last" in payload, extra=payload["extra"], attributes=file.attributes,
+                        hash=file.hash, size=file.size, mtime_ns=file.mtime_ns,
+                    )
+                )  # fmt: skip
+            self.index.upsert(sorted(points, key=lambda point: point.last))
+            self.index.remove(path=list(part))
+        self.report.renamed = len(renamed)
 
     def write(self, turn: list[tuple[Vectors | None, TileBatch]]) -> None:
         """Bring to disk what `encode` gave, in any order of tiles."""

@@ -270,9 +270,10 @@ def run_index(args) -> int:
     rate = f", {report.added / report.seconds:.0f} images/s" if report.added else ""
     cut = f" as {report.added} tiles" if report.added != report.files else ""
     amended = f" ({report.amended} with other attributes)" if report.amended else ""
+    renamed = f" {report.renamed} under a new name," if report.renamed else ""
     print(
         f"{report.files} files indexed{cut} ({report.updated} of them changed), {report.unchanged} unchanged{amended},"
-        f" {report.removed} removed; {report.total} vectors in {args.store} ({report.seconds:.1f} s{rate})"
+        f"{renamed} {report.removed} removed; {report.total} vectors in {args.store} ({report.seconds:.1f} s{rate})"
     )
     if report.empty:
         print(f"{report.empty} tiles without data left out")

@@ -281,6 +281,50 @@ def test_second_run_changes_only_what_changed(model, folder, tmp_path, monkeypat
     assert not any(path == "large.tif" for path, _ in contents(tmp_path / "x"))
 
 
+def test_renamed_files_keep_their_vectors(model, folder, tmp_path, monkeypatch):
+    """But not where the name says another date; and attributes go along, those of equal files to the one of the same end."""
+    for label in "ab":
+        (folder / label).mkdir()
+        shutil.copy(folder / "farm/S2A_20210630_0.png", folder / label / "copy.png")
+    given = {f"{label}/copy.png": {"label": label} for label in "ab"} | {"large.tif": {"label": "large"}}
+    index_library(model, folder, tmp_path / "x", attributes=given, **SMALL)
+    (folder / "2020").mkdir()
+    for before, after in (("large.tif", "2020/great.tif"), ("a", "2020/a"), ("b", "2020/b"), ("farm", "field"),
+                          ("harbour/S2A_20210631_1.png", "harbour/S2A_20220630_1.png")):  # fmt: skip
+        (folder / before).rename(folder / after)
+    read = []
+    monkeypatch.setattr(module, "read_image", lambda *words, **more: pytest.fail("read again"))
+    opened = module.opened
+    monkeypatch.setattr(module, "opened", lambda path, *more: read.append(path.name) or opened(path, *more))
+    with monkeypatch.context() as killed:
+        killed.setattr(store.Store, "remove", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            index_library(model, folder, tmp_path / "x", **SMALL)
+    assert not read
+    report = index_library(model, folder, tmp_path / "x", **SMALL)
+    assert read == ["S2A_20220630_1.png"] and (report.renamed, report.files, report.removed) == (0, 1, 6)
+    assert index_library(model, folder, tmp_path / "x", **SMALL).unchanged == 7
+    (folder / "2020/great.tif").rename(folder / "huge.tif")
+    report = index_library(model, folder, tmp_path / "x", **SMALL)
+    assert (report.renamed, report.files, report.removed, report.unchanged) == (1, 0, 0, 6) and len(read) == 1
+    with store.open(tmp_path / "x") as index:
+        labels = {path: known.get("label") for path, known in index.attributes().items()}
+    assert {path: label for path, label in labels.items() if label} == {
+        "huge.tif": "large", "2020/a/copy.png": "a", "2020/b/copy.png": "b"
+    }  # fmt: skip
+    monkeypatch.undo()
+    index_library(
+        model, folder, tmp_path / "fresh", attributes={p: {"label": v} for p, v in labels.items() if v}, **SMALL
+    )
+    moved, fresh = contents(tmp_path / "x"), contents(tmp_path / "fresh")
+    assert moved.keys() == fresh.keys()
+    for key, (vector, payload) in moved.items():
+        assert np.abs(vector - fresh[key][0]).max() < 2e-6
+        assert (payload["footprint"] or []) == pytest.approx(fresh[key][1]["footprint"] or [], rel=1e-14)
+        for name in ("time", "attributes", "window", "hash", "size", "mtime_ns"):
+            assert payload[name] == fresh[key][1][name]
+
+
 def test_a_name_that_is_not_utf8_is_rejected(model, folder, tmp_path):
     shutil.copy(folder / "large.tif", os.fsencode(folder) + b"/caf\xe9.tif")
     report = index_library(model, folder, tmp_path / "x", **SMALL)
