@@ -77,8 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
             "--bbox", nargs=4, type=float, metavar=("W", "S", "E", "N"),
             help="box in degrees, which the box around an image's footprint touches",
         )  # fmt: skip
-        made.add_argument("--from", dest="start", metavar="DATE", help="taken on this day or later, such as 2020-01-01")
-        made.add_argument("--to", dest="end", metavar="DATE", help="taken on this day or earlier")
+        made.add_argument(
+            "--from", dest="start", metavar="DATE", help="taken then or later: 2020-01-01, 2020-01 or 2020"
+        )
+        made.add_argument(
+            "--to", dest="end", metavar="DATE", help="taken then or earlier: to the end of a day, month or year"
+        )
         made.add_argument(
             "--where", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
             help="attributes, such as folder=harbour",
@@ -200,15 +204,29 @@ def open_library(args, location: str | None = None, encoder=None):
 
 def filter_of(args):
     """The `store.Filter` of the flags, or None."""
-    from store import Filter, attributes_of, in_utc, last_moment, moment
+    from store import Filter, attributes_of, first_moment, in_utc, last_moment
 
     attributes = attributes_of(args.where)
-    first = args.start and in_utc(moment(args.start, "--from"))
+    first = args.start and in_utc(first_moment(args.start, "--from"))
     last = args.end and in_utc(last_moment(args.end, "--to"))
     if first and last and first > last:
         raise InputError(f"--from {args.start} is after --to {args.end}")
     made = Filter(bbox=args.bbox and tuple(args.bbox), start=args.start, end=args.end, attributes=attributes)
     return None if made == Filter() else made
+
+
+def nothing_passes(library, limit) -> str:
+    """What to say where `filter_of`'s filter lets nothing through: how much passes each part of it."""
+    from store import Filter
+
+    parts = {f"--where {name}": Filter(attributes={name: limit.attributes[name]}) for name in limit.attributes}
+    if limit.bbox:
+        parts["--bbox"] = Filter(bbox=limit.bbox)
+    if limit.start or limit.end:
+        parts["a date at all"] = Filter(start="1000-01-01")
+        parts["--from/--to"] = Filter(start=limit.start, end=limit.end)
+    counts = ", ".join(f"{name} {library.index.count(part)}" for name, part in parts.items())
+    return f"no image of the index passes the filters (of {library.index.count()} vectors: {counts})"
 
 
 def output_folder(path: str) -> Path:
@@ -360,7 +378,7 @@ def run_query(args) -> int:
             title += "".join(f" - {text}" for text in args.without)
             results.append((title, hits))
         if not any(hits for _, hits in results):
-            print("nothing found: no image of the index passes the filters", file=sys.stderr)
+            print(f"nothing found: {nothing_passes(library, limit)}", file=sys.stderr)
         rows = [{"query": title} | result_row(rank, hit) for title, hits in results for rank, hit in enumerate(hits, 1)]
         quiet = "-" in (args.json, args.csv, args.geojson)
         if not quiet:
@@ -428,7 +446,7 @@ def run_classify(args) -> int:
     with open_library(args) as library:
         payloads, vectors = library.everything(limit)
         if not payloads:
-            raise InputError(f"{args.store}: no image of the index passes the filters")
+            raise InputError(f"{args.store}: {nothing_passes(library, limit)}")
         names = list(dict.fromkeys(payload["path"] for payload in payloads))
         truth = read_truth(args.truth, labels, names) if args.truth else {}
         tile_scores = library.classify(vectors, classes, args.template)
@@ -654,7 +672,7 @@ def run_landuse(args) -> int:
     with open_library(args) as library:
         payloads, vectors = library.everything(limit)
         if not payloads:
-            raise InputError(f"{args.store}: no image of the index passes the filters")
+            raise InputError(f"{args.store}: {nothing_passes(library, limit)}")
         scores = library.classify(vectors, classes, args.template)
     best = scores.argmax(1)
     counts = np.bincount(best, minlength=len(labels))

@@ -24,9 +24,10 @@ import re
 import shutil
 import time
 import uuid
+from calendar import monthrange
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -60,7 +61,7 @@ MARGIN, AMONG = 2.5, 150
 GROWS_FROM = 100_000  # points; above, EF, EF_FILTERED and SCAN_FEW grow with the square root of the index's size
 RIM = 1e-3  # degrees; see `_inside`
 ROOM = 64 * 2**20  # bytes that are to be free on the disk before points are added: a shard of few takes 25 MB
-DAY = r"\d{4}-\d\d-\d\d"
+DAY, SPAN = r"\d{4}-\d\d-\d\d", r"\d{4}(-\d\d)?"
 PAGE = 10_000  # points a scroll reads at once
 RANGES = ("west", "south", "east", "north", "half_width", "half_height")
 INDEXED = dict.fromkeys(RANGES, "float") | {
@@ -140,9 +141,9 @@ class Filter:
     """west, south, east, north in degrees: footprints that touch or overlap this box; west > east crosses the
     antimeridian. Points without a place are left out."""
     start: str | None = None
-    """ISO 8601 date or time, inclusive. Points without a time are left out."""
+    """ISO 8601 time, date, month or year, inclusive. Points without a time are left out."""
     end: str | None = None
-    """Likewise; a date means to the end of that day."""
+    """Likewise; a date, a month or a year means to its end."""
     attributes: dict[str, str | list[str]] = field(default_factory=dict)
     """{name: value, or values of which any will do}."""
     path: str | list[str] | None = None
@@ -212,10 +213,21 @@ def in_utc(time: datetime) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
+def first_moment(text: str, what: str) -> datetime:
+    """The begin of a span of time: a year or a month means from its first day. Raises InputError."""
+    return moment(text + "-01-01"[: 10 - len(text)] if re.fullmatch(SPAN, text) else text, what)
+
+
 def last_moment(text: str, what: str) -> datetime:
-    """The end of a span of time: a date means to the end of its day. Raises InputError."""
-    end = moment(text, what)
-    return end + timedelta(days=1, microseconds=-1) if re.fullmatch(DAY, text) else end
+    """The end of a span of time: a year, a month or a date means to the end of its last day. Raises InputError."""
+    if not re.fullmatch(rf"{SPAN}|{DAY}", text):
+        return moment(text, what)
+    end = first_moment(text, what)
+    if len(text) < 7:
+        end = end.replace(month=12)
+    if len(text) < 10:
+        end = end.replace(day=monthrange(end.year, end.month)[1])
+    return end.replace(hour=23, minute=59, second=59, microsecond=999_999)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -543,7 +555,7 @@ class Store:
         if filter.start is not None or filter.end is not None:
             limits = {}
             if filter.start is not None:
-                limits["gte"] = moment(filter.start, "start").isoformat()
+                limits["gte"] = first_moment(filter.start, "start").isoformat()
             if filter.end is not None:
                 limits["lte"] = last_moment(filter.end, "end").isoformat()
             must.append(between("time", self._date_range, **limits))

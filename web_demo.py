@@ -353,7 +353,7 @@ class Page:
 
     def filter(self, bbox, start, end, where, language):
         """The `store.Filter` of the fields, or None. Raises InputError."""
-        from store import Filter, attributes_of, checked_box, in_utc, last_moment, moment
+        from store import Filter, attributes_of, checked_box, first_moment, in_utc, last_moment
 
         box = None
         if (bbox or "").strip():
@@ -363,7 +363,7 @@ class Page:
                 raise InputError(self.say("box_form", language)) from None
         start, end = (start or "").strip() or None, (end or "").strip() or None
         times = []
-        for text, read in ((start, moment), (end, last_moment)):
+        for text, read in ((start, first_moment), (end, last_moment)):
             try:
                 times.append(text and in_utc(read(text, "")))
             except InputError:

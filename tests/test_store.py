@@ -211,8 +211,14 @@ def test_second_run_changes_only_what_changed(opened):
         for limits in (
             {"end": "2024-02-29", "start": "2024-02-29"},
             {"start": "2024-03-01T01:30+02:00", "end": "2024-02-29T23:30Z"},
+            {"start": "2024", "end": "2024-02"},
+            {"start": "2024-02", "end": "2024"},
+            {"start": "2024", "end": "9999-12-31"},
         ):
             assert [p["time"] for _, p in index.scroll(Filter(**limits))] == ["2024-02-29T23:30:00"]
+        assert not index.count(Filter(start="2024-03")) and index.count(Filter(end="2024-01")) == sum(
+            payload["time"] is not None for id, payload in index.scroll() if id != spaced.id
+        )
         index.remove([spaced.id])
     with opened() as index:
         assert index.count() == 7 and index.record == RECORD and index.dim == DIM
