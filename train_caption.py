@@ -27,7 +27,15 @@ from data import QuestionCollator, QuestionDataset, drop_too_long, drop_unreadab
 from imagery import ImageSettings, read_image
 from model import Captioner, base_folder, pixel_store, weight_files
 from scenes import QuestionScene, captions_as_answers, image_files, load_splits
-from trainer import PackedTask, SceneTrainer, check_best_metric, held_out_loss, read_history, write_json
+from trainer import (
+    PackedTask,
+    SceneTrainer,
+    check_best_metric,
+    held_out_loss,
+    prepared_tokens,
+    read_history,
+    write_json,
+)
 
 # ----------------------------------------------------------------------------------------------------
 # Data
@@ -93,176 +101,210 @@ def summary(results: dict, final) -> str:
 # The run
 
 
+class Run:
+    """A run: its data, its model, and what the model writes.
+
+    Raises InputError for data, bases or settings that it cannot use, before anything is trained."""
+
+    def __init__(self, config: CaptionConfig, args, changed: dict):
+        self.config, self.args, self.changed = config, args, changed
+        self.folder, self.main_process = Path(args.output_dir), args.process_index == 0
+        self.started = time.perf_counter()
+        self.rejected = self.folder / "rejected.jsonl" if self.main_process else None
+        for name in (config.vision_model_name, config.language_model_name):
+            weight_files(base_folder(name))  # a missing base is said before the data is read
+        self.splits = self.read()
+        self.prompts = prompts_of(self.splits["train"])
+        self.refuse_other_languages()
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        self.model = Captioner.from_base(config, seed=args.seed, dtype=dtype, prompts=self.prompts).to(args.device)
+        self.store = pixel_store(self.model, config.cache_dir)
+        self.leave_out_unusable()
+        self.say(f"data: {describe(self.splits)}")
+        self.packing = config.packing and self.model.can_pack()
+        self.describe_model()
+        self.tested = "test" if self.splits["test"] else "val"
+        self.tokens = self.encode_images()
+        self.collator = QuestionCollator(
+            config.pack_tokens, packing=self.packing, pad_id=self.model.tokenizer.pad_token_id,
+            align=row_align(args.device),
+        )  # fmt: skip
+        held_out = self.splits["val"]
+        self.watched = random.Random(0).sample(held_out, min(len(held_out), config.max_eval_scenes))
+        self.watched_texts = self.dataset_of(self.watched)
+        scored = [f"CIDEr_{language}" for language in self.prompts if in_language(self.watched, language)[0]]
+        check_best_metric(args, ("loss", *scored, "CIDEr"))
+
+    def say(self, text: str) -> None:
+        if self.main_process:
+            print(text)
+
+    # -- data and model
+
+    def read(self) -> dict[str, list[QuestionScene]]:
+        config = self.config
+        splits = {
+            name: captions_as_answers(scenes, config.prompt, config.prompt_zh)
+            for name, scenes in load_splits(config, self.args.seed, self.rejected).items()
+        }
+        if count := without_caption(config, splits):
+            self.say(f"data: {count} images of {config.train_file} have no caption and are left out")
+        return splits
+
+    def refuse_other_languages(self) -> None:
+        for name in ("val", "test"):
+            held_out = self.splits[name]
+            if held_out and not any(in_language(held_out, language)[0] for language in self.prompts):
+                raise InputError(
+                    f"the {name} split has no caption in a language of the training split ({', '.join(self.prompts)}):"
+                    " nothing could be scored"
+                )
+
+    def leave_out_unusable(self) -> None:
+        """Take out captions that are too long, and images that cannot be read."""
+        config = self.config
+        limit = ("--max_caption_tokens", config.max_caption_tokens)
+        tokenizer, allowed = self.model.tokenizer, (config.max_rejected, self.rejected)
+        self.splits = drop_too_long(self.splits, tokenizer, *allowed, answer=limit)
+        self.splits = drop_unreadable(self.splits, self.store, *allowed)
+
+    def describe_model(self) -> None:
+        config, model = self.config, self.model
+        if config.packing and not self.packing:
+            self.say(
+                f"model: {config.language_model_name} has attention of its own: every caption runs as a row by itself"
+            )
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.say(
+            f"model: {config.vision_model_name} + {config.projector} + {config.language_model_name},"
+            f" {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained,"
+            f" {model.projector.tokens} tokens an image"
+        )
+
+    def encode_images(self):
+        """The store of image features, which are constants where the vision encoder is frozen; else None."""
+        if not (self.config.freeze_vision_model and self.config.cache_dir and self.packing):
+            return None
+        paths = [scene.image for scenes in self.splits.values() for scene in scenes]
+        return prepared_tokens(self.model, self.store, paths, self.config.cache_dir, self.args)
+
+    def dataset_of(self, scenes: list[QuestionScene], texts_per_scene: int = 0) -> QuestionDataset:
+        return QuestionDataset(
+            scenes, self.model.prompt, processor=self.model.processor, store=self.store, tokens=self.tokens,
+            texts_per_scene=texts_per_scene, seed=self.args.seed, share=self.packing,
+        )  # fmt: skip
+
+    # -- training. Layers are compiled for it alone: writing has other shapes at every word.
+
+    @torch.compiler.set_stance("force_eager")
+    def write(self, images: list[str], prompt: str, progress: bool = False) -> list[str]:
+        """A caption of each image."""
+        return self.model.caption(
+            images, prompt=prompt, store=self.store, tokens=self.tokens, batch_size=self.args.eval_batch_size,
+            progress=progress,
+        )  # fmt: skip
+
+    @torch.compiler.set_stance("force_eager")
+    def evaluate(self, _) -> dict[str, float]:
+        loss = held_out_loss(self.model, self.watched_texts, self.collator, self.args.eval_batch_size)
+        ciders = {}
+        for language, prompt in self.prompts.items():
+            images, references = in_language(self.watched, language)
+            if images:
+                said = self.write(images, prompt)
+                ciders[f"CIDEr_{language}"] = caption_scores.cider(said, references, language=language)
+        return {"loss": loss, **ciders, "CIDEr": sum(ciders.values()) / max(1, len(ciders))}
+
+    def trainer_of(self, args, rates: dict, patience: int = 0) -> SceneTrainer:
+        return SceneTrainer(
+            model=self.model, task=PackedTask(self.evaluate), args=args, collator=self.collator, rates=rates,
+            train_dataset=self.dataset_of(self.splits["train"], self.config.texts_per_scene),
+            settings={"task": "caption", "settings": self.changed}, watched=self.watched, early_stopping=patience,
+        )  # fmt: skip
+
+    def train(self) -> tuple[Path, dict]:
+        """(the folder of the best model, how many steps it took)"""
+        config, resume = self.config, self.args.resume_from_checkpoint
+        if config.compile_layers:
+            self.model.compile_layers()
+        if self.main_process:
+            write_json(self.folder / "config.json", {"task": "caption", "settings": self.changed})
+        if config.projector_epochs and (not resume or Path(resume).parent.name == PROJECTOR_STAGE):
+            self.train_projector(resume)
+            resume = None
+        encoder = "" if config.freeze_vision_model else " and the vision encoder"
+        self.say(f"stage 2: the projector and the language model{encoder}")
+        rates = {"projector": config.projector_learning_rate, "vision": config.vision_learning_rate}
+        trainer = self.trainer_of(self.args, rates, config.early_stopping_patience)
+        outcome = trainer.train(resume_from_checkpoint=resume)
+        final = trainer.save_best("final", self.model.save_whole)
+        return final, {"steps": outcome.global_step, "best_step": trainer.kept_step}
+
+    def train_projector(self, resume: str | None) -> None:
+        config, twin = self.config, copy.copy(self.args)
+        twin.output_dir, twin.num_train_epochs = str(self.folder / PROJECTOR_STAGE), config.projector_epochs
+        twin.max_steps = -1  # of the second stage; it would count more than the epochs
+        # Other trackers keep one run a process: a step of it that is written already would not be written again.
+        twin.report_to = [name for name in self.args.report_to if name == "tensorboard"]
+        twin.learning_rate = config.projector_stage_learning_rate
+        twin.load_best_model_at_end, twin.eval_strategy = False, "no"
+        self.model.set_stage(1)
+        counted = " (--max_steps counts the second stage)" if self.args.max_steps > 0 else ""
+        self.say(f"stage 1: the projector, {config.projector_epochs:g} epochs{counted}")
+        self.trainer_of(twin, {}).train(resume_from_checkpoint=resume)
+        self.model.set_stage(2)
+
+    # -- results
+
+    def score(self) -> tuple[dict, list[dict]]:
+        """({language: the captioner's and the baselines' scores}, a row for every image)"""
+        scores, rows, held_out = {}, [], self.splits[self.tested]
+        paths = [scene.image for scene in (*self.splits["train"], *held_out)]
+        pooled = dict(zip(paths, self.model.embed_images(paths, self.store, self.args.eval_batch_size)))
+        for language, prompt in self.prompts.items():
+            images, references = in_language(held_out, language)
+            if not images:
+                continue
+            known, texts = in_language(self.splits["train"], language)
+            features = ([pooled[path] for path in part] for part in (images, known))
+            made = caption_scores.baselines(*features, texts)
+            said = made["captioner"] = self.write(images, prompt, progress=True)
+            found = caption_scores.compare(made, references, texts, language=language)
+            for image, text, truths, values in zip(
+                images, said, references, caption_scores.per_image(found["captioner"])
+            ):
+                row = {"image": image, "language": language, "prompt": prompt, "caption": text, "references": truths}
+                rows.append(row | values)
+            models = caption_scores.without_images(found)
+            scores[language] = {"prompt": prompt, "images": len(images), "models": models}
+        return scores, rows
+
+    def finish(self, final: Path, steps: dict) -> dict:
+        """Score the captions of the tested split, print and leave them in the run's folder."""
+        images = {name: len(scenes) for name, scenes in self.splits.items()}
+        results = {"config": self.changed, "split": self.tested, "images": images, "scores": {}} | steps
+        if not self.main_process:
+            return results
+        results["scores"], rows = self.score()
+        results["seconds"] = round(time.perf_counter() - self.started, 1)
+        write_json(self.folder / "results.json", results)
+        listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        report.write_atomic(self.folder / "captions.jsonl", "".join(listed))
+        settings = ImageSettings.from_dict(self.model.settings.images)
+        caption_scores.write_page(
+            self.folder / "report.html", "Captions", results["scores"], rows, read_history(self.folder),
+            lambda path: read_image(path, settings, max_side=448).rgb, subtitle=f"{self.folder}",
+        )  # fmt: skip
+        print(summary(results, final))
+        print(f"report  {self.folder / 'report.html'}")
+        return results
+
+
 def main(argv: list[str] | None = None) -> dict:
     config, args, changed = parse(CaptionConfig, argv, description=__doc__.split("\n")[0])
     transformers.utils.logging.disable_progress_bar()  # of weights: seconds at most
-    run = Path(args.output_dir)
-    main_process = args.process_index == 0
-    say = print if main_process else (lambda *_: None)
-    started = time.perf_counter()
-    rejected = run / "rejected.jsonl" if main_process else None
-
-    # ---- data and model
-    for name in (config.vision_model_name, config.language_model_name):
-        weight_files(base_folder(name))  # a missing base is said before the data is read
-    splits = {
-        name: captions_as_answers(scenes, config.prompt, config.prompt_zh)
-        for name, scenes in load_splits(config, args.seed, rejected).items()
-    }
-    if count := without_caption(config, splits):
-        say(f"data: {count} images of {config.train_file} have no caption and are left out")
-    prompts = prompts_of(splits["train"])
-    for name in ("val", "test"):
-        if splits[name] and not any(in_language(splits[name], language)[0] for language in prompts):
-            raise InputError(
-                f"the {name} split has no caption in a language of the training split ({', '.join(prompts)}): nothing could be"
-                " scored"
-            )
-    model = Captioner.from_base(
-        config, seed=args.seed, dtype=torch.bfloat16 if args.bf16 else torch.float32, prompts=prompts
-    ).to(args.device)
-    splits = drop_too_long(
-        splits,
-        model.tokenizer,
-        config.max_rejected,
-        rejected,
-        answer=("--max_caption_tokens", config.max_caption_tokens),
-    )
-    store = pixel_store(model, config.cache_dir)
-    splits = drop_unreadable(splits, store, config.max_rejected, rejected)
-    say(f"data: {describe(splits)}")
-    packing = config.packing and model.can_pack()
-    if config.packing and not packing:
-        say(f"model: {config.language_model_name} has attention of its own: every caption runs as a row by itself")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(
-        f"model: {config.vision_model_name} + {config.projector} + {config.language_model_name},"
-        f" {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained,"
-        f" {model.projector.tokens} tokens an image"
-    )
-
-    # ---- a frozen vision encoder's features are constants
-    tokens = None
-    if config.freeze_vision_model and config.cache_dir and packing:
-        tokens = model.token_store(config.cache_dir, store)
-        if main_process:
-            paths = [scene.image for scenes in splits.values() for scene in scenes]
-            model.prepare_tokens(tokens, store, paths, args.eval_batch_size)
-        if args.world_size > 1:
-            torch.distributed.barrier()
-
-    # Layers are compiled for training alone: writing has other shapes at every word.
-    @torch.compiler.set_stance("force_eager")
-    def write(images, prompt, progress=False):
-        return model.caption(
-            images, prompt=prompt, store=store, tokens=tokens, batch_size=args.eval_batch_size, progress=progress
-        )
-
-    # ---- training
-    if config.compile_layers:
-        model.compile_layers()
-    collator = QuestionCollator(
-        config.pack_tokens, packing=packing, pad_id=model.tokenizer.pad_token_id, align=row_align(args.device)
-    )
-
-    def dataset_of(scenes, texts_per_scene=0):
-        return QuestionDataset(
-            scenes, model.prompt, processor=model.processor, store=store, tokens=tokens,
-            texts_per_scene=texts_per_scene, seed=args.seed, share=packing,
-        )  # fmt: skip
-
-    watched = random.Random(0).sample(splits["val"], min(len(splits["val"]), config.max_eval_scenes))
-    held_out = dataset_of(watched)
-
-    @torch.compiler.set_stance("force_eager")
-    def evaluate(_):
-        found = {"loss": held_out_loss(model, held_out, collator, args.eval_batch_size)}
-        for language, prompt in prompts.items():
-            images, references = in_language(watched, language)
-            if images:
-                found[f"CIDEr_{language}"] = caption_scores.cider(write(images, prompt), references, language=language)
-        values = [value for name, value in found.items() if name != "loss"]
-        return found | {"CIDEr": sum(values) / max(1, len(values))}
-
-    def trainer_of(arguments, rates, patience=0):
-        return SceneTrainer(
-            model=model, task=PackedTask(evaluate), args=arguments, collator=collator, rates=rates,
-            train_dataset=dataset_of(splits["train"], config.texts_per_scene),
-            settings={"task": "caption", "settings": changed}, watched=watched, early_stopping=patience,
-        )  # fmt: skip
-
-    if main_process:
-        write_json(run / "config.json", {"task": "caption", "settings": changed})
-    scored = [f"CIDEr_{language}" for language in prompts if in_language(watched, language)[0]]
-    check_best_metric(args, ("loss", *scored, "CIDEr"))
-    resume = args.resume_from_checkpoint
-    first_stage = not resume or Path(resume).parent.name == PROJECTOR_STAGE
-    if config.projector_epochs and first_stage:
-        twin = copy.copy(args)
-        twin.output_dir, twin.num_train_epochs = str(run / PROJECTOR_STAGE), config.projector_epochs
-        twin.max_steps = -1  # of the second stage; it would count more than the epochs
-        # Other trackers keep one run a process: a step of it that is written already would not be written again.
-        twin.report_to = [name for name in args.report_to if name == "tensorboard"]
-        twin.learning_rate, twin.load_best_model_at_end, twin.eval_strategy = (
-            config.projector_stage_learning_rate,
-            False,
-            "no",
-        )
-        model.set_stage(1)
-        say(
-            f"stage 1: the projector, {config.projector_epochs:g} epochs"
-            + (" (--max_steps counts the second stage)" if args.max_steps > 0 else "")
-        )
-        trainer_of(twin, {}).train(resume_from_checkpoint=resume)
-        model.set_stage(2)
-        resume = None
-    say(
-        "stage 2: the projector and the language model"
-        + ("" if config.freeze_vision_model else " and the vision encoder")
-    )
-    rates = {"projector": config.projector_learning_rate, "vision": config.vision_learning_rate}
-    trainer = trainer_of(args, rates, config.early_stopping_patience)
-    outcome = trainer.train(resume_from_checkpoint=resume)
-    final = trainer.save_best("final", model.save_whole)
-
-    # ---- results
-    tested = "test" if splits["test"] else "val"
-    results: dict = {
-        "config": changed, "split": tested, "images": {name: len(scenes) for name, scenes in splits.items()},
-        "scores": {}, "steps": outcome.global_step, "best_step": trainer.kept_step,
-    }  # fmt: skip
-    if main_process:
-        rows: list[dict] = []
-        paths = [scene.image for name in ("train", tested) for scene in splits[name]]
-        pooled = dict(zip(paths, model.embed_images(paths, store, args.eval_batch_size)))
-        for language, prompt in prompts.items():
-            images, references = in_language(splits[tested], language)
-            if not images:
-                continue
-            known, texts = in_language(splits["train"], language)
-            features = ([pooled[path] for path in part] for part in (images, known))
-            made = caption_scores.baselines(*features, texts)
-            made["captioner"] = write(images, prompt, progress=True)
-            found = caption_scores.compare(made, references, texts, language=language)
-            for image, text, truths, scores in zip(
-                images, made["captioner"], references, caption_scores.per_image(found["captioner"])
-            ):
-                row = {"image": image, "language": language, "prompt": prompt, "caption": text, "references": truths}
-                rows.append(row | scores)
-            models = caption_scores.without_images(found)
-            results["scores"][language] = {"prompt": prompt, "images": len(images), "models": models}
-        results["seconds"] = round(time.perf_counter() - started, 1)
-        write_json(run / "results.json", results)
-        listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        report.write_atomic(run / "captions.jsonl", "".join(listed))
-        settings = ImageSettings.from_dict(model.settings.images)
-        caption_scores.write_page(
-            run / "report.html", "Captions", results["scores"], rows, read_history(run),
-            lambda path: read_image(path, settings, max_side=448).rgb, subtitle=f"{run}",
-        )  # fmt: skip
-        print(summary(results, final))
-        print(f"report  {run / 'report.html'}")
-    return results
+    run = Run(config, args, changed)
+    return run.finish(*run.train())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections import Counter
-from functools import cache, partial
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -61,7 +61,15 @@ from scenes import (
     read_conversations,
     sample_scenes,
 )
-from trainer import PackedTask, SceneTrainer, check_best_metric, held_out_loss, read_history, write_json
+from trainer import (
+    PackedTask,
+    SceneTrainer,
+    check_best_metric,
+    held_out_loss,
+    prepared_tokens,
+    read_history,
+    write_json,
+)
 
 # ----------------------------------------------------------------------------------------------------
 # Data
@@ -79,6 +87,16 @@ def known_answers(scenes: list[QuestionScene]) -> dict[str, list[str]]:
         for question in scene.questions:
             found.setdefault(question.kind or "", set()).add(question.answer)
     return {kind: sorted(answers) for kind, answers in sorted(found.items())}
+
+
+def watched_scenes(scenes: list[QuestionScene], most: int) -> list[QuestionScene]:
+    """Whole scenes in a fixed random order, until they hold `most` questions."""
+    chosen, total = [], 0
+    for i in random.Random(0).sample(range(len(scenes)), len(scenes)):
+        if not chosen or total + len(scenes[i].questions) <= most:
+            chosen.append(scenes[i])
+            total += len(scenes[i].questions)
+    return chosen
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -161,6 +179,15 @@ def protocols_of(found: dict) -> list[str]:
     return ["exact"] + ["areas"] * (len(kinds) == 2) + ["bucketed"] * bool(kinds)
 
 
+def change_of(made: dict, scenes: list[QuestionScene]) -> dict:
+    """{protocol: `metrics.mcnemar`}"""
+    changes = {}
+    for protocol in metrics.PROTOCOLS:
+        before, after = (rightness(made[name], scenes, protocol) for name in ("before", "after"))
+        changes[protocol] = metrics.mcnemar(before, after, columns_of(scenes)[2])
+    return changes
+
+
 def change_text(change: dict) -> str:
     return (
         f"after against before: {change['gained']} gained, {change['lost']} lost, difference {change['difference']:+.3f}"
@@ -187,6 +214,32 @@ def summary(results: dict, best) -> str:
     if "steps" in results:
         lines.append(f"best step {results['best_step']} of {results['steps']}, {results['seconds']:.0f} s in all")
     return "\n".join([*lines, f"adapter {best}"])
+
+
+def write_report(run: Path, results: dict, samples: list[dict], settings: ImageSettings) -> None:
+    """`report.html`: the tables, curves, flips by type, and pictures with their answers."""
+    sections = []
+    for protocol in protocols_of(results["after"]):
+        rows, columns = table(results, protocol)
+        best = {key: "max" for key in columns if key != "model"}
+        interval = report.span_text(results["after"][protocol]["micro_interval"])
+        sections.append((TITLES[protocol], report.table_html(rows, columns, best=best)
+                         + f"<p>95% interval of overall after training, by image: {interval}.</p>"
+                         + f"<p>{change_text(results['change'][protocol])}.</p>"))  # fmt: skip
+    flips = report.flips_by_type(samples)
+    sections.append(("Before and after, exact", report.table_html(*flips) + "<p>All answers are in samples.jsonl.</p>"))
+    curves = {"loss": "training loss", "eval_accuracy": "accuracy", "eval_accuracy_bucketed": "accuracy, bucketed"}
+    history = read_history(run)
+    if any(key in row for row in history for key in curves):
+        figure = report.curves_figure(history, curves)
+        sections.append(("Curves", report.figure_html(figure, "training curves")))
+    shown = report.varied(samples, 24)
+
+    def picture(path):
+        return read_image(path, settings, max_side=448).rgb
+
+    sections.append(("Examples", report.samples_html(shown, picture)))
+    report.page("Questions about images", sections, run / "report.html", subtitle=f"{run}")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -270,214 +323,6 @@ def chat_summary(results: dict, best) -> str:
 # ----------------------------------------------------------------------------------------------------
 # The run
 
-
-def main(argv: list[str] | None = None) -> dict | None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["merge"]:
-        return merge(argv[1:])
-    config, args, changed = parse(VQAConfig, argv, description=__doc__.split("\n")[0])
-    transformers.utils.logging.disable_progress_bar()  # of weights: seconds at most
-    run = Path(args.output_dir)
-    main_process = args.process_index == 0
-    say = print if main_process else (lambda *_: None)
-    started = time.perf_counter()
-    if config.eval_only and not config.lora:
-        raise InputError("--eval_only: give the adapter to score with --lora")
-    root = None
-    if config.eval_only:
-        more = ("max_question_tokens", "max_answer_tokens")
-        root = use_files_of_training(config, args, argv, config.lora, more)
-    rejected = run / "rejected.jsonl" if main_process and not config.eval_only else None
-
-    # ---- data and model
-    if not config.lora:
-        read_config(config.base_model)  # a missing base is said before the data is read
-    read = read_chat if config.task == "chat" else read_conversations
-    splits = load_splits(config, args.seed, rejected, read=read, train_root=root)
-    trained_on = rows_digest(splits["train"])
-    if config.eval_only and (known := record_of(config.lora)):
-        if not was_trained_on(known, config.train_file):
-            refuse_trained_images(config, args, config.lora, splits["test"] or splits["val"], say, warn=True)
-        elif known.get("trained_on", trained_on) != trained_on:
-            say(f"warning: {config.train_file} has changed since: images that were trained on may be held out now")
-    if config.lora and not config.eval_only and not args.resume_from_checkpoint:
-        held_out = splits["val"] + splits["test"]
-        refuse_trained_images(config, args, config.lora, held_out, say, warn=config.allow_leak)
-    if config.max_test_scenes:
-        splits["test"] = sample_scenes(splits["test"], config.max_test_scenes)
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    options = {"dtype": dtype, "device": str(args.device)}
-    chat = config.task == "chat"
-    answers = {} if chat else known_answers(splits["train"])
-    if config.lora:
-        # The adapter names its base; a flag, or the record of the run that is resumed, says where it lies now.
-        moved = flag_value("--base_model", argv) or args.resume_from_checkpoint
-        model = VQA.from_pretrained(
-            config.lora,
-            base_model=config.base_model if moved else None,
-            config=config,
-            trainable=not config.eval_only,
-            quantize=config.quantize,
-            **options,
-        )
-        if not args.resume_from_checkpoint:
-            refuse_other_settings(model, config, argv)
-        changed["base_model"] = model.settings.base_model
-        if config.eval_only:
-            model.settings.answers = model.settings.answers or answers
-        else:  # what it learns from now on
-            model.settings.answers, model.settings.max_answer_tokens = answers, config.max_answer_tokens
-    else:
-        model = VQA.from_base(config, seed=args.seed, answers=answers, **options)
-    limits = {
-        "question": ("--max_question_tokens", config.max_question_tokens),
-        "answer": ("--max_answer_tokens", config.max_answer_tokens),
-    }
-    advice = "" if chat else "answers that are sentences are for --task chat"
-    splits = drop_too_long(splits, model.tokenizer, config.max_rejected, rejected, advice, **limits)
-    store = pixel_store(model, config.cache_dir)
-    tested = "test" if splits["test"] else "val"
-    used = [tested] if config.eval_only else [*splits]  # of the others the answers alone are needed
-    splits |= drop_unreadable({name: splits[name] for name in used}, store, config.max_rejected, rejected)
-    say(f"data: {describe(splits)}")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    say(f"model: {model.settings.base_model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained")
-
-    if not config.eval_only:
-        watched = watched_scenes(splits["val"], config.max_eval_questions)
-        kinds = sorted({f"accuracy_{q.kind or 'question'}" for scene in watched for q in scene.questions})
-        check_best_metric(args, ("loss",) if chat else ("accuracy", "accuracy_bucketed", *kinds))
-
-    # ---- a frozen vision tower's image tokens are constants
-    frozen = model.settings.vision_tower == model.settings.merger == "frozen"
-    tokens = None
-    if frozen and config.cache_dir and config.packing:
-        tokens = model.token_store(config.cache_dir, store)
-        paths = [scene.image for name in used for scene in splits[name]]
-        if main_process:
-            model.prepare_tokens(tokens, store, paths, args.eval_batch_size)
-        if args.world_size > 1:
-            torch.distributed.barrier()
-    held = splits[tested]
-
-    collator = QuestionCollator(
-        config.pack_tokens, packing=config.packing, pad_id=model.tokenizer.pad_token_id, align=row_align(args.device)
-    )
-
-    def dataset_of(scenes, blind=False, texts_per_scene=0):
-        return QuestionDataset(
-            scenes, model.prompt, processor=model.processor, store=store, tokens=tokens,
-            texts_per_scene=texts_per_scene, seed=args.seed, blind=blind,
-        )  # fmt: skip
-
-    held_texts = dataset_of(held) if chat else None
-
-    # Layers are compiled for training alone: answering has other shapes at every token.
-    @torch.compiler.set_stance("force_eager")
-    def loss_of(dataset):
-        return held_out_loss(model, dataset, collator, args.eval_batch_size)
-
-    @torch.compiler.set_stance("force_eager")
-    def ask(scenes, **how):
-        return model.answer(
-            [(scene.image, scene.questions) for scene in scenes], store=store, tokens=tokens, decode=config.decode,
-            max_tokens=config.max_answer_tokens, budget=config.eval_pack_tokens, **how,
-        )  # fmt: skip
-
-    results: dict = {
-        "config": changed,
-        "split": tested,
-        "images": {name: len(scenes) for name, scenes in splits.items()},
-    }
-    if not chat and (usual := score_majority(splits["train"], held)):
-        results["majority"] = usual
-    made: dict[str, list[list[str]]] = {}
-    with model.before():
-        made["before"] = ask(held, progress=main_process)
-        if chat:
-            results["loss"] = {"before": loss_of(held_texts)}
-
-    def finish(adapter, keep: bool) -> dict:
-        """Score what was answered, print it and, with `keep`, leave it in the run's folder."""
-        if chat:
-            results["loss"]["after"] = loss_of(held_texts)
-            results["scores"], rows = score_chat(made, held, splits["train"])
-        else:
-            results.update({name: score(answers, held) for name, answers in made.items()})
-            results["change"] = change_of(made, held)
-        results["seconds"] = round(time.perf_counter() - started, 1)
-        text = chat_summary(results, adapter) if chat else summary(results, adapter)
-        if main_process and keep:
-            write_json(run / "results.json", results)
-            if not chat:
-                shown = {name: made[name] for name in ("before", "after", "blind") if name in made}
-                rows = report.sample_rows(held, metrics.is_right, **shown)
-            listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            report.write_atomic(run / "samples.jsonl", "".join(listed))
-            if chat:
-                caption_scores.write_page(
-                    run / "report.html", "Dialogue", results["scores"], rows, read_history(run),
-                    lambda path: read_image(path, store.settings, max_side=448).rgb, subtitle=f"{run}",
-                )  # fmt: skip
-            else:
-                write_report(run, results, rows, store.settings)
-            text += f"\nreport  {run / 'report.html'}"
-        say(text)
-        return results
-
-    if config.eval_only:
-        made["after"] = ask(held, progress=main_process)
-        return finish(config.lora, keep=keeps_scores(argv))
-
-    # ---- training
-    if config.compile_layers:
-        model.compile_layers()
-    watched_texts = dataset_of(watched) if chat else None
-
-    def evaluate(_, blind):
-        if chat:
-            return {"loss": loss_of(watched_texts)}
-        found = score(ask(watched, blind=blind), watched, samples=1)
-        kinds = {f"accuracy_{kind}": value["accuracy"] for kind, value in found["exact"]["types"].items()}
-        return {"accuracy": found["exact"]["micro"], "accuracy_bucketed": found["bucketed"]["micro"]} | kinds
-
-    def trainer_of(arguments, blind=False):
-        return SceneTrainer(
-            model=model,
-            task=PackedTask(partial(evaluate, blind=blind)),
-            args=arguments,
-            train_dataset=dataset_of(splits["train"], blind, config.texts_per_scene),
-            collator=collator,
-            settings={"task": "chat" if chat else "vqa", "settings": changed, "trained_on": trained_on},
-            watched=watched,
-            rates={"vision": config.vision_learning_rate, "merger": config.merger_learning_rate, "language": None},
-            early_stopping=config.early_stopping_patience,
-        )
-
-    trainer = trainer_of(args)
-    if main_process:
-        write_json(run / "config.json", trainer.settings)
-    outcome = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    best = trainer.save_best()
-    results |= {"steps": outcome.global_step, "best_step": trainer.kept_step}
-    made["after"] = ask(held, progress=main_process)
-
-    # ---- the same training without images: what the questions give away
-    if config.blind_baseline and not chat:
-        say("training the blind baseline: the same, without images")
-        model.reset_adapter(args.seed)
-        twin = copy.copy(args)
-        begun = begun_blind(run, trainer.settings) if args.resume_from_checkpoint else None
-        twin.output_dir, twin.resume_from_checkpoint, twin.report_to = str(run / "blind"), begun, []
-        blind = trainer_of(twin, blind=True)
-        blind.train(resume_from_checkpoint=begun)
-        made["blind"] = ask(held, blind=True)
-        model.load_trained(best)
-
-    return finish(best, keep=True)
-
-
 # Settings that say where a run lies, not what it does.
 PLACES = {"output_dir", "resume_from_checkpoint", "logging_dir", "cache_dir"}
 
@@ -492,51 +337,6 @@ def begun_blind(run: Path, settings: dict) -> str | None:
     last = found[max(found)] if found else None
     recorded = record_of(last) if last else {}
     return str(last) if recorded and kept(recorded) == kept(json.loads(json.dumps(settings))) else None
-
-
-def watched_scenes(scenes: list[QuestionScene], most: int) -> list[QuestionScene]:
-    """Whole scenes in a fixed random order, until they hold `most` questions."""
-    chosen, total = [], 0
-    for i in random.Random(0).sample(range(len(scenes)), len(scenes)):
-        if not chosen or total + len(scenes[i].questions) <= most:
-            chosen.append(scenes[i])
-            total += len(scenes[i].questions)
-    return chosen
-
-
-def change_of(made: dict, scenes: list[QuestionScene]) -> dict:
-    """{protocol: `metrics.mcnemar`}"""
-    changes = {}
-    for protocol in metrics.PROTOCOLS:
-        before, after = (rightness(made[name], scenes, protocol) for name in ("before", "after"))
-        changes[protocol] = metrics.mcnemar(before, after, columns_of(scenes)[2])
-    return changes
-
-
-def write_report(run: Path, results: dict, samples: list[dict], settings: ImageSettings) -> None:
-    """`report.html`: the tables, curves, flips by type, and pictures with their answers."""
-    sections = []
-    for protocol in protocols_of(results["after"]):
-        rows, columns = table(results, protocol)
-        best = {key: "max" for key in columns if key != "model"}
-        interval = report.span_text(results["after"][protocol]["micro_interval"])
-        sections.append((TITLES[protocol], report.table_html(rows, columns, best=best)
-                         + f"<p>95% interval of overall after training, by image: {interval}.</p>"
-                         + f"<p>{change_text(results['change'][protocol])}.</p>"))  # fmt: skip
-    flips = report.flips_by_type(samples)
-    sections.append(("Before and after, exact", report.table_html(*flips) + "<p>All answers are in samples.jsonl.</p>"))
-    curves = {"loss": "training loss", "eval_accuracy": "accuracy", "eval_accuracy_bucketed": "accuracy, bucketed"}
-    history = read_history(run)
-    if any(key in row for row in history for key in curves):
-        figure = report.curves_figure(history, curves)
-        sections.append(("Curves", report.figure_html(figure, "training curves")))
-    shown = report.varied(samples, 24)
-
-    def picture(path):
-        return read_image(path, settings, max_side=448).rgb
-
-    sections.append(("Examples", report.samples_html(shown, picture)))
-    report.page("Questions about images", sections, run / "report.html", subtitle=f"{run}")
 
 
 def refuse_other_settings(model: VQA, config: VQAConfig, argv: list[str]) -> None:
@@ -556,6 +356,287 @@ def refuse_other_settings(model: VQA, config: VQAConfig, argv: list[str]) -> Non
     for name, value in own.items():
         if flag_given(f"--{name}", argv) and asked[name] != value:
             raise InputError(f"--{name}: {config.lora} was trained with {value!r} and keeps that; leave the flag out")
+
+
+class Run:
+    """A run: its data, its model, and what the model answers before and after. What differs between short answers and
+    dialogue, reading and scoring for the most part, is in `Questions` and in `Dialogue`.
+
+    Raises InputError for data, a base, an adapter or settings that it cannot use, before anything is trained."""
+
+    def __init__(self, config: VQAConfig, args, changed: dict, argv: list[str]):
+        self.config, self.args, self.changed = config, args, changed
+        self.folder, self.main_process = Path(args.output_dir), args.process_index == 0
+        self.started = time.perf_counter()
+        writes = self.main_process and not config.eval_only
+        self.rejected = self.folder / "rejected.jsonl" if writes else None
+        self.splits, self.trained_on = self.read(argv)
+        self.model = self.load(argv)
+        self.store = pixel_store(self.model, config.cache_dir)
+        self.tested = "test" if self.splits["test"] else "val"
+        used = [self.tested] if config.eval_only else [*self.splits]  # of the others the answers alone are needed
+        self.leave_out_unusable(used)
+        self.say(f"data: {describe(self.splits)}")
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        base = self.model.settings.base_model
+        self.say(f"model: {base}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained")
+        self.held = self.splits[self.tested]
+        self.watched = watched_scenes(self.splits["val"], config.max_eval_questions)
+        if not config.eval_only:
+            check_best_metric(args, self.best_metrics())
+        self.tokens = self.encode_images(used)
+        self.collator = QuestionCollator(
+            config.pack_tokens, packing=config.packing, pad_id=self.model.tokenizer.pad_token_id,
+            align=row_align(args.device),
+        )  # fmt: skip
+        # {"before", "after", "blind": the answers to the questions of each scene that is held out}
+        self.made: dict[str, list[list[str]]] = {}
+        self.results: dict = {
+            "config": changed,
+            "split": self.tested,
+            "images": {name: len(scenes) for name, scenes in self.splits.items()},
+        }
+
+    def say(self, text: str) -> None:
+        if self.main_process:
+            print(text)
+
+    # -- data and model
+
+    def read(self, argv: list[str]) -> tuple[dict[str, list[QuestionScene]], str]:
+        """({split: scenes}, digest of the training split's rows). Refuses held-out images that an adapter was trained on."""
+        config, args = self.config, self.args
+        root = None
+        if config.eval_only:
+            more = ("max_question_tokens", "max_answer_tokens")
+            root = use_files_of_training(config, args, argv, config.lora, more)
+        if not config.lora:
+            read_config(config.base_model)  # a missing base is said before the data is read
+        splits = load_splits(config, args.seed, self.rejected, read=self.read_file, train_root=root)
+        trained_on = rows_digest(splits["train"])
+        if config.eval_only and (known := record_of(config.lora)):
+            if not was_trained_on(known, config.train_file):
+                held_out = splits["test"] or splits["val"]
+                refuse_trained_images(config, args, config.lora, held_out, self.say, warn=True)
+            elif known.get("trained_on", trained_on) != trained_on:
+                changed = f"warning: {config.train_file} has changed since"
+                self.say(f"{changed}: images that were trained on may be held out now")
+        if config.lora and not config.eval_only and not args.resume_from_checkpoint:
+            held_out = splits["val"] + splits["test"]
+            refuse_trained_images(config, args, config.lora, held_out, self.say, warn=config.allow_leak)
+        if config.max_test_scenes:
+            splits["test"] = sample_scenes(splits["test"], config.max_test_scenes)
+        return splits, trained_on
+
+    def load(self, argv: list[str]) -> VQA:
+        """A base with a new adapter, or the adapter of --lora on its base."""
+        config, args = self.config, self.args
+        options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "device": str(args.device)}
+        answers = self.closed_set()
+        if not config.lora:
+            return VQA.from_base(config, seed=args.seed, answers=answers, **options)
+        # The adapter names its base; a flag, or the record of the run that is resumed, says where it lies now.
+        moved = flag_value("--base_model", argv) or args.resume_from_checkpoint
+        model = VQA.from_pretrained(
+            config.lora, base_model=config.base_model if moved else None, config=config,
+            trainable=not config.eval_only, quantize=config.quantize, **options,
+        )  # fmt: skip
+        if not args.resume_from_checkpoint:
+            refuse_other_settings(model, config, argv)
+        self.changed["base_model"] = model.settings.base_model
+        if config.eval_only:
+            model.settings.answers = model.settings.answers or answers
+        else:  # what it learns from now on
+            model.settings.answers, model.settings.max_answer_tokens = answers, config.max_answer_tokens
+        return model
+
+    def leave_out_unusable(self, used: list[str]) -> None:
+        """Take out rows that are too long, and of the splits that are `used` the images that cannot be read."""
+        config = self.config
+        limits = {
+            "question": ("--max_question_tokens", config.max_question_tokens),
+            "answer": ("--max_answer_tokens", config.max_answer_tokens),
+        }
+        self.splits = drop_too_long(
+            self.splits, self.model.tokenizer, config.max_rejected, self.rejected, self.too_long_advice, **limits
+        )
+        chosen = {name: self.splits[name] for name in used}
+        self.splits |= drop_unreadable(chosen, self.store, config.max_rejected, self.rejected)
+
+    def encode_images(self, used: list[str]):
+        """The store of image tokens, which are constants where the vision tower is frozen; else None."""
+        config, settings = self.config, self.model.settings
+        frozen = settings.vision_tower == settings.merger == "frozen"
+        if not (frozen and config.cache_dir and config.packing):
+            return None
+        paths = [scene.image for name in used for scene in self.splits[name]]
+        return prepared_tokens(self.model, self.store, paths, config.cache_dir, self.args)
+
+    def dataset_of(self, scenes: list[QuestionScene], blind: bool = False, texts_per_scene: int = 0) -> QuestionDataset:
+        return QuestionDataset(
+            scenes, self.model.prompt, processor=self.model.processor, store=self.store, tokens=self.tokens,
+            texts_per_scene=texts_per_scene, seed=self.args.seed, blind=blind,
+        )  # fmt: skip
+
+    # -- asking. Layers are compiled for training alone: answering has other shapes at every token.
+
+    @torch.compiler.set_stance("force_eager")
+    def loss_of(self, dataset: QuestionDataset) -> float:
+        return held_out_loss(self.model, dataset, self.collator, self.args.eval_batch_size)
+
+    @torch.compiler.set_stance("force_eager")
+    def ask(self, scenes: list[QuestionScene], **how) -> list[list[str]]:
+        """The answers to each scene's questions."""
+        return self.model.answer(
+            [(scene.image, scene.questions) for scene in scenes], store=self.store, tokens=self.tokens,
+            decode=self.config.decode, max_tokens=self.config.max_answer_tokens, budget=self.config.eval_pack_tokens, **how,
+        )  # fmt: skip
+
+    # -- what a run does
+
+    def ask_before(self) -> None:
+        with self.model.before():
+            self.made["before"] = self.ask(self.held, progress=self.main_process)
+            self.note_before()
+
+    def trainer_of(self, args, blind: bool = False) -> SceneTrainer:
+        config = self.config
+        return SceneTrainer(
+            model=self.model,
+            task=PackedTask(lambda _: self.evaluate(blind)),
+            args=args,
+            train_dataset=self.dataset_of(self.splits["train"], blind, config.texts_per_scene),
+            collator=self.collator,
+            settings={"task": self.name, "settings": self.changed, "trained_on": self.trained_on},
+            watched=self.watched,
+            rates={"vision": config.vision_learning_rate, "merger": config.merger_learning_rate, "language": None},
+            early_stopping=config.early_stopping_patience,
+        )
+
+    def train(self) -> Path:
+        """Train, and ask again; the best adapter's folder."""
+        if self.config.compile_layers:
+            self.model.compile_layers()
+        trainer = self.trainer_of(self.args)
+        if self.main_process:
+            write_json(self.folder / "config.json", trainer.settings)
+        outcome = trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        best = trainer.save_best()
+        self.results |= {"steps": outcome.global_step, "best_step": trainer.kept_step}
+        self.made["after"] = self.ask(self.held, progress=self.main_process)
+        if self.config.blind_baseline and self.has_blind_baseline:
+            self.train_blind(trainer.settings)
+            self.model.load_trained(best)
+        return best
+
+    def train_blind(self, settings: dict) -> None:
+        """The same training without images: what the questions give away."""
+        self.say("training the blind baseline: the same, without images")
+        self.model.reset_adapter(self.args.seed)
+        twin = copy.copy(self.args)
+        begun = begun_blind(self.folder, settings) if self.args.resume_from_checkpoint else None
+        twin.output_dir, twin.resume_from_checkpoint, twin.report_to = str(self.folder / "blind"), begun, []
+        self.trainer_of(twin, blind=True).train(resume_from_checkpoint=begun)
+        self.made["blind"] = self.ask(self.held, blind=True)
+
+    def finish(self, adapter, keep: bool) -> dict:
+        """Score what was answered, print it and, with `keep`, leave it in the run's folder."""
+        rows = self.score_all()
+        self.results["seconds"] = round(time.perf_counter() - self.started, 1)
+        text = self.as_text(adapter)
+        if self.main_process and keep:
+            write_json(self.folder / "results.json", self.results)
+            listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            report.write_atomic(self.folder / "samples.jsonl", "".join(listed))
+            self.write_page(rows)
+            text += f"\nreport  {self.folder / 'report.html'}"
+        self.say(text)
+        return self.results
+
+
+class Questions(Run):
+    """Short answers, right or wrong."""
+
+    name = "vqa"
+    read_file = staticmethod(read_conversations)
+    too_long_advice = "answers that are sentences are for --task chat"
+    has_blind_baseline = True
+
+    def closed_set(self) -> dict[str, list[str]]:
+        return known_answers(self.splits["train"])
+
+    def best_metrics(self) -> tuple[str, ...]:
+        kinds = sorted({f"accuracy_{q.kind or 'question'}" for scene in self.watched for q in scene.questions})
+        return ("accuracy", "accuracy_bucketed", *kinds)
+
+    def note_before(self) -> None:
+        if usual := score_majority(self.splits["train"], self.held):
+            self.results["majority"] = usual
+
+    def evaluate(self, blind: bool) -> dict[str, float]:
+        found = score(self.ask(self.watched, blind=blind), self.watched, samples=1)
+        kinds = {f"accuracy_{kind}": value["accuracy"] for kind, value in found["exact"]["types"].items()}
+        return {"accuracy": found["exact"]["micro"], "accuracy_bucketed": found["bucketed"]["micro"]} | kinds
+
+    def score_all(self) -> list[dict]:
+        self.results |= {name: score(answers, self.held) for name, answers in self.made.items()}
+        self.results["change"] = change_of(self.made, self.held)
+        shown = {name: self.made[name] for name in ("before", "after", "blind") if name in self.made}
+        return report.sample_rows(self.held, metrics.is_right, **shown)
+
+    def as_text(self, adapter) -> str:
+        return summary(self.results, adapter)
+
+    def write_page(self, rows: list[dict]) -> None:
+        write_report(self.folder, self.results, rows, self.store.settings)
+
+
+class Dialogue(Run):
+    """Free text."""
+
+    name = "chat"
+    read_file = staticmethod(read_chat)
+    too_long_advice = ""
+    has_blind_baseline = False
+
+    def closed_set(self) -> dict[str, list[str]]:
+        return {}
+
+    def best_metrics(self) -> tuple[str, ...]:
+        return ("loss",)
+
+    @cached_property
+    def held_texts(self) -> QuestionDataset:
+        return self.dataset_of(self.held)
+
+    @cached_property
+    def watched_texts(self) -> QuestionDataset:
+        return self.dataset_of(self.watched)
+
+    def note_before(self) -> None:
+        self.results["loss"] = {"before": self.loss_of(self.held_texts)}
+
+    def evaluate(self, blind: bool) -> dict[str, float]:
+        return {"loss": self.loss_of(self.watched_texts)}
+
+    def score_all(self) -> list[dict]:
+        self.results["loss"]["after"] = self.loss_of(self.held_texts)
+        self.results["scores"], rows = score_chat(self.made, self.held, self.splits["train"])
+        return rows
+
+    def as_text(self, adapter) -> str:
+        return chat_summary(self.results, adapter)
+
+    def write_page(self, rows: list[dict]) -> None:
+        caption_scores.write_page(
+            self.folder / "report.html", "Dialogue", self.results["scores"], rows, read_history(self.folder),
+            lambda path: read_image(path, self.store.settings, max_side=448).rgb, subtitle=f"{self.folder}",
+        )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------
+# Merge, and the command line
 
 
 def merge(argv: list[str]) -> None:
@@ -583,6 +664,22 @@ def merge(argv: list[str]) -> None:
         print("an adapter of another tool: ask it as that tool did")
     elif model.settings.prompt != "{question}":
         print(f"ask it as it was trained: {model.settings.prompt!r}")
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["merge"]:
+        return merge(argv[1:])
+    config, args, changed = parse(VQAConfig, argv, description=__doc__.split("\n")[0])
+    transformers.utils.logging.disable_progress_bar()  # of weights: seconds at most
+    if config.eval_only and not config.lora:
+        raise InputError("--eval_only: give the adapter to score with --lora")
+    run = (Dialogue if config.task == "chat" else Questions)(config, args, changed, argv)
+    run.ask_before()
+    if config.eval_only:
+        run.made["after"] = run.ask(run.held, progress=run.main_process)
+        return run.finish(config.lora, keep=keeps_scores(argv))
+    return run.finish(run.train(), keep=True)
 
 
 if __name__ == "__main__":

@@ -380,6 +380,17 @@ class PackedTask:
         return total * accelerator.num_processes  # the Trainer logs the mean over processes of what is returned
 
 
+def prepared_tokens(model, store, paths: list[str], cache_dir: str, args):
+    """The model's `TokenStore` below `cache_dir`, with what its frozen vision tower makes of these images: the first process
+    encodes those that are not in it yet, the others wait."""
+    tokens = model.token_store(cache_dir, store)
+    if args.process_index == 0:
+        model.prepare_tokens(tokens, store, paths, args.eval_batch_size)
+    if args.world_size > 1:
+        torch.distributed.barrier()
+    return tokens
+
+
 @torch.no_grad()
 def held_out_loss(model, dataset, collator, batch_size: int) -> float:
     """Nats per predicted token of all texts of a `data.QuestionDataset`; the model is in eval mode meanwhile."""
