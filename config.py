@@ -759,6 +759,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     refuse_unknown_trackers(namespace.report_to)
     changed = {key: value for key, value in vars(namespace).items() if key in base and value != base[key]}
     changed = {key: value for key, value in changed.items() if not key.endswith("_token")}  # runs are given to others
+    if "LOCAL_RANK" not in os.environ:  # one process, which may go on with a run of several, has no group to make
+        namespace.ddp_backend = None
     parts = []
     for cls in classes:
         names = {field.name for field in dataclasses.fields(cls) if field.init}
@@ -952,6 +954,8 @@ def check(config: DataConfig) -> None:
     """Refuse values that no run can use. Raises InputError."""
     if getattr(config, "task", None) == "chat" and config.decode == "candidates":
         raise InputError("--decode candidates: chooses among short answers; --task chat writes text")
+    if getattr(config, "mine_model", None) and not config.mine_negatives:
+        raise InputError("--mine_model: mines only with --mine_negatives; give both")
     rates = [field.name for field in dataclasses.fields(config) if field.name.endswith("_learning_rate")]
     bounds = dict.fromkeys(rates, (0, 1e3)) | {
         "val_fraction": (0, 0.9), "max_rejected": (0, 1), "lora_dropout": (0, 1), "projection_dropout": (0, 1),

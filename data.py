@@ -169,6 +169,14 @@ def refuse_trained_images(config, args, folder: str | Path, held: list, say: Cal
         refuse_trained_images(config, args, earlier, held, say, warn)
 
 
+def refuse_resume_on_held_out(config, args, splits: dict[str, list], trained_on: str, say: Callable) -> None:
+    """Where a run goes on with other training rows (`rows_digest`) than it began with, images that it has seen may be held out
+    now. Raises InputError, but with --allow_leak."""
+    begun = args.resume_from_checkpoint
+    if begun and record_of(begun).get("trained_on", trained_on) != trained_on:
+        refuse_trained_images(config, args, begun, splits["val"] + splits["test"], say, warn=config.allow_leak)
+
+
 def _refuse_thin(rgb: np.ndarray) -> None:
     """Qwen-VL's processor takes no picture longer than 200 times its width, and no model sees anything in one."""
     height, width = rgb.shape[:2]

@@ -47,6 +47,7 @@ def score_rows(
 
     from data import each_file
     from model import pixel_store
+    from scenes import path_of
 
     if not isinstance(rows, list):
         raise InputError(f'input: expected a list of {{"image_path", "text"}}, found {type(rows).__name__}')
@@ -57,8 +58,13 @@ def score_rows(
         if reason := row_error(row):
             result["error"] = f"row {number}: {reason}"
 
-    def located(path: str) -> str:
-        return str(root / path) if root and os.path.exists(root / path) and not Path(path).is_absolute() else path
+    def located(name: str) -> str:
+        name = path_of(name)
+        for path in (name, name.replace("\\", "/")):  # the second: written on Windows
+            for place in (root / path, Path(path)) if root else (Path(path),):
+                if os.path.exists(place):
+                    return str(place)
+        return name
 
     good = [i for i, result in enumerate(results) if "error" not in result]
     paths = {path: k for k, path in enumerate(dict.fromkeys(rows[i]["image_path"] for i in good))}

@@ -22,7 +22,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,20 +178,26 @@ def time_in_name(path: str) -> str | None:
 
 
 def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
-    """{path of an image: {name: value}} from a CSV with the path below the library in a column of that name (path, image_path,
-    filepath ...), else in the first. Raises InputError."""
+    """`read_by_image` of columns that results can have. Raises InputError."""
+    names, found = read_by_image(path)
+    if bad := [name for name in names if not re.fullmatch(r"\w+", name)]:
+        raise InputError(f"{path}: column {bad[0]!r}: expected one word of letters, digits and _")
+    if taken := [name for name in names if name in RESULT]:
+        raise InputError(f"{path}: column {taken[0]!r}: results have a field of that name already; rename the column")
+    return found
+
+
+def read_by_image(path: str | Path) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """(names of columns, {path of an image: {name: value}}) from a CSV with the path below the library in a column of that name
+    (path, image_path, filepath ...), else in the first. Empty cells are left out. Raises InputError."""
     names, rows = read_table(path)
     # Columns without a name are a spreadsheet's empty ones, or pandas' numbers.
     kept = [n for n, name in enumerate(names) if name]
     names, rows = [names[n] for n in kept], [[row[n] for n in kept] for row in rows]
     if len(names) < 2:
         raise InputError(f"{path}: expected a header such as `path,label` with the image's path first")
-    at = next((n for n, name in enumerate(names) if name in IMAGE_COLUMNS), 0)
+    at = next((n for n, name in enumerate(names) if name.lower() in IMAGE_COLUMNS), 0)
     others = names[:at] + names[at + 1 :]
-    if bad := [name for name in others if not re.fullmatch(r"\w+", name)]:
-        raise InputError(f"{path}: column {bad[0]!r}: expected one word of letters, digits and _")
-    if taken := [name for name in others if name in RESULT]:
-        raise InputError(f"{path}: column {taken[0]!r}: results have a field of that name already; rename the column")
     found = {}
     for row in ([cell.strip() for cell in row] for row in rows):
         known = {name: value for n, (name, value) in enumerate(zip(names, row)) if value and n != at}
@@ -199,7 +205,12 @@ def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
             continue
         if found.setdefault(row[at], known) != known:
             raise InputError(f"{path}: {row[at]} stands in two rows, once with {found[row[at]]} and once with {known}")
-    return found
+    return others, found
+
+
+def below_library(name: str, known: Container[str]) -> str:
+    """A path as a table gives it, as the library has it: without ./, and on Windows written with backslashes."""
+    return name if name in known else name.replace("\\", "/").removeprefix("./")
 
 
 def marks_of(attributes: dict[str, str]) -> str:
@@ -309,8 +320,7 @@ def plan_index(
     if attributes is None:
         kept = index.attributes() | index.record.get("waiting", {}) if index is not None else {}
         attributes = {name: values for name, values in kept.items() if name in found}
-    # On Windows a path is written with backslashes.
-    attributes = {name if name in found else name.replace("\\", "/"): values for name, values in attributes.items()}
+    attributes = {below_library(name, found): values for name, values in attributes.items()}
     unknown = sorted(set(attributes) - set(found))
     if unknown and len(unknown) == len(attributes):
         raise InputError(
@@ -634,7 +644,7 @@ def index_library(
                 written = background.submit(writer.write, turn)
         if written:
             written.result()
-        bar.close()
+        bar.close()  # before anything is printed
         if writer is None:
             return None
         writer.finish()
@@ -649,6 +659,7 @@ def index_library(
         report.total, report.seconds = index.count(), time.monotonic() - began
         return report
     finally:
+        bar.close()
         background.shutdown()
         if index is not None:
             index.close()
@@ -733,9 +744,10 @@ class _Writer:
         self.stale = set(plan.stale)
         # A killed run goes on without them on its command line: they wait in the record for the files they are of.
         planned = {file.path: file.attributes for file in (*plan.files, *plan.amended, *plan.renamed.values())}
-        known = index.record.get("waiting", {})
-        waiting = {path: of for path, of in known.items() if path not in planned} | _own_attributes(planned)
-        if waiting != known:
+        planned |= {bad.file: plan.attributes.get(bad.file, {}) for bad in plan.rejected}
+        waiting, had = _own_attributes(planned), _own_attributes(index.attributes())
+        waiting |= {path: {} for path in planned if path in had and path not in waiting}  # those that lose theirs
+        if waiting != index.record.get("waiting", {}):
             index.annotate(waiting=waiting)
         if plan.amended:
             before = index.attributes()

@@ -186,23 +186,26 @@ def backward_through_embeddings(model, chunks: list[dict], loss_of, backward, no
 
 
 def mine_negatives(
-    image: np.ndarray, text: np.ndarray, scene_texts: list[np.ndarray], rows: list[tuple[int, int]], *, margin: float
-) -> np.ndarray:
+    image: np.ndarray, text: np.ndarray, scene_texts: list[np.ndarray], rows: list[tuple[int, int]], *, margin: float,
+    kinds: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
     """For each (scene, text) row the most similar text that is not of the scene.
 
     image (N, D), text (T, D): unit embeddings; `scene_texts[i]`: indices of the texts of scene i. A candidate must score
     at least `margin` (cosine) below the row's positive, else it is taken for a false negative ("positive-aware" mining,
-    NV-Retriever, Moreira et al. 2024). Returns (len(rows),) text indices, -1 where no text qualifies.
+    NV-Retriever, Moreira et al. 2024). kinds (T,): a negative is of the kind (the language) of the row's text. Returns
+    (len(rows),) text indices, -1 where no text qualifies.
     """
     picked = np.full(len(rows), -1)
-    by_scene: dict[int, list[int]] = {}
-    for number, (scene, _) in enumerate(rows):
-        by_scene.setdefault(scene, []).append(number)
-    for scene, numbers in by_scene.items():
+    kinds = np.zeros(len(text)) if kinds is None else kinds
+    groups: dict[tuple, list[int]] = {}
+    for number, (scene, own) in enumerate(rows):
+        groups.setdefault((scene, kinds[own]), []).append(number)
+    for (scene, kind), numbers in groups.items():
         scores = text @ image[scene]  # (T,)
         positives = scores[[rows[n][1] for n in numbers]]
         scores = scores.copy()
-        scores[scene_texts[scene]] = -np.inf
+        scores[scene_texts[scene]] = scores[kinds != kind] = -np.inf
         order = np.argsort(-scores, kind="stable")
         ranked = scores[order]
         for number, positive in zip(numbers, positives):

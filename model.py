@@ -148,6 +148,9 @@ def _digest(settings: list[Path], weights: list[Path]) -> str:
     return digest.hexdigest()
 
 
+BASE_FLAGS = {"base": "--base_model", "vision": "--vision_model_name", "language": "--language_model_name"}
+
+
 def refuse_other_base(root: Path, settings, folder: Path, flag: str) -> None:
     """Raises InputError, naming the `flag` that helps, unless the base in `root` is the one `folder` was trained on."""
     found = fingerprint(root)
@@ -156,6 +159,18 @@ def refuse_other_base(root: Path, settings, folder: Path, flag: str) -> None:
             f"{root}: this base (fingerprint {found}) is not the one {folder} was trained on"
             f" ({settings.base_fingerprint}, {settings.base_model}); give the right one with {flag}"
         )
+
+
+def refuse_other_bases(file: Path, settings) -> None:
+    """Raises InputError unless a checkpoint's settings (`file`) name the bases of the model that takes over its tensors."""
+    known, own = json.loads(file.read_text()), asdict(settings)
+    for side, flag in BASE_FLAGS.items():
+        mark, name = f"{side}_fingerprint", f"{side}_model"
+        if mark in own and known[mark] != own[mark]:
+            raise InputError(
+                f"{own[name]}: this base (fingerprint {own[mark]}) is not the one {file.parent} was trained on ({known[mark]},"
+                f" {known[name]}); give the right one with {flag}"
+            )
 
 
 def load_tower(folder: str | Path, side: str, config, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -498,7 +513,8 @@ class DualEncoder(Encoder):
         return [name for name, p in self.named_parameters() if p.requires_grad or name.startswith(heads)]
 
     def load_trained(self, folder: str | Path) -> None:
-        """Copy a checkpoint's tensors into this model. Raises InputError unless they are exactly the expected ones."""
+        """Copy a checkpoint's tensors into this model. Raises InputError unless they are the expected ones, of its base."""
+        refuse_other_bases(Path(folder) / SETTINGS, self.settings)
         load_exactly(self, Path(folder) / WEIGHTS)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **_) -> None:
@@ -695,7 +711,7 @@ class ClipEncoder(Encoder):
         limit, known = self.settings.max_text_tokens, self.model.config.text_config.vocab_size
         if self.model.config.model_type == "siglip" and "Gemma" in type(self.tokenizer).__name__:
             texts = [text.lower() for text in texts]  # SigLIP 2 was trained so, and its tokenizer does not know
-        whole = self.tokenizer(texts)["input_ids"] if texts else []
+        whole = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []  # it would warn of what is cut below
         fill = {"padding": "max_length"} if self.fixed_length else {}
         rows = self.tokenizer(texts, truncation=True, max_length=limit, **fill)["input_ids"] if texts else []
         if (largest := max(itertools.chain.from_iterable(rows), default=0)) >= known:
@@ -1144,7 +1160,8 @@ class VQA(nn.Module):
         self.processor.save_pretrained(folder)
 
     def load_trained(self, folder: str | Path) -> None:
-        """Copy a checkpoint's tensors into this model. Raises InputError unless they are exactly the expected ones."""
+        """Copy a checkpoint's tensors into this model. Raises InputError unless they are the expected ones, of its base."""
+        refuse_other_bases(Path(folder) / VQA_SETTINGS, self.settings)
         self.set_tensors(Path(folder) / ADAPTER, read_adapter(folder)[0])
 
     def set_tensors(self, where, tensors: dict[str, torch.Tensor]) -> None:
@@ -1725,7 +1742,8 @@ class Captioner(nn.Module):
         return [name for name, p in self.named_parameters() if p.requires_grad or name.startswith("projector.")]
 
     def load_trained(self, folder: str | Path) -> None:
-        """Copy a checkpoint's tensors into this model. Raises InputError unless they are exactly the expected ones."""
+        """Copy a checkpoint's tensors into this model. Raises InputError unless they are the expected ones, of its base."""
+        refuse_other_bases(Path(folder) / CAPTIONER, self.settings)
         load_exactly(self, Path(folder) / PROJECTOR)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **_) -> None:

@@ -229,7 +229,9 @@ def read_regions(path) -> list[tuple[str, shapely.Geometry]]:
         if problem := _problem(polygons):
             raise wrong(f"{at} has {problem}", export)
         flat = [[[position[:2] for position in ring] for ring in rings] for rings in polygons]  # without heights
-        parts = _polygons_of(shapely.make_valid(shape({"type": "MultiPolygon", "coordinates": flat})))
+        # Of parts that overlap, such as buffers that were not dissolved, the union: the default cuts out what they share.
+        whole = shapely.make_valid(shape({"type": "MultiPolygon", "coordinates": flat}), method="structure")
+        parts = _polygons_of(whole)
         if not parts:
             raise wrong(f"{at} encloses no area", "draw it anew or leave it out of the file")
         properties = feature.get("properties")

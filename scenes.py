@@ -114,7 +114,17 @@ def load_json(path: str | Path):
         raise InputError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}{kinds}") from None
 
 
-IMAGE_COLUMNS = ("image", "image_name", "image_path", "filepath", "file_path", "filename", "file_name", "path")
+IMAGE_COLUMNS = (
+    "image",
+    "image_name",
+    "image_path",
+    "filepath",
+    "file_path",
+    "filename",
+    "file_name",
+    "path",
+    "img_name",
+)
 IMAGE_FIELDS = (*IMAGE_COLUMNS, "img", "image_id")
 TEXT_FIELDS = (
     "caption", "captions", "sentences", "sentence", "title", "text", "description", "text_output", "ground_truth",
@@ -145,7 +155,7 @@ def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
     lines, rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in first else ",", strict=True), []
     try:
         names = [name.strip() for name in next(lines, [])]
-        if len(names) == 1 and ";" in names[0]:
+        if names and ";" in names[0]:
             raise InputError(f"{path}: its columns are parted by semicolons; save it with commas, or as .tsv with tabs")
         for row in filter(None, lines):
             if len(row) < len(names) or any(map(str.strip, row[len(names) :])):
@@ -521,11 +531,13 @@ def _find_image(name: str, roots: list[Path], before: dict[Path, str] | None = N
     pictures = [path for path in below if Path(path).parent.name.lower().startswith("image")]
     if len(below) == 1 or len(pictures) == 1:  # RSICD_images/ beside the file, train2017/ and val2017/ in the root
         return (pictures or below)[0]
-    remedy = (
-        f"it may be {below[0]} or {below[1]}: set --image_root"
-        if below
-        else "set --image_root; several folders are parted by a colon"
-    )
+    other = next((there for root in roots if (there := _in_other_case(root / name))), None)
+    if below:
+        remedy = f"it may be {below[0]} or {below[1]}: set --image_root"
+    elif other:
+        remedy = f"there is {other}: capitals count, write its name as it is"
+    else:
+        remedy = "set --image_root; several folders are parted by a colon"
     shown = name if len(name) <= 200 else f"{name[:60]}... ({len(name)} characters)"
     raise ImageError(f"{shown}: no such image in {' or '.join(str(root) for root in roots)} ({remedy})")
 
@@ -536,6 +548,21 @@ def _folders_in(root: Path) -> list[Path]:
         return sorted(path for path in root.iterdir() if path.is_dir())
     except OSError:
         return []
+
+
+@functools.lru_cache(maxsize=8)
+def _names_in(folder: Path) -> dict[str, str]:
+    """{a file's name in small letters: its name}"""
+    try:
+        return {name.lower(): name for name in os.listdir(folder)}
+    except OSError:
+        return {}
+
+
+def _in_other_case(path: Path) -> Path | None:
+    """A file beside `path` whose name is the same but for capitals."""
+    name = _names_in(path.parent).get(path.name.lower())
+    return path.with_name(name) if name else None
 
 
 # ----------------------------------------------------------------------------------------------------

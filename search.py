@@ -493,28 +493,33 @@ def run_classify(args) -> int:
 
 def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, int]:
     """{path: number of its class}; labels are compared without case, spaces, - and _. Raises InputError."""
-    from scenes import read_table
+    from library import below_library, read_by_image
 
     def key(label):
         return label.lower().replace(" ", "").replace("_", "").replace("-", "")
 
-    number = {key(label): n for n, label in enumerate(labels)}
+    number: dict[str, int] = {}
+    for n, label in enumerate(labels):
+        if (first := number.setdefault(key(label), n)) != n:
+            raise InputError(f"--labels: {labels[first]!r} and {label!r} are one class to --truth; leave one out")
+    known = set(names)
     if source == "folders":
         pairs = [(name, name.split("/")[-2]) for name in names if "/" in name]
         where = "the folders of the library"
     else:
         where = source
-        header, rows = read_table(source)
-        if header[:2] != ["path", "label"]:
-            raise InputError(f"{source}: line 1: expected the header path,label")
-        pairs = [(row[0], row[1]) for row in rows]
-    known = set(names)
+        columns, rows = read_by_image(source)
+        column = next((name for name in columns if name.lower() in ("label", "class", "category")), columns[0])
+        if len(columns) > 1 and column.lower() not in ("label", "class", "category"):
+            raise InputError(f"{source}: line 1: expected a column `label` beside the image's path, found {columns}")
+        pairs = [(below_library(name, known), row[column]) for name, row in rows.items() if column in row]
     truth, strange, elsewhere = {}, Counter(), []
     for name, label in pairs:
         if name not in known:
             elsewhere.append(name)
         elif key(label) in number:
-            truth[name] = number[key(label)]
+            if truth.setdefault(name, number[key(label)]) != number[key(label)]:
+                raise InputError(f"{where}: {name} has two labels, {labels[truth[name]]!r} and {label!r}")
         else:
             strange[label] += 1
     other = []

@@ -23,7 +23,15 @@ import transformers
 import caption_scores
 import report
 from config import PROJECTOR_STAGE, CaptionConfig, InputError, parse, user_errors
-from data import QuestionCollator, QuestionDataset, drop_too_long, drop_unreadable, row_align
+from data import (
+    QuestionCollator,
+    QuestionDataset,
+    drop_too_long,
+    drop_unreadable,
+    refuse_resume_on_held_out,
+    row_align,
+    rows_digest,
+)
 from imagery import ImageSettings, read_image
 from model import Captioner, base_folder, pixel_store, weight_files
 from scenes import QuestionScene, captions_as_answers, image_files, load_splits
@@ -114,6 +122,7 @@ class Run:
         for name in (config.vision_model_name, config.language_model_name):
             weight_files(base_folder(name))  # a missing base is said before the data is read
         self.splits = self.read()
+        self.record = {"task": "caption", "settings": changed, "trained_on": self.trained_on}
         self.prompts = prompts_of(self.splits["train"])
         self.refuse_other_languages()
         dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -143,10 +152,10 @@ class Run:
 
     def read(self) -> dict[str, list[QuestionScene]]:
         config = self.config
-        splits = {
-            name: captions_as_answers(scenes, config.prompt, config.prompt_zh)
-            for name, scenes in load_splits(config, self.args.seed, self.rejected).items()
-        }
+        listed = load_splits(config, self.args.seed, self.rejected)
+        self.trained_on = rows_digest(listed["train"])
+        refuse_resume_on_held_out(config, self.args, listed, self.trained_on, self.say)
+        splits = {name: captions_as_answers(scenes, config.prompt, config.prompt_zh) for name, scenes in listed.items()}
         if count := without_caption(config, splits):
             self.say(f"data: {count} images of {config.train_file} have no caption and are left out")
         return splits
@@ -219,7 +228,7 @@ class Run:
         return SceneTrainer(
             model=self.model, task=PackedTask(self.evaluate), args=args, collator=self.collator, rates=rates,
             train_dataset=self.dataset_of(self.splits["train"], self.config.texts_per_scene),
-            settings={"task": "caption", "settings": self.changed}, watched=self.watched, early_stopping=patience,
+            settings=self.record, watched=self.watched, early_stopping=patience,
         )  # fmt: skip
 
     def train(self) -> tuple[Path, dict]:
@@ -228,7 +237,7 @@ class Run:
         if config.compile_layers:
             self.model.compile_layers()
         if self.main_process:
-            write_json(self.folder / "config.json", {"task": "caption", "settings": self.changed})
+            write_json(self.folder / "config.json", self.record)
         if config.projector_epochs and (not resume or Path(resume).parent.name == PROJECTOR_STAGE):
             self.train_projector(resume)
             resume = None

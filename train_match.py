@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from data import (
     MatchDataset,
     drop_unreadable,
     over_files,
+    refuse_resume_on_held_out,
     refuse_trained_images,
     rows_digest,
 )
@@ -49,6 +51,7 @@ from scenes import Scene, describe, is_chinese, load_json, load_splits, sample_s
 from trainer import SceneTrainer, check_best_metric, gather_rows, read_history, write_json
 
 IDS = ("scene_ids", "scene_texts", "text_ids", "triplets")
+MINED, UNTRAINED = "mined_negatives.json", "untrained.json"  # what a run keeps of its first start
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -253,134 +256,200 @@ def histogram_baseline(train: list[Scene], test: list[Scene], settings: ImageSet
 # The run
 
 
-def main(argv: list[str] | None = None) -> dict:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    config, args, changed = parse(MatchConfig, argv, description=__doc__.split("\n")[0])
-    run = Path(args.output_dir)
-    main_process = args.process_index == 0
-    say = print if main_process else (lambda *_: None)
-    started = time.perf_counter()
+class Run:
+    """A run: its data, its model, and the scores before and after.
 
-    if config.eval_only:
-        return evaluate_only(config, args, argv, keep=main_process and keeps_scores(argv))
+    Raises InputError for data, a base or settings that it cannot use, before anything is trained."""
 
-    # ---- data and model
-    splits = load_splits(config, args.seed, run / "rejected.jsonl" if main_process else None)
-    model = DualEncoder.from_base(config, seed=args.seed, dtype=torch.bfloat16 if args.bf16 else torch.float32)
-    store = pixel_store(model, config.cache_dir)
-    splits = drop_unreadable(splits, store, config.max_rejected, run / "rejected.jsonl" if main_process else None)
-    say(f"data: {describe(splits)}")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    say(f"model: {config.base_model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained "
-        f"(image tower {config.image_tower}, text tower {config.text_tower})")  # fmt: skip
+    def __init__(self, config: MatchConfig, args, changed: dict):
+        self.config, self.args, self.changed = config, args, changed
+        self.folder, self.main_process = Path(args.output_dir), args.process_index == 0
+        self.started = time.perf_counter()
+        rejected = self.folder / "rejected.jsonl" if self.main_process else None
+        splits = load_splits(config, args.seed, rejected)
+        self.trained_on = rows_digest(splits["train"])
+        refuse_resume_on_held_out(config, args, splits, self.trained_on, self.say)
+        self.model = DualEncoder.from_base(config, seed=args.seed, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+        self.store = pixel_store(self.model, config.cache_dir)
+        self.splits = drop_unreadable(splits, self.store, config.max_rejected, rejected)
+        self.say(f"data: {describe(self.splits)}")
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        self.say(f"model: {config.base_model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained "
+                 f"(image tower {config.image_tower}, text tower {config.text_tower})")  # fmt: skip
+        self.model.to(args.device)
+        self.features = self.frozen_features()
+        self.train_data = self.dataset_of(self.splits["train"])
+        if self.train_data.cut:
+            limit = f"--max_text_tokens {config.max_text_tokens}"
+            self.say(f"data: {self.train_data.cut} texts are longer than {limit} and are cut")
+        self.watched = sample_scenes(self.splits["val"], config.max_eval_scenes)
+        self.tested = "test" if self.splits["test"] else "val"
+        self.white = not config.whiten_init
+        if not args.resume_from_checkpoint:
+            self.start_white()
+        if config.mine_negatives:
+            self.take_mined_negatives()
+        refuse_nothing_to_tell_apart(config, args, self.splits["train"])
+        check_best_metric(args, ("mR",), lambda: self.evaluate(self.model))
 
-    # ---- features of frozen towers are constants
-    model.to(args.device)
-    features = {}
-    if config.cache_dir:
+    def say(self, text: str) -> None:
+        if self.main_process:
+            print(text)
+
+    # -- data and model
+
+    def frozen_features(self) -> dict[str, Callable[[list[str]], np.ndarray]]:
+        """{"image", "text": what gives the kept features of files or texts}: those of a frozen tower are constants."""
+        config, model, store = self.config, self.model, self.store
+        if not config.cache_dir:
+            return {}
+        features, size = {}, self.args.eval_batch_size
         dtype = next(model.parameters()).dtype
         recipe = f"{model.settings.base_fingerprint} {store.recipe} {config.max_text_tokens} {dtype}"
         if config.image_tower == "frozen":
-            compute = partial(model.embed_images, store=store, batch_size=args.eval_batch_size, pool_only=True)
-            features["image"] = partial(
-                _stored, FeatureStore(config.cache_dir, f"image {recipe}"), compute, name=store.identity
-            )
+            compute = partial(model.embed_images, store=store, batch_size=size, pool_only=True)
+            kept = FeatureStore(config.cache_dir, f"image {recipe}")
+            features["image"] = partial(_stored, kept, compute, name=store.identity)
         if config.text_tower == "frozen":
-            compute = partial(model.embed_texts, batch_size=4 * args.eval_batch_size, pool_only=True)
+            compute = partial(model.embed_texts, batch_size=4 * size, pool_only=True)
             features["text"] = partial(_stored, FeatureStore(config.cache_dir, f"text {recipe}"), compute)
+        return features
 
-    def dataset_of(scenes):
-        made = MatchDataset(scenes, model.tokenize, store, texts_per_scene=config.texts_per_scene, seed=args.seed)
-        if "image" in features:
-            made.image_features = features["image"]([scene.image for scene in scenes])
-        if "text" in features:
-            made.text_features = features["text"](made.texts)
+    def dataset_of(self, scenes: list[Scene]) -> MatchDataset:
+        made = MatchDataset(
+            scenes, self.model.tokenize, self.store, texts_per_scene=self.config.texts_per_scene, seed=self.args.seed
+        )
+        if "image" in self.features:
+            made.image_features = self.features["image"]([scene.image for scene in scenes])
+        if "text" in self.features:
+            made.text_features = self.features["text"](made.texts)
         return made
 
-    train = dataset_of(splits["train"])
-    if train.cut:
-        say(f"data: {train.cut} texts are longer than --max_text_tokens {config.max_text_tokens} and are cut")
-    score = partial(evaluate_scenes, store=store, features=features, config=config, batch_size=args.eval_batch_size)
-    if config.whiten_init and not args.resume_from_checkpoint:
-        start_white(model, splits["train"], train, store, features, args.eval_batch_size)
-    if config.mine_negatives:
-        kept, rows = run / "mined_negatives.json", rows_digest(splits["train"])
-        if args.resume_from_checkpoint and kept.is_file():
-            found = load_json(kept)
-            if isinstance(found, list):  # of an earlier version, which did not say what it was mined for
-                fits = [len(row) for row in found] == [len(scene.rows) for scene in splits["train"]]
-                found = {"rows": rows if fits else None, "negatives": found}
-            if found.get("rows") != rows:
-                raise InputError(
-                    f"{kept}: mined for other training rows than these; resume with the files that the run began with, start a"
-                    " new run, or remove it to mine anew"
-                )
-            negatives = found["negatives"]
-        else:
-            negatives = mined_negatives(model, splits["train"], config, args)
-            if main_process:
-                write_json(kept, {"rows": rows, "negatives": negatives})
-        for scene, found in zip(splits["train"], negatives):
-            scene.rows = [(text, new or old) for (text, old), new in zip(scene.rows, found)]
-        filled = sum(new is not None for found in negatives for new in found)
-        say(f"data: {filled} of {sum(map(len, negatives))} rows got a mined negative")
-        train = dataset_of(splits["train"])
+    def score(self, model, scenes: list[Scene]):
+        return evaluate_scenes(model, scenes, self.store, self.features, self.config, self.args.eval_batch_size)
 
-    # ---- training
-    watched = sample_scenes(splits["val"], config.max_eval_scenes)
-    head_rate = config.head_learning_rate
-    if head_rate is None:
-        head_rate = args.learning_rate * (1 if "full" in (config.image_tower, config.text_tower) else 10)
+    def evaluate(self, model) -> dict[str, float]:
+        return watched_metrics(self.score(model, self.watched)[0])
 
-    def evaluate(current):
-        return watched_metrics(score(current, watched)[0])
+    # -- what is made at the first start, and kept: a resumed run has another model in its place
 
-    check_best_metric(args, ("mR",), lambda: evaluate(model))
-    trainer = SceneTrainer(
-        model=model,
-        task=MatchTask(config, evaluate),
-        args=args,
-        train_dataset=train,
-        collator=MatchCollator(train, model.processor, model.tokenizer.pad_token_id),
-        settings={"task": "match", "settings": changed},
-        watched=watched,
-        rates={"image": config.image_learning_rate, "text": config.text_learning_rate, "head": head_rate},
-        early_stopping=config.early_stopping_patience,
-    )
-    results: dict = {"config": changed, "images": {name: len(scenes) for name, scenes in splits.items()}}
-    tested = "test" if splits["test"] else "val"
-    if main_process:
-        write_json(run / "config.json", trainer.settings)
-    untrained = run / "untrained.json"  # of the first start: a resumed run must not measure it on whatever it loads
-    rows = rows_digest(splits[tested])
-    if args.resume_from_checkpoint and untrained.is_file():
-        found = load_json(untrained)
-        if found.get("rows", rows) == rows:  # an earlier version wrote the scores alone
-            results["untrained"] = found.get("scores", found)
-        else:
-            say(f"{untrained}: measured on other rows than these are; the table has no line before training")
-    else:
-        model.eval()
-        results["untrained"] = flat(score(model, splits[tested])[0])
-        if main_process:
-            write_json(untrained, {"rows": rows, "scores": results["untrained"]})
-    outcome = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    best = trainer.save_best()
+    def start_white(self) -> None:
+        """Bring the projection heads to where a run begins, once."""
+        if not self.white:
+            start_white(
+                self.model, self.splits["train"], self.train_data, self.store, self.features, self.args.eval_batch_size
+            )
+        self.white = True
 
-    # ---- results
-    model.eval()
-    found, image, text, texts = score(model, splits[tested])
-    results["trained"] = flat(found)
-    if main_process:
-        results["histogram"] = flat(histogram_baseline(splits["train"], splits[tested], store.settings, config.margin))
-        results |= {"split": tested, "steps": outcome.global_step, "best_step": trainer.kept_step,
-                    "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
-        write_json(run / "results.json", results)
-        write_report(run, results, splits[tested], image, text, texts, store.settings)
-        print(summary(results, best))
-        print(f"report  {run / 'report.html'}")
-    return results
+    def kept_at_start(self, name: str):
+        """What the first start of the run that is resumed left as `name`, and from where; (None, path) where it left nothing."""
+        path, resumed = self.folder / name, self.args.resume_from_checkpoint
+        if resumed and not path.is_file():  # it goes on in another folder
+            path = Path(resumed).parent / name
+        return (load_json(path) if resumed and path.is_file() else None), path
+
+    def take_mined_negatives(self) -> None:
+        """Give each training row the negative that was mined for it (`mined_negatives`)."""
+        scenes, rows = self.splits["train"], rows_digest(self.splits["train"])
+        found, path = self.kept_at_start(MINED)
+        if found is None:
+            self.start_white()
+            found = {"rows": rows, "negatives": mined_negatives(self.model, scenes, self.config, self.args)}
+        elif isinstance(found, list):  # of an earlier version, which did not say what it was mined for
+            fits = [len(row) for row in found] == [len(scene.rows) for scene in scenes]
+            found = {"rows": rows if fits else None, "negatives": found}
+        if found.get("rows") != rows:
+            raise InputError(
+                f"{path}: mined for other training rows than these; resume with the files that the run began with, start a"
+                " new run, or remove it to mine anew"
+            )
+        if self.main_process:
+            write_json(self.folder / MINED, found)
+        negatives = found["negatives"]
+        for scene, own in zip(scenes, negatives):
+            scene.rows = [(text, new or old) for (text, old), new in zip(scene.rows, own)]
+        filled = sum(new is not None for own in negatives for new in own)
+        self.say(f"data: {filled} of {sum(map(len, negatives))} rows got a mined negative")
+        self.train_data = self.dataset_of(scenes)
+
+    def untrained_scores(self) -> dict | None:
+        """The scores before training; None where they were kept for other rows than these."""
+        rows = rows_digest(self.splits[self.tested])
+        found, path = self.kept_at_start(UNTRAINED)
+        if found is None:
+            self.start_white()
+            self.model.eval()
+            found = {"rows": rows, "scores": flat(self.score(self.model, self.splits[self.tested])[0])}
+        elif found.get("rows", rows) != rows:  # an earlier version wrote the scores alone
+            self.say(f"{path}: measured on other rows than these are; the table has no line before training")
+            return None
+        if self.main_process:
+            write_json(self.folder / UNTRAINED, found)
+        return found.get("scores", found)
+
+    # -- training and results
+
+    def trainer(self) -> SceneTrainer:
+        config = self.config
+        head_rate = config.head_learning_rate
+        if head_rate is None:
+            head_rate = self.args.learning_rate * (1 if "full" in (config.image_tower, config.text_tower) else 10)
+        return SceneTrainer(
+            model=self.model,
+            task=MatchTask(config, self.evaluate),
+            args=self.args,
+            train_dataset=self.train_data,
+            collator=MatchCollator(self.train_data, self.model.processor, self.model.tokenizer.pad_token_id),
+            settings={"task": "match", "settings": self.changed, "trained_on": self.trained_on},
+            watched=self.watched,
+            rates={"image": config.image_learning_rate, "text": config.text_learning_rate, "head": head_rate},
+            early_stopping=config.early_stopping_patience,
+        )
+
+    def train(self) -> dict:
+        """Train, score, print, and leave scores and report in the run's folder."""
+        trainer = self.trainer()
+        results: dict = {
+            "config": self.changed,
+            "images": {name: len(scenes) for name, scenes in self.splits.items()},
+        }
+        if self.main_process:
+            write_json(self.folder / "config.json", trainer.settings)
+        if untrained := self.untrained_scores():
+            results["untrained"] = untrained
+        outcome = trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        best = trainer.save_best()
+        self.model.eval()
+        held_out, images = self.splits[self.tested], self.store.settings
+        found, image, text, texts = self.score(self.model, held_out)
+        results["trained"] = flat(found)
+        if self.main_process:
+            results["histogram"] = flat(histogram_baseline(self.splits["train"], held_out, images, self.config.margin))
+            results |= {"split": self.tested, "steps": outcome.global_step, "best_step": trainer.kept_step,
+                        "seconds": round(time.perf_counter() - self.started, 1)}  # fmt: skip
+            write_json(self.folder / "results.json", results)
+            write_report(self.folder, results, held_out, image, text, texts, images)
+            print(summary(results, best))
+            print(f"report  {self.folder / 'report.html'}")
+        return results
+
+
+def refuse_nothing_to_tell_apart(config: MatchConfig, args, scenes: list[Scene]) -> None:
+    """Raises InputError where no text would ever stand beside a wrong image: every loss would be 0."""
+    if any(negative for scene in scenes for _, negative in scene.rows):
+        return
+    if args.train_batch_size * args.world_size == 1:
+        raise InputError(
+            "--per_device_train_batch_size 1: the data gives no negatives, and they are taken from the other images of a"
+            " batch: nothing would be learnt (--gradient_accumulation_steps does not help); --grad_cache_chunk 1 trains a"
+            " large batch in little memory"
+        )
+    if config.loss == "triplet" and config.in_batch_negatives == "none":
+        raise InputError(
+            "--in_batch_negatives none: no row has a negative, so nothing would be learnt; leave it out, or give"
+            " --mine_negatives"
+        )
 
 
 def _stored(feature_store: FeatureStore, compute, items: list[str], name=str) -> np.ndarray:
@@ -408,7 +477,9 @@ def mined_negatives(model, scenes, config, args) -> list[list[str | None]]:
         image /= np.maximum(np.linalg.norm(image, axis=1, keepdims=True), 1e-9)
     rows = [(i, place[t]) for i, scene in enumerate(scenes) for t, _ in scene.rows]
     own = [np.array([place[t] for t in scene.texts]) for scene in scenes]
-    picked = iter(mine_negatives(image, text, own, rows, margin=config.mine_margin))
+    # Of the row's own language: one of the other is told by its script, and the rarer language would be favoured.
+    language = np.array([is_chinese(t) for t in texts])
+    picked = iter(mine_negatives(image, text, own, rows, margin=config.mine_margin, kinds=language))
     return [[texts[n] if (n := int(next(picked))) >= 0 else None for _ in scene.rows] for scene in scenes]
 
 
@@ -561,6 +632,14 @@ def write_report(run, results, scenes, image, text, texts, settings) -> None:
         curves = report.curves_figure(history, curves)
         sections.insert(1, ("Curves", report.figure_html(curves, "training curves")))
     report.page("Matching images and texts", sections, run / "report.html", subtitle=f"{run}")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config, args, changed = parse(MatchConfig, argv, description=__doc__.split("\n")[0])
+    if config.eval_only:
+        return evaluate_only(config, args, argv, keep=args.process_index == 0 and keeps_scores(argv))
+    return Run(config, args, changed).train()
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from data import (
     drop_too_long,
     drop_unreadable,
     image_settings,
+    refuse_resume_on_held_out,
     refuse_trained_images,
     row_align,
     rows_digest,
@@ -425,6 +426,7 @@ class Run:
         if config.lora and not config.eval_only and not args.resume_from_checkpoint:
             held_out = splits["val"] + splits["test"]
             refuse_trained_images(config, args, config.lora, held_out, self.say, warn=config.allow_leak)
+        refuse_resume_on_held_out(config, args, splits, trained_on, self.say)
         if config.max_test_scenes:
             splits["test"] = sample_scenes(splits["test"], config.max_test_scenes)
         return splits, trained_on

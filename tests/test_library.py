@@ -613,6 +613,15 @@ def test_attributes_outlive_a_kill(model, folder, tmp_path, monkeypatch):
     index_library(model, folder, tmp_path / "x", **SMALL)
     found = {path: p["attributes"].get("split") for (path, _), (_, p) in contents(tmp_path / "x").items()}
     assert found["large.tif"] == "test" and found["farm/S2A_20210630_0.png"] == "val"
+    # A row that the next table has no more loses its values, though the run that was to take them is killed before.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store.Store, "amend", lambda *_: killed(None))
+        index_library(model, folder, tmp_path / "x", attributes={"large.tif": {"split": "new"}}, **SMALL)
+    index_library(model, folder, tmp_path / "x", **SMALL)
+    found = {path: p["attributes"].get("split") for (path, _), (_, p) in contents(tmp_path / "x").items()}
+    assert {path: split for path, split in found.items() if split} == {"large.tif": "new"}
+    with store.open(tmp_path / "x") as index:
+        assert not index.record["waiting"]
     (tmp_path / "t.csv").write_text("path, sensor\na.tif , S2\n")
     assert read_attributes(tmp_path / "t.csv") == {"a.tif": {"sensor": "S2"}}
 

@@ -400,8 +400,9 @@ def test_first_of_each():
 # Mining
 
 
+@pytest.mark.parametrize("kinds", [None, np.arange(20) % 3])
 @pytest.mark.parametrize("margin", [0.0, 0.1, 0.5, 2.0])
-def test_mine_negatives_by_brute_force(margin):
+def test_mine_negatives_by_brute_force(margin, kinds):
     rng = np.random.default_rng(1)
     image, text = rng.normal(size=(7, 4)), rng.normal(size=(20, 4))
     image /= np.linalg.norm(image, axis=1, keepdims=True)
@@ -414,10 +415,11 @@ def test_mine_negatives_by_brute_force(margin):
         best, chosen = -np.inf, -1
         for candidate in range(20):
             score = image[i] @ text[candidate]
-            if candidate not in scene_texts[i] and score <= positive - margin and score > best:
+            other = kinds is not None and kinds[candidate] != kinds[t]
+            if not other and candidate not in scene_texts[i] and score <= positive - margin and score > best:
                 best, chosen = score, candidate
         expected.append(chosen)
-    found = mine_negatives(image, text, scene_texts, rows, margin=margin)
+    found = mine_negatives(image, text, scene_texts, rows, margin=margin, kinds=kinds)
     assert found.tolist() == expected
     assert (margin < 2) == (found >= 0).any()
 

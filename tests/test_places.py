@@ -128,6 +128,13 @@ def test_regions_and_their_names(tmp_path):
     found = read_regions(write(tmp_path, {"type": "FeatureCollection", "features": features}))
     assert [name for name, _ in found] == ["城东", "7", "region 3", "x1", "Berlin", "Wien"]
     assert [region.area for _, region in found] == [15, 2, 2, 4, 4, 4] and all(region.is_valid for _, region in found)
+    for parts, area in (
+        ([box(0, 0, 2, 2), box(1, 1, 3, 3)], 7),  # as buffers that were not dissolved
+        ([box(0, 0, 2, 2), box(0.5, 0.5, 1, 1)], 4),
+        ([box(0, 0, 2, 2), box(0, 0, 2, 2)], 4),
+    ):
+        several = {"type": "MultiPolygon", "coordinates": [[ring] for ring in parts]}
+        assert read_regions(write(tmp_path, several))[0][1].area == area
     assert [name for name, _ in read_regions(write(tmp_path, feature(SQUARE, {"name": "a"})))] == ["a"]
     assert read_regions(write(tmp_path, SQUARE))[0][0] == "region 1"
     text = "\ufeff" + json.dumps(

@@ -204,6 +204,19 @@ def test_classify(ask, two_dates, tmp_path):
     assert (
         code == 0 and "on 2 images" in out and "no label: airport" in err and "among those classified: elsewhere" in err
     )
+    truth.write_text("n,Class,Filepath\n1,FARM,./farm/p0.tif\n2,harbour,harbour\\p1.tif\n3,,farm/p2.tif\n")
+    code, out, err = ask("classify", "--labels", "farm,harbour", "--truth", truth)
+    assert code == 0 and "on 2 images" in out and "no label" not in err
+    for table, labels, said in (
+        ("path,label\nfarm/p0.tif,farm\nfarm/p0.tif,harbour\n", "farm,harbour", "stands in two rows"),
+        ("path,label\nfarm/p0.tif,farm\n./farm/p0.tif,harbour\n", "farm,harbour", "p0.tif has two labels"),
+        ("path,label\nfarm/p0.tif,farm\n", "farm,Farm", "'farm' and 'Farm' are one class to --truth"),
+        ("path,a,b\nfarm/p0.tif,farm,farm\n", "farm,harbour", "expected a column `label`"),
+        ("path;label\nfarm/p0.tif;farm,x\n", "farm,harbour", "parted by semicolons"),
+    ):
+        truth.write_text(table)
+        code, _, err = ask("classify", "--labels", labels, "--truth", truth)
+        assert code == 2 and said in err, err
 
 
 def test_monitor(ask, two_dates, tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import caption
 import train_caption
-from config import InputError
+from config import InputError, resolve_checkpoint
 from model import Captioner
 from tests.conftest import draw, run_forked
 
@@ -310,6 +310,16 @@ def test_eval_counts_objects(trained, drawn, tmp_path, capsys):
     captions = [row["caption"] for row in json.loads((tmp_path / "r.json").read_text())["captions"]]
     right = sum("water" in text for text in captions)
     assert found["recall"] == pytest.approx(right / len(captions))
+
+
+@pytest.mark.parametrize("side", ["vision", "language"])
+def test_a_checkpoint_of_another_base_is_not_taken_over(trained, tmp_path, side):
+    model = Captioner.from_pretrained(resolve_checkpoint(trained[0]))
+    checkpoint = shutil.copytree(resolve_checkpoint(trained[0]), tmp_path / "checkpoint")
+    about = checkpoint / "captioner.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {f"{side}_fingerprint": "0123"}))
+    with pytest.raises(InputError, match=rf"was trained on \(.*give the right one with --{side}_model_name"):
+        model.load_trained(checkpoint)
 
 
 def test_objects_of_images_of_one_name(tmp_path):

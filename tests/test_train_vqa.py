@@ -11,7 +11,14 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import train_vqa
-from config import InputError, VQAConfig, refuse_unwritable, use_files_of_training, whole_checkpoints
+from config import (
+    InputError,
+    VQAConfig,
+    refuse_unwritable,
+    resolve_checkpoint,
+    use_files_of_training,
+    whole_checkpoints,
+)
 from model import VQA, load_processor
 from scenes import read_chat, read_conversations
 from tests.conftest import conversation, draw, relative, run_on_two_processes
@@ -191,6 +198,10 @@ def test_blind_baseline_is_trained_goes_on_and_the_adapter_is_back(run, tmp_path
     assert train_vqa.begun_blind(tmp_path / "run", settings) == str(max(first, last))
     assert train_vqa.begun_blind(tmp_path / "run", settings | {"trained_on": "another"}) is None
     assert train_vqa.begun_blind(tmp_path, settings) is None
+    about = resolve_checkpoint(tmp_path / "run") / "vqa.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"base_fingerprint": "0123"}))
+    with pytest.raises(InputError, match=r"is not the one .* was trained on \(0123"):  # as after another download
+        train_vqa.main([f"--resume_from_checkpoint={tmp_path / 'run'}", "--num_train_epochs=9"])
 
 
 def adapter(folder) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ import trainer as trainer_module
 from config import InputError, resolve_checkpoint
 from imagery import ImageSettings
 from model import DualEncoder
-from scenes import Scene
+from scenes import Scene, is_chinese
 from tests.conftest import draw, run_forked
 from trainer import SceneTrainer, read_history
 
@@ -260,6 +260,10 @@ def test_two_micro_batches_equal_one_batch(train, tmp_path):
 def test_mined_negatives(train, tmp_path, capsys):
     train(tmp_path / "run", "--mine_negatives --mine_margin 0 --max_steps 1")
     assert "of 52 rows got a mined negative" in capsys.readouterr().out
+    found = json.loads((tmp_path / "run" / "mined_negatives.json").read_text())["negatives"]
+    assert sum(new is not None for own in found for new in own[:3]) > 20  # the fourth text of an image is Chinese
+    assert all(is_chinese(new) == (n == 3) for own in found for n, new in enumerate(own) if new)
+    assert any(own[3] for own in found)
 
 
 def test_a_resumed_run_keeps_its_mined_negatives(train, tmp_path):
@@ -287,6 +291,55 @@ def test_a_resumed_run_keeps_its_mined_negatives(train, tmp_path):
     mined.unlink()
     again = train(tmp_path / "run", f"--resume_from_checkpoint {tmp_path / 'run' / 'checkpoint-3'}")
     assert "untrained" not in again
+    assert json.loads(mined.read_text()) == found, "mined anew with the model that a run begins with"
+
+
+def test_a_run_goes_on_in_another_folder(train, tmp_path):
+    """With the negatives and the scores before training of its first start."""
+    words = "--mine_negatives --mine_margin 0 --max_steps 4 "
+    words += "--save_strategy steps --eval_strategy steps --save_steps 2 --eval_steps 2 "
+    whole = train(tmp_path / "one", words + "--save_total_limit 9")
+    again = train(tmp_path / "two", words + f"--resume_from_checkpoint {tmp_path / 'one' / 'checkpoint-2'}")
+    assert again["untrained"] == whole["untrained"]
+    assert_identical(weights(tmp_path / "two" / "checkpoint-4"), weights(tmp_path / "one" / "checkpoint-4"))
+    for name in ("mined_negatives.json", "untrained.json"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+        (tmp_path / "one" / name).unlink()
+    again = train(tmp_path / "three", words + f"--resume_from_checkpoint {tmp_path / 'one' / 'checkpoint-2'}")
+    assert again["untrained"] == whole["untrained"]
+    mined = [(tmp_path / run / "mined_negatives.json").read_text() for run in ("two", "three")]
+    assert mined[0] == mined[1]
+
+
+def test_a_run_that_could_learn_nothing_is_refused(train, drawn, tmp_path):
+    alone = f"--train_file={drawn.captions} --val_file= --max_steps 1"
+    small = "--per_device_train_batch_size 1 --loss infonce --gradient_accumulation_steps 8"
+    for words, said in (
+        (small, "_batch_size 1: the data gives no neg"),
+        ("--in_batch_negatives none", "no row has a negative"),
+        ("--mine_model somewhere", "--mine_model: mines only with"),
+    ):
+        with pytest.raises(InputError, match=said):
+            train(tmp_path / "run", f"{alone} {words}")
+
+
+def test_a_resume_on_another_base_or_on_what_was_trained_on_is_refused(train, drawn, tmp_path):
+    train(tmp_path / "run", "--num_train_epochs 1")
+    again = f"--resume_from_checkpoint {tmp_path / 'run'} --num_train_epochs 2"
+    with pytest.raises(InputError, match="13 images that are held out were in the training of"):
+        train(tmp_path / "run", f"{again} --train_file={drawn.test} --test_file={drawn.train}")
+    checkpoint = resolve_checkpoint(tmp_path / "run")
+    about = checkpoint / "dual_encoder.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"base_fingerprint": "0123"}))
+    with pytest.raises(InputError, match=r"this base .* is not the one .*checkpoint-4 was trained on \(0123"):
+        train(tmp_path / "run", again)
+
+
+def test_one_process_goes_on_with_a_run_of_several(train, tmp_path):
+    train(tmp_path / "run", "--num_train_epochs 1 --ddp_backend gloo")
+    assert train_match.main(["--resume_from_checkpoint", str(tmp_path / "run"), "--num_train_epochs=2"])["steps"] == 8
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert recorded["ddp_backend"] == "gloo"
 
 
 def test_a_trained_matcher_can_mine(train, tmp_path, capsys):
