@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import report
-from config import PRESETS, InputError, VQAConfig, add_device_flags, refuse_unwritable, user_errors
+from config import PRESETS, InputError, VQAConfig, add_device_flags, record_of, refuse_unwritable, user_errors
 
 # What --preset fills in. `full` has no --lora: a run's folder carries its date.
 DEFAULTS = {
@@ -288,10 +288,20 @@ def named_base(lora: str) -> str | None:
         return "?"
 
 
+@dataclasses.dataclass
+class Drawn:
+    """What of transformers' TrainingArguments the splits of a run depend on."""
+
+    seed: int = 42
+
+
 def full_score(args, base: str, config: VQAConfig) -> str:
     """The command that scores the adapter on all questions."""
     words = ["python", "train_vqa.py"] + (["--preset", args.preset] if args.preset != "full" else [])
     words += ["--eval_only", "--lora", args.lora]
+    known = record_of(args.lora)
+    words += ["--task", "chat"] if known.get("task") == "chat" else []
+    words += [] if known else ["--train_file", config.train_file]  # another tool's adapter names none
     for flag, value, usual in (  # files have no usual one: --eval_only takes those of the adapter's training
         ("--base_model", base, config.base_model),
         ("--test_file", args.data, None),
@@ -337,8 +347,10 @@ def main(argv: list[str] | None = None) -> int:
     print(line)
     from transformers.utils import logging
 
+    from data import refuse_trained_images
     from model import VQA, pick_device
 
+    refuse_trained_images(VQAConfig(), Drawn(), args.lora, scenes, print, warn=True)
     logging.disable_progress_bar()
     device, dtype = pick_device(args.device, args.dtype)
     model = VQA.from_pretrained(args.lora, base_model=args.base, device=device, dtype=dtype, config=config)

@@ -6,7 +6,8 @@
 
 Columns: image_path, question, answer and, where there are any, type, img_id, split. Beside data_vl.json stand
 data_vl_train.json (train and val) and data_vl_test.json (the rest). A CSV without splits is split by image: all
-questions of one image, under whatever names it lies on the disk, stay in one split.
+questions of one image, under whatever names its file lies on the disk, stay in one split; the same picture in another
+format is another file.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from config import SPLITS, InputError, by_content, refuse_outside, user_errors
-from scenes import SPECIAL_TOKEN, read_table
+from scenes import SPECIAL_TOKEN, path_of, read_table
 
 NEEDED = ("image_path", "question", "answer")
 KNOWN_SPLIT = re.compile(r"train|val|test(_\w+)?")
@@ -87,7 +88,7 @@ def take_usable(path: Path, rows: list[dict], max_rejected: float) -> tuple[dict
     places: dict[str, str | None] = {}
     usable, rejected = {}, []
     for number, row in enumerate(rows):
-        name = row["image_path"]
+        name = path_of(row["image_path"])
         if name not in places:  # 100 questions ask about one image
             # Beside the CSV first, where data2csv.py means them: another data set here may have a picture of that name.
             found = [place for place in (str(path.parent / name), name) if os.path.isfile(place)]

@@ -199,17 +199,20 @@ def collect(
     images, refused = {}, []
     for split, name_of_split in ours.items():
         rows = splits[split].cast_column(columns["image"], datasets.Image(decode=False))
-        label, kind = (rows.features.get(columns.get(what)) for what in ("label", "type"))
-        kind = getattr(kind, "feature", kind)  # of a list: what it is a list of
+        label, *kinds = (rows.features.get(columns.get(what)) for what in ("label", "type", "answer"))
+        kinds = [getattr(kind, "feature", kind) for kind in kinds]  # of a list: what it is a list of
         bar = tqdm(rows, desc=split, unit="row", leave=False, disable=not sys.stderr.isatty())
         for number, row in enumerate(bar):
             image = row[columns["image"]] or {}
             wanted = row.get(columns.get("name")) or image.get("path") or f"{split}_{number:06d}"
             captions, value, questions = texts_of(row.get(columns.get("caption"))), row.get(columns.get("label")), []
-            if isinstance(kind, datasets.ClassLabel):
-                row = row | {columns["type"]: _named(kind, row[columns["type"]])}
+            for what, kind in zip(("type", "answer"), kinds):
+                if isinstance(kind, datasets.ClassLabel):
+                    row = row | {columns[what]: _named(kind, row[columns[what]])}
             try:
                 questions = questions_of(row, columns) if "question" in columns else []
+                if "question" in columns and not questions and not captions and value is None:
+                    raise InputError("nothing is asked")
             except InputError as error:
                 refused.append(f"{split}, row {number}: {error}")
                 if not captions and value is None:
@@ -252,7 +255,8 @@ def _held_out(found: dict) -> tuple[bool, bool]:
 
 
 def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
-    """A row's questions: one, or a list with a list of as many answers. Raises InputError."""
+    """A row's questions: one, a list with a list of as many answers, or a list of objects with both; [] where nothing is asked.
+    Raises InputError, also where no question has an answer."""
     asked, answers = row[columns["question"]], row[columns["answer"]]
     if isinstance(answers, dict):  # a list of objects, as older versions of the hub's library give it
         answers = answers.get("answer", [])
@@ -260,7 +264,10 @@ def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
     if odd := [v for v in answers if isinstance(v, dict) and "answer" not in v]:
         raise InputError(f"an answer that is an object of {sorted(odd[0])}, without 'answer'")
     answers = [v["answer"] if isinstance(v, dict) else v for v in answers]  # VQAv2's
-    if not asked or not answers or asked == [None] or answers == [None]:
+    asked = [v.get("question") if isinstance(v, dict) else v for v in asked]
+    if odd := [v for v in asked if not isinstance(v, str | None)]:
+        raise InputError(f"a question that is no text: {str(odd[0])[:60]}")
+    if not any(q and q.strip() for q in asked):
         return []
     if len(answers) > len(asked) == 1:  # several people's: the most frequent, the first of equals
         given = [str(answer) for answer in answers if answer is not None]
@@ -270,8 +277,22 @@ def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
     kinds = row.get(columns.get("type"))
     kinds = kinds if isinstance(kinds, list) and len(kinds) == len(asked) else [kinds] * len(asked)
     kinds = [str(kind).strip() if isinstance(kind, (str, int)) else "" for kind in kinds]
-    return [{"question": str(q).strip(), "answer": str(a).strip(), "type": kind}
-            for q, a, kind in zip(asked, answers, kinds) if q is not None and a is not None]  # fmt: skip
+    said = [
+        {"question": (q or "").strip(), "answer": _as_text(a), "type": kind}
+        for q, a, kind in zip(asked, answers, kinds)
+    ]
+    if not (whole := [row for row in said if row["question"] and row["answer"]]):
+        raise InputError("no question with an answer")
+    return whole
+
+
+def _as_text(answer) -> str:
+    """An answer in words: a table keeps counts as 3.0 where some are missing, and yes as true."""
+    if isinstance(answer, bool):
+        return "yes" if answer else "no"
+    if isinstance(answer, float):
+        answer = None if answer != answer else int(answer) if answer.is_integer() else answer
+    return "" if answer is None else str(answer).strip()
 
 
 def files_of(images: dict[str, dict]) -> dict[str, tuple[str, str]]:

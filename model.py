@@ -1233,7 +1233,7 @@ class VQA(nn.Module):
         self.processor.save_pretrained(partial)
         if settings:
             write_settings(partial / VQA_SETTINGS, self.settings)
-            open_weights(partial, VQA_SETTINGS)
+        open_weights(partial, "config.json")
         for name in ("chat_template.json", "chat_template.jinja", "vocab.json", "merges.txt"):
             if (base / name).is_file() and not (partial / name).exists():
                 shutil.copy(base / name, partial / name)

@@ -412,13 +412,15 @@ _FLIP_LABELS = {flip: flip if flip in ("gained", "lost") else f"{flip} twice" fo
 
 
 def sample_rows(scenes, right, **answers: list[list[str]]) -> list[dict]:
-    """One row per question: id, image, type, question, truth, and of each model its answer and whether it is right.
+    """One row per question: id, image, type, question, truth, what was said before it, and of each model its answer and
+    whether it is right.
 
     scenes: objects with `image` and `questions` (`scenes.QuestionScene`); answers: {name: answers to each scene's
     questions}; right(answer, truth, type) -> bool (`metrics.is_right`)."""
     listed = [(scene.image, question) for scene in scenes for question in scene.questions]
     rows = [
         {"id": q.id, "image_path": image, "type": q.kind or "question", "question": q.text, "truth": q.answer}
+        | ({"history": history} if (history := getattr(q, "history", ())) else {})
         for image, q in listed
     ]
     for name, made in answers.items():
@@ -544,7 +546,8 @@ def samples_html(samples: list[dict], picture) -> str:
         tag = flip[2:] if flip in ("f-gained", "f-lost") else ""
         tags = f'<span class="kind">{html.escape(str(sample["type"]))}</span>'
         tags += f'<span class="badge {tag}">{tag}</span>' if tag else ""
-        asked = html.escape(str(sample["question"]))
+        before = "".join(f"{question} {answer} → " for question, answer in sample.get("history", ()))
+        asked = html.escape(before + str(sample["question"]))
         cards.setdefault(sample["image_path"], "")
         cards[sample["image_path"]] += (
             f'<li class="qa {kind} {flip}"><div class="tags">{tags}</div><p>{asked}</p><dl>{said}</dl></li>\n'

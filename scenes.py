@@ -694,6 +694,8 @@ def _listed(content):
     if not isinstance(content, dict) or not content:
         return content
     if all(isinstance(rows, list) and rows and isinstance(rows[0], dict) for rows in content.values()):
+        if len(content) == 1 and not any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in content):
+            return next(iter(content.values()))  # {"data": [...]}
         return [{"image": image, **row} for image, rows in content.items() for row in rows if isinstance(row, dict)]
     return list(content.values()) if all(isinstance(row, dict) for row in content.values()) else content
 

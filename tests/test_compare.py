@@ -282,6 +282,32 @@ def test_a_file_of_all_splits_gives_its_test_split(call, world, tmp_path):
     assert call("--data", world.root / "plain.json", "--type", "question", "--output", tmp_path)[0] == 0
 
 
+def test_images_that_were_trained_on_are_said(call, world, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(world.lora, run / "best_model")
+    rows = [row | {"split": "train"} for row in world.rows()]
+    (world.root / "train.json").write_text(json.dumps(rows, ensure_ascii=False))
+    record = {"task": "vqa", "settings": {"train_file": str(world.root / "train.json")}}
+    (run / "best_model" / "config.json").write_text(json.dumps(record))
+    words = ["--lora", run / "best_model", "--num_samples", 2, "--output", tmp_path / "out"]
+    code, out, _ = call(*words)
+    assert code == 0 and "warning: 5 images that are held out were in the training of" in out
+    assert "--task" not in out and "--train_file" not in out
+    (run / "best_model" / "config.json").write_text(json.dumps(record | {"task": "chat"}))
+    code, out, _ = call(*words)
+    assert "--eval_only --lora" in out and "--task chat" in out
+
+
+def test_what_was_said_before_a_question_stays_with_it(call, world, tmp_path):
+    rows = [{"img": row_of["conversations"][0]["value"].split("<|vision_start|>")[1].split("<|")[0],
+             "prompt": "And <b>where</b>?", "label": "north", "history": [["Is there a road?", "yes"]]}
+            for row_of in world.rows()[:2]]  # fmt: skip
+    (world.root / "talk.json").write_text(json.dumps(rows, ensure_ascii=False))
+    assert call("--data", world.root / "talk.json", "--output", tmp_path)[0] == 0
+    assert all(row["history"] == [["Is there a road?", "yes"]] for row in read(tmp_path))
+    assert "Is there a road? yes → And &lt;b&gt;where&lt;/b&gt;?" in (tmp_path / "report.html").read_text()
+
+
 # ----------------------------------------------------------------------------------------------------
 # What goes wrong
 
@@ -368,6 +394,7 @@ def test_another_tools_adapter_says_its_defaults(call, world, loud, tmp_path):
     folder = Path(shutil.copytree(world.lora, tmp_path / "peft"))
     (folder / "vqa.json").unlink()
     code, out, _ = call("--lora", folder, "--num_samples", 2)
+    assert "--train_file data_vl_train.json" in out
     assert code == 0 and "no vqa.json" in out and "preset full" in out and "'Answer with one word" in out
     assert len(read(tmp_path / "compare")) == 2  # beside the adapter
     code, _, err = call("--lora", folder, "--decode", "candidates", "--output", tmp_path / "none")

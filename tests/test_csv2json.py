@@ -230,6 +230,11 @@ def test_rejected_rows(here, call):
     assert "7 of 107 rows cannot be used (allowed: --max_rejected 0.01)" in err and str(here) in err
     assert "\n  row 50: no such image: tiles/nowhere.tif\n" in err and err.endswith("and 2 more\n")
 
+    addresses = [(f"file://{here}/tiles/{i}.tif", "Q?", "yes") for i in range(10)]
+    write(here / "addresses.csv", addresses)
+    assert call("--csv", "addresses.csv", "--output", "addresses.json")[0] == 0
+    assert {image_of(row) for row in load(here / "addresses.json")} == {str(here / f"tiles/{i}.tif") for i in range(10)}
+
     code, out, _ = call("--max_rejected", 0.1)
     assert code == 0 and "rejected: 7 rows, listed in data_vl_rejected.jsonl; first row 50: no such image" in out
     listed = [json.loads(line) for line in (here / "data_vl_rejected.jsonl").read_text().splitlines()]

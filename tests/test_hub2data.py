@@ -111,6 +111,33 @@ def test_questions_in_lists_and_several_answers(tmp_path, monkeypatch):
     assert [scene.image for scene in read.scenes] == ["several/images/all_000000.png"]
 
 
+def test_answers_of_all_kinds(tmp_path):
+    def made(name, asked, answers, feature=None, **more):
+        columns = {"image": [image(n) for n in range(len(asked))], "question": asked, "answer": answers} | more
+        hub2data.main(
+            [str(write(tmp_path / name, "train", columns, feature)), "--output", str(tmp_path / f"{name}_out")]
+        )
+        rows = (tmp_path / f"{name}_out/rsvqa-dataset.csv").read_text().splitlines()[1:]
+        return [row.split(",")[2] for row in rows]
+
+    assert made("classes", ["a?"] * 3, [1, 0, 1], {"answer": datasets.ClassLabel(names=["no", "yes"])}) == [
+        "yes",
+        "no",
+        "yes",
+    ]
+    assert made("counts", ["a?"] * 4, [0.0, 2.5, None, 1e6]) == ["0", "2.5", "1000000"]
+    assert made("signs", ["a?"] * 2, [True, False]) == ["yes", "no"]
+    assert made("gaps", ["a?", "b?", "", None], ["x", " ", "y", "z"]) == ["x"]
+    told = (tmp_path / "gaps_out/rejected.txt").read_text()
+    assert "row 1: no question with an answer" in told and told.count("nothing is asked") == 2
+    assert len(os.listdir(tmp_path / "gaps_out/images")) == 1
+    both = [[{"question": "a?", "answer": "x"}, {"question": "b?", "answer": "y"}], [{"q": 1}]]
+    source = write(tmp_path / "both", "train", {"image": [image(0), image(1)], "qa_pairs": both})
+    hub2data.main([str(source), "--output", str(tmp_path / "pairs"), "--question", "qa_pairs", "--answer", "qa_pairs"])
+    rows = (tmp_path / "pairs/rsvqa-dataset.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[1:3] for row in rows] == [["a?", "x"], ["b?", "y"]]
+
+
 def test_types_of_questions(tmp_path):
     """A class, or one for each of a list of questions."""
     kinds = datasets.ClassLabel(names=["presence", "count"])

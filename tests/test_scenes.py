@@ -575,6 +575,9 @@ def test_pictures_lie_in_a_folder_of_the_name_of_the_file(tmp_path):
     save(tmp_path / "Train.json", {"0.png": [{"Type": "count", "Question": "How many?", "Answer": "2"}]})
     (scene,) = read_conversations(tmp_path / "Train.json").scenes
     assert scene.image == str(tmp_path / "Train/images_png/0.png")
+    rows = [{"image": "0.png", "question": "How many?", "answer": "2"}]
+    save(tmp_path / "Train.json", {"data": rows})  # what stands under one word is no image of that name
+    assert [s.image for s in read_conversations(tmp_path / "Train.json").scenes] == [scene.image]
 
 
 def test_marks_in_answers_and_boxes_that_are_not_filled_in(tmp_path):
