@@ -180,8 +180,9 @@ def reader():
             line = sys.stdin.readline()
             if not line:
                 raise EOFError
-            print(prompt + line, end="")  # so that what is kept of the output reads as a conversation
-            return line.rstrip("\n")
+            line = line.rstrip("\n").removeprefix("\ufeff")  # Windows' editor begins a file so
+            print(prompt + line)  # so that what is kept of the output reads as a conversation
+            return line
 
         return read
     from prompt_toolkit import PromptSession

@@ -1124,7 +1124,7 @@ class Translator:
             return Counter()
         self.ask(items, "translate")
         bad = [item for item in items if item.reasons and not (item.failed or item.spent or item.filtered)]
-        sent_back = Counter(reason for item in bad for reason in {reason for reason, _ in item.reasons})
+        sent_back = Counter(reason for item in bad for reason in dict.fromkeys(reason for reason, _ in item.reasons))
         for item in bad:
             told = "；".join(dict.fromkeys(told for _, told in item.reasons))
             self.again(item, f"上面的回答有问题：{told}。请对照英文重新写，只输出改好的中文描述。")

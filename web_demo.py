@@ -677,10 +677,11 @@ def build(page: Page):
                 message = put(gr.Textbox, {"label": "message", "placeholder": "message_hint"}, max_length=MOST_TEXT)
                 with gr.Row():
                     send = put(gr.Button, {"value": "send"}, variant="primary")
-                    halt, again, clear = (put(gr.Button, {"value": key}) for key in ("halt", "retry", "clear"))
+                    names = ("halt", "retry", "clear")
+                    halt, again, clear = (put(gr.Button, {"value": name}, elem_id=name) for name in names)
 
         def run(event: gr.EventData, picture, question, words, others, *values):
-            retry = event.target is again
+            retry = event.target.elem_id == "retry"  # a visitor whose language has changed has buttons of their own
             if retry:
                 if not words:
                     return
@@ -739,7 +740,7 @@ def build(page: Page):
                     with place:
                         button("monitor", page.monitor, [lines, choice], out)
             if page.captioner:
-                first_prompt = page.captioner.default_prompt
+                first_prompt = page.captioner.default_prompt()
                 picture_tab(
                     "describe", page.describe, lambda: put(gr.Textbox, {"label": "prompt"}, value=first_prompt),
                     model=page.captioner,
@@ -794,7 +795,7 @@ def main(argv: list[str] | None = None) -> int:
     # A mistyped path is said at once, not after the models' loading: a service would be taken for one that runs.
     for location in filter(None, (args.store, args.after)):
         store.refuse_absent(location)
-    for name in ("captioner", "vqa", "from_pretrained"):
+    for name in ("captioner", "vqa", "from_pretrained", "library"):
         if getattr(args, name) and not Path(getattr(args, name)).is_dir():
             raise InputError(f"--{name} {getattr(args, name)}: no such folder")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -813,6 +814,11 @@ def main(argv: list[str] | None = None) -> int:
         library = Library.open(args.store, model=args.model, base_model=args.base_model, root=args.library, **options)
     if args.after:
         after = Library.open(args.after, encoder=library.model)
+    for opened, hint in ((library, "; give --library"), (after, "")):
+        if opened and not opened.root.is_dir():
+            print(
+                f"warning: {opened.root}: no such folder, so that its pictures cannot be shown{hint}", file=sys.stderr
+            )
     if args.captioner:
         captioner = Captioner.from_pretrained(args.captioner, **options)
     base = {} if args.store else {"base_model": args.base_model}

@@ -170,6 +170,12 @@ def test_browser_converses(chat_adapter, picture, tmp_path):
             tab.get_by_role("button", name="Again", exact=True).click()
             settle(tab)
             sync_api.expect(tab.get_by_text(follow_up, exact=True)).to_have_count(2)
+            tab.locator("label", has_text="中文").click()  # which gives this visitor buttons of their own
+            tab.get_by_role("button", name="重答", exact=True).click()
+            settle(tab)
+            sync_api.expect(tab.get_by_text(follow_up, exact=True)).to_have_count(2)
+            sync_api.expect(tab.get_by_text("请先输入文字", exact=False)).to_have_count(0)
+            tab.locator("label", has_text="English").click()
             tab.get_by_label("number input for Most tokens").fill("1000")  # a long answer, and what comes in its middle
             ask(tab, "A long one?", lambda: tab.get_by_label("Your question").press("Enter"))
             tab.get_by_label("Your question").fill("Too early?")

@@ -384,7 +384,9 @@ def test_describe_and_ask_escape_what_a_model_says(shown):
     """Generating models stand in: what they say is the business of their own tests."""
 
     class Says:
-        default_prompt = "Describe"
+        def default_prompt(self):
+            return "Describe"
+
         settings = SimpleNamespace(images=ImageSettings().to_dict())
         processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)
 
@@ -435,6 +437,7 @@ def test_downloads_go_after_an_hour_or_with_the_page():
         (["--captioner", "x", "--after", "y"], "--after needs --store"),
         (["--store", "x", "--tile_url", "https://x.org/{z}/{x}"], "expected {z}, {x} and {y}"),
         (["--store", "nowhere"], "nowhere"),
+        (["--captioner", ".", "--library", "gone"], "--library gone: no such folder"),
     ],
 )
 def test_refusals_are_one_line(call_main, monkeypatch, tmp_path, words, reason):
