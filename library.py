@@ -1108,6 +1108,8 @@ FEW = 8  # places: the spread of fewer says little, that of one or two nothing
 PAIR_NOTES = {
     "no_place": "{date}: {n} of {all} images have no georeference, left out",
     "by_name": "no image has a georeference: images of one path and size are taken as one place",
+    "repeated": "{date}: {n} of {all} images have the outline of another, as several dates of a place would: index one date alone"
+    " (--only)",
     "alone": "{date}: {n} of {all} places have no counterpart, left out",
     "empty": "{date}: {n} of {all} matched places hold data on less than {share:.0%} of their area, left out",
     "settings": "the two indexes differ in how they show pictures ({listed}): part of the change may be that",
@@ -1174,6 +1176,10 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
     if by_place:
         polygons = [[payload["extra"]["polygon"] for payload in payloads] for payloads, _ in sides]
         found = match_footprints(*polygons, min_overlap)
+        for name, side in zip(("before", "after"), polygons):
+            outlines = Counter(tuple(np.round(polygon, 6).ravel()) for polygon in side)
+            if repeated := sum(count for count in outlines.values() if count > 1):
+                notes.append(PairNote("repeated", date=name, n=repeated, all=len(side)))
         boxes = [_bounds_text(payloads) for payloads, _ in sides]
         remedy = f"overlaps by {min_overlap:.0%}: other places, or tiles of another size or grid"
         one, two = (np.median(_metres(side)) for side in (first, second))

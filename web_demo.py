@@ -45,6 +45,7 @@ DATES_ZH = {"before": "前期", "after": "后期"}
 PAIR_NOTES_ZH = {  # library.PAIR_NOTES
     "no_place": "{date}：{all} 幅图像中有 {n} 幅没有地理参考，未参与比较",
     "by_name": "所有图像都没有地理参考：路径与尺寸相同的图像视为同一地点",
+    "repeated": "{date}：{all} 幅图像中有 {n} 幅与另一幅范围相同（例如同一地点的多个日期）：请只用一个日期建立索引（--only）",
     "alone": "{date}：{all} 个地点中有 {n} 个没有对应图像，未参与比较",
     "empty": "{date}：{all} 个已匹配地点中有 {n} 个的有效数据不足面积的 {share:.0%}，未参与比较",
     "settings": "两个索引显示图像的设置不同（{listed}）：部分变化可能由此而来",

@@ -113,6 +113,11 @@ def test_paths_are_found_beside_the_file_and_under_image_root(call, images, tmp_
     (tmp_path / "a.png").rename(tmp_path / "sub" / "a.png")
     assert call("--json_input", tmp_path / "in.json")[0] == 1
     assert call("--json_input", tmp_path / "in.json", "--image_root", tmp_path / "sub")[0] == 0
+    names = ["sub\\a.png", f"file://{tmp_path}/sub/a.png", str(tmp_path / "sub/a.png")]
+    (tmp_path / "in.json").write_text(json.dumps([{"image_path": name, "text": "x"} for name in names]))
+    code, _, _ = call("--json_input", tmp_path / "in.json", "--json_output", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert code == 0 and [row["image_path"] for row in rows] == names and len({row["score"] for row in rows}) == 1
 
 
 def test_each_image_and_each_text_is_encoded_once(matcher, images, monkeypatch):

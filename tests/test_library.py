@@ -841,12 +841,17 @@ def test_places_of_two_dates_are_matched(model, tmp_path):
     write_tif(tmp_path / "photo/a.tif", 64, 64, crs=None)
     write_tif(tmp_path / "coarse/a.tif", 32, 32, pixel=20.0)
     write_tif(tmp_path / "fine/a.tif", 64, 64, pixel=5.0)
-    for name in ("far", "photo", "coarse", "fine"):
+    for n in range(2):
+        write_tif(tmp_path / f"twice/{n}.tif", 64, 64, seed=n, when=f"202{n}:06:30 10:15:00")
+    for name in ("far", "photo", "coarse", "fine", "twice"):
         index_library(model, tmp_path / name, tmp_path / f"{name}.index", **SMALL)
     opened = {
         name: Library.open(tmp_path / f"{name}.index", encoder=model)
-        for name in ("before", "after", "far", "photo", "coarse", "fine")
+        for name in ("before", "after", "far", "photo", "coarse", "fine", "twice")
     }
+    notes = match_places(opened["twice"], opened["after"]).notes
+    assert any("before: 2 of 2 images have the outline of another" in note for note in notes)
+    assert not any("outline" in note and "after" in note for note in notes)
     pairs = match_places(opened["before"], opened["after"])
     assert [p["path"] for p in pairs.before] == [f"before_{n}.tif" for n in range(3)]
     assert [p["path"] for p in pairs.after] == [f"after_{n}.tif" for n in range(3)]

@@ -78,6 +78,7 @@ def test_unknown_form(tmp_path, content):
         ({"image": "a0.png"}, ["row 9", "'caption'", "is missing", "image"]),
         ({"image": None, "caption": "x"}, ["row 9", "'image'", "expected a text"]),
         ({"image": "gone.png", "caption": "x"}, ["row 9", "gone.png", "no such image", "--image_root"]),
+        ({"image": "A0.PNG", "caption": "x"}, ["no such image", "a0.png: capitals count"]),
         ({"image": "words.png", "caption": "x"}, ["row 9", "words.png"]),
         ({"image": "a0.png", "caption": "\ud800"}, ["row 9", "'caption'", "surrogate"]),
         (["a0.png", "x"], ["row 9", "expected an object", "list"]),
