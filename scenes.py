@@ -115,16 +115,8 @@ def load_json(path: str | Path):
 
 
 IMAGE_COLUMNS = (
-    "image",
-    "image_name",
-    "image_path",
-    "filepath",
-    "file_path",
-    "filename",
-    "file_name",
-    "path",
-    "img_name",
-)
+    "image", "image_name", "image_path", "filepath", "file_path", "filename", "file_name", "path", "img_name",
+)  # fmt: skip
 IMAGE_FIELDS = (*IMAGE_COLUMNS, "img", "image_id")
 TEXT_FIELDS = (
     "caption", "captions", "sentences", "sentence", "title", "text", "description", "text_output", "ground_truth",
@@ -555,7 +547,7 @@ def _names_in(folder: Path) -> dict[str, str]:
     """{a file's name in small letters: its name}"""
     try:
         return {name.lower(): name for name in os.listdir(folder)}
-    except OSError:
+    except (OSError, ValueError):  # a NUL byte in its name
         return {}
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -460,30 +459,39 @@ def test_a_kill_loses_only_what_was_in_flight(model, matcher, folder, tmp_path):
     """SIGKILL in the middle of a large file, three times; then a run to the end."""
     for n in range(12):
         write_tif(folder / f"more_{n}.tif", 150, 200, seed=10 + n)
+    # One process imports, and forks one to be killed for every line that it reads.
     code = f"""
-import sys, time
+import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import library
-from model import DualEncoder, pixel_store
+from model import DualEncoder
 library.FLUSH = 6
 real = library._Writer.write
 def write(self, turns):
-    real(self, turns); print(self.report.added, flush=True); time.sleep(0.05)
+    real(self, turns); os.write(told, b"%d\\n" % self.report.added); time.sleep(0.05)
 library._Writer.write = write
-library.index_library(DualEncoder.from_pretrained({str(matcher)!r}), {str(folder)!r}, {str(tmp_path / "x")!r}, **{SMALL!r})
+for _ in sys.stdin:
+    telling, told = os.pipe()
+    if not (child := os.fork()):
+        model = DualEncoder.from_pretrained({str(matcher)!r})
+        library.index_library(model, {str(folder)!r}, {str(tmp_path / "x")!r}, **{SMALL!r})
+    os.close(told)
+    with os.fdopen(telling) as lines:
+        added = [next(lines) for _ in range(5)]
+    os.kill(child, signal.SIGKILL)
+    os.wait()
+    print(added[-1], end="", flush=True)
 """
-    held = 0
-    for _ in range(3):
-        child = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        for _ in range(5):
-            said = child.stdout.readline()
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        with store.open(tmp_path / "x") as index:
-            assert index.count() >= held + int(said) - 1, "what was written is there"  # one tile is made again
-            held = index.count()
+    held, pipe = 0, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipe) as process:
+        for _ in range(3):
+            process.stdin.write("\n")
+            process.stdin.flush()
+            said = process.stdout.readline()
+            with store.open(tmp_path / "x") as index:
+                assert index.count() >= held + int(said) - 1, "what was written is there"  # one tile is made again
+                held = index.count()
+        process.stdin.close()
     report = index_library(model, folder, tmp_path / "x", **SMALL)
     assert 0 < report.added < 13 * 12 + 4 - held + 13
     index_library(model, folder, tmp_path / "fresh", **SMALL)

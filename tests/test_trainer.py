@@ -5,7 +5,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -565,18 +564,16 @@ def test_metrics_of_a_resumed_run_continue(tmp_path):
     assert read_history(tmp_path / "none") == []
 
 
+# One process imports, and forks one for each run that it reads of.
 CHILD = """
-import os, shutil, signal, sys, time
-sys.path.insert(0, {root!r})
+import json, os, shutil, signal, sys, time
 import model, trainer, train_match
-where, count = {where!r}, {count}
-def die_at(place):
-    global count
-    if where == place:
-        count -= 1
-        if count == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
 save_file, rmtree, save = model.save_file, shutil.rmtree, trainer.SceneTrainer._save_optimizer_and_scheduler
+def die_at(place):
+    if asked["where"] == place:
+        asked["count"] -= 1
+        if asked["count"] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 def half_a_file(tensors, path, *rest):
     save_file(tensors, path, *rest)
     data = open(path, "rb").read()
@@ -591,33 +588,42 @@ def half_a_tree(path, *rest, **options):
         die_at("delete")
     rmtree(path, *rest, **options)
 def slow(self, folder):
-    print("saving", flush=True)
-    time.sleep({sleep})
+    os.write(saving, b"x")
+    time.sleep(asked["sleep"])
     save(self, folder)
     die_at("optimizer")
 model.save_file, shutil.rmtree, trainer.SceneTrainer._save_optimizer_and_scheduler = half_a_file, half_a_tree, slow
 train_match.write_report = lambda *a: None
-train_match.histogram_baseline = lambda *a: {{}}
-train_match.main({argv!r})
+train_match.histogram_baseline = lambda *a: {}
+for line in sys.stdin:
+    asked = json.loads(line)
+    seen, saving = os.pipe()
+    if not (child := os.fork()):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        train_match.main(asked["argv"])
+        os._exit(0)
+    os.close(saving)
+    if asked["kill_after"] is not None and os.read(seen, 1):
+        time.sleep(asked["kill_after"])
+        os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
 
-def child(tmp_path, argv, where="", count=1, sleep=0.0, kill_after=None) -> int:
-    """Run training in a process of its own that is killed inside a checkpoint write; its exit status."""
-    script = tmp_path / "child.py"
-    script.write_text(CHILD.format(root=str(ROOT), where=where, count=count, sleep=sleep, argv=argv))
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        if kill_after is not None:
-            for line in process.stdout:
-                if line.strip() == "saving":
-                    time.sleep(kill_after)
-                    process.kill()
-                    break
-        process.communicate(timeout=120)
-    finally:
-        process.kill()
-    return process.returncode
+@pytest.fixture
+def child():
+    """Runs training in a process of its own that is killed inside a checkpoint write; gives its exit status."""
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([sys.executable, "-c", CHILD], cwd=ROOT, **pipe) as process:
+
+        def train(argv, where="", count=1, sleep=0.0, kill_after=None) -> int:
+            asked = {"argv": argv, "where": where, "count": count, "sleep": sleep, "kill_after": kill_after}
+            process.stdin.write(json.dumps(asked) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        yield train
+        process.stdin.close()
 
 
 def assert_whole(run: Path) -> list[str]:
@@ -631,15 +637,15 @@ def assert_whole(run: Path) -> list[str]:
     return sorted(path.name for path in found)
 
 
-def test_sigkill_inside_a_checkpoint_write(flags, uninterrupted, tmp_path, monkeypatch):
+def test_sigkill_inside_a_checkpoint_write(child, flags, uninterrupted, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    assert child(tmp_path, [*flags, f"--output_dir={run}", *HARD.split()], where="weights", count=2) == -9
+    assert child([*flags, f"--output_dir={run}", *HARD.split()], where="weights", count=2) == -9
     assert assert_whole(run) == ["checkpoint-3"] and (run / "checkpoint-6.partial").exists()
     resume = ["--resume_from_checkpoint", str(run)]
-    assert child(tmp_path, resume, sleep=0.4, kill_after=random.uniform(0, 0.8)) == -9
+    assert child(resume, sleep=0.4, kill_after=random.uniform(0, 0.8)) == -9
     assert "checkpoint-3" in assert_whole(run)
     # Steps 6, 9 and 12 are saved; with two kept, 3 goes when 9 is there. Killed in the middle of that.
-    assert child(tmp_path, resume, where="delete", count=1) == -9
+    assert child(resume, where="delete", count=1) == -9
     whole = assert_whole(run)
     assert "checkpoint-9" in whole or "checkpoint-12" in whole
     monkeypatch.setattr(train_match, "write_report", lambda *a: None)
