@@ -745,12 +745,11 @@ class _Writer:
         # A killed run goes on without them on its command line: they wait in the record for the files they are of.
         planned = {file.path: file.attributes for file in (*plan.files, *plan.amended, *plan.renamed.values())}
         planned |= {bad.file: plan.attributes.get(bad.file, {}) for bad in plan.rejected}
-        waiting, had = _own_attributes(planned), _own_attributes(index.attributes())
-        waiting |= {path: {} for path in planned if path in had and path not in waiting}  # those that lose theirs
+        waiting, before = _own_attributes(planned), index.attributes() if planned else {}
+        waiting |= {path: {} for path in planned if before.get(path, {}).keys() - {"folder"} and path not in waiting}
         if waiting != index.record.get("waiting", {}):
             index.annotate(waiting=waiting)
         if plan.amended:
-            before = index.attributes()
             report.amended = sum(before[file.path] != file.attributes for file in plan.amended)
             bar = tqdm(plan.amended, desc="attributes", unit="file", leave=False, disable=len(plan.amended) < 1000)
             index.amend(
