@@ -187,9 +187,10 @@ def read_attributes(path: str | Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def read_by_image(path: str | Path) -> tuple[list[str], dict[str, dict[str, str]]]:
+def read_by_image(path: str | Path, one_of: tuple[str, ...] = ()) -> tuple[list[str], dict[str, dict[str, str]]]:
     """(names of columns, {path of an image: {name: value}}) from a CSV with the path below the library in a column of that name
-    (path, image_path, filepath ...), else in the first. Empty cells are left out. Raises InputError."""
+    (path, image_path, filepath ...), else in the first. Empty cells are left out. one_of: of the other columns that of such a
+    name alone, or the only one. Raises InputError, also where two rows of an image differ."""
     names, rows = read_table(path)
     # Columns without a name are a spreadsheet's empty ones, or pandas' numbers.
     kept = [n for n, name in enumerate(names) if name]
@@ -198,9 +199,13 @@ def read_by_image(path: str | Path) -> tuple[list[str], dict[str, dict[str, str]
         raise InputError(f"{path}: expected a header such as `path,label` with the image's path first")
     at = next((n for n, name in enumerate(names) if name.lower() in IMAGE_COLUMNS), 0)
     others = names[:at] + names[at + 1 :]
+    if one_of:
+        others = [name for name in others if name.lower() in one_of][:1] or others
+        if len(others) > 1:
+            raise InputError(f"{path}: line 1: expected a column `{one_of[0]}` beside the image's path, found {others}")
     found = {}
     for row in ([cell.strip() for cell in row] for row in rows):
-        known = {name: value for n, (name, value) in enumerate(zip(names, row)) if value and n != at}
+        known = {name: value for n, (name, value) in enumerate(zip(names, row)) if value and n != at and name in others}
         if not row[at] and not known:  # a spreadsheet's blank row
             continue
         if found.setdefault(row[at], known) != known:

@@ -508,10 +508,7 @@ def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, in
         where = "the folders of the library"
     else:
         where = source
-        columns, rows = read_by_image(source)
-        column = next((name for name in columns if name.lower() in ("label", "class", "category")), columns[0])
-        if len(columns) > 1 and column.lower() not in ("label", "class", "category"):
-            raise InputError(f"{source}: line 1: expected a column `label` beside the image's path, found {columns}")
+        (column,), rows = read_by_image(source, one_of=("label", "class", "category"))
         pairs = [(below_library(name, known), row[column]) for name, row in rows.items() if column in row]
     truth, strange, elsewhere = {}, Counter(), []
     for name, label in pairs:
