@@ -13,7 +13,6 @@ import contextlib
 import copy
 import json
 import random
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -37,9 +36,11 @@ from model import Captioner, base_folder, pixel_store, weight_files
 from scenes import QuestionScene, captions_as_answers, image_files, load_splits
 from trainer import (
     PackedTask,
+    Run,
     SceneTrainer,
     check_best_metric,
     held_out_loss,
+    parameters_text,
     prepared_tokens,
     read_history,
     write_json,
@@ -109,15 +110,13 @@ def summary(results: dict, final) -> str:
 # The run
 
 
-class Run:
+class CaptionRun(Run):
     """A run: its data, its model, and what the model writes.
 
     Raises InputError for data, bases or settings that it cannot use, before anything is trained."""
 
     def __init__(self, config: CaptionConfig, args, changed: dict):
-        self.config, self.args, self.changed = config, args, changed
-        self.folder, self.main_process = Path(args.output_dir), args.process_index == 0
-        self.started = time.perf_counter()
+        super().__init__(config, args, changed)
         self.rejected = self.folder / "rejected.jsonl" if self.main_process else None
         for name in (config.vision_model_name, config.language_model_name):
             weight_files(base_folder(name))  # a missing base is said before the data is read
@@ -143,10 +142,6 @@ class Run:
         self.watched_texts = self.dataset_of(self.watched)
         scored = [f"CIDEr_{language}" for language in self.prompts if in_language(self.watched, language)[0]]
         check_best_metric(args, ("loss", *scored, "CIDEr"))
-
-    def say(self, text: str) -> None:
-        if self.main_process:
-            print(text)
 
     # -- data and model
 
@@ -183,12 +178,8 @@ class Run:
             self.say(
                 f"model: {config.language_model_name} has attention of its own: every caption runs as a row by itself"
             )
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.say(
-            f"model: {config.vision_model_name} + {config.projector} + {config.language_model_name},"
-            f" {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained,"
-            f" {model.projector.tokens} tokens an image"
-        )
+        parts = f"{config.vision_model_name} + {config.projector} + {config.language_model_name}"
+        self.say(f"model: {parts}, {parameters_text(model)}, {model.projector.tokens} tokens an image")
 
     def encode_images(self):
         """The store of image features, which are constants where the vision encoder is frozen; else None."""
@@ -295,7 +286,7 @@ class Run:
         if not self.main_process:
             return results
         results["scores"], rows = self.score()
-        results["seconds"] = round(time.perf_counter() - self.started, 1)
+        results["seconds"] = self.seconds()
         write_json(self.folder / "results.json", results)
         listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         report.write_atomic(self.folder / "captions.jsonl", "".join(listed))
@@ -312,7 +303,7 @@ class Run:
 def main(argv: list[str] | None = None) -> dict:
     config, args, changed = parse(CaptionConfig, argv, description=__doc__.split("\n")[0])
     transformers.utils.logging.disable_progress_bar()  # of weights: seconds at most
-    run = Run(config, args, changed)
+    run = CaptionRun(config, args, changed)
     return run.finish(*run.train())
 
 

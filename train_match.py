@@ -12,7 +12,6 @@ report.html, and TensorBoard events.
 
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -48,7 +47,7 @@ from imagery import ImageSettings, colour_histogram, read_image
 from losses import Relations, backward_through_embeddings, count_terms, match_loss, mine_negatives
 from model import DualEncoder, pixel_store
 from scenes import Scene, describe, is_chinese, load_json, load_splits, sample_scenes
-from trainer import SceneTrainer, check_best_metric, gather_rows, read_history, write_json
+from trainer import Run, SceneTrainer, check_best_metric, gather_rows, parameters_text, read_history, write_json
 
 IDS = ("scene_ids", "scene_texts", "text_ids", "triplets")
 MINED, UNTRAINED = "mined_negatives.json", "untrained.json"  # what a run keeps of its first start
@@ -256,15 +255,13 @@ def histogram_baseline(train: list[Scene], test: list[Scene], settings: ImageSet
 # The run
 
 
-class Run:
+class MatchRun(Run):
     """A run: its data, its model, and the scores before and after.
 
     Raises InputError for data, a base or settings that it cannot use, before anything is trained."""
 
     def __init__(self, config: MatchConfig, args, changed: dict):
-        self.config, self.args, self.changed = config, args, changed
-        self.folder, self.main_process = Path(args.output_dir), args.process_index == 0
-        self.started = time.perf_counter()
+        super().__init__(config, args, changed)
         rejected = self.folder / "rejected.jsonl" if self.main_process else None
         splits = load_splits(config, args.seed, rejected)
         self.trained_on = rows_digest(splits["train"])
@@ -273,10 +270,8 @@ class Run:
         self.store = pixel_store(self.model, config.cache_dir)
         self.splits = drop_unreadable(splits, self.store, config.max_rejected, rejected)
         self.say(f"data: {describe(self.splits)}")
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
-        self.say(f"model: {config.base_model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained "
-                 f"(image tower {config.image_tower}, text tower {config.text_tower})")  # fmt: skip
+        towers = f"(image tower {config.image_tower}, text tower {config.text_tower})"
+        self.say(f"model: {config.base_model}, {parameters_text(self.model)} {towers}")
         self.model.to(args.device)
         self.features = self.frozen_features()
         self.train_data = self.dataset_of(self.splits["train"])
@@ -292,10 +287,6 @@ class Run:
             self.take_mined_negatives()
         refuse_nothing_to_tell_apart(config, args, self.splits["train"])
         check_best_metric(args, ("mR",), lambda: self.evaluate(self.model))
-
-    def say(self, text: str) -> None:
-        if self.main_process:
-            print(text)
 
     # -- data and model
 
@@ -427,7 +418,7 @@ class Run:
         if self.main_process:
             results["histogram"] = flat(histogram_baseline(self.splits["train"], held_out, images, self.config.margin))
             results |= {"split": self.tested, "steps": outcome.global_step, "best_step": trainer.kept_step,
-                        "seconds": round(time.perf_counter() - self.started, 1)}  # fmt: skip
+                        "seconds": self.seconds()}  # fmt: skip
             write_json(self.folder / "results.json", results)
             write_report(self.folder, results, held_out, image, text, texts, images)
             print(summary(results, best))
@@ -639,7 +630,7 @@ def main(argv: list[str] | None = None) -> dict:
     config, args, changed = parse(MatchConfig, argv, description=__doc__.split("\n")[0])
     if config.eval_only:
         return evaluate_only(config, args, argv, keep=args.process_index == 0 and keeps_scores(argv))
-    return Run(config, args, changed).train()
+    return MatchRun(config, args, changed).train()
 
 
 if __name__ == "__main__":

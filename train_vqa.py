@@ -16,7 +16,6 @@ import copy
 import json
 import random
 import sys
-import time
 from collections import Counter
 from functools import cache, cached_property
 from pathlib import Path
@@ -64,9 +63,11 @@ from scenes import (
 )
 from trainer import (
     PackedTask,
+    Run,
     SceneTrainer,
     check_best_metric,
     held_out_loss,
+    parameters_text,
     prepared_tokens,
     read_history,
     write_json,
@@ -359,16 +360,14 @@ def refuse_other_settings(model: VQA, config: VQAConfig, argv: list[str]) -> Non
             raise InputError(f"--{name}: {config.lora} was trained with {value!r} and keeps that; leave the flag out")
 
 
-class Run:
+class AnswerRun(Run):
     """A run: its data, its model, and what the model answers before and after. What differs between short answers and
     dialogue, reading and scoring for the most part, is in `Questions` and in `Dialogue`.
 
     Raises InputError for data, a base, an adapter or settings that it cannot use, before anything is trained."""
 
     def __init__(self, config: VQAConfig, args, changed: dict, argv: list[str]):
-        self.config, self.args, self.changed = config, args, changed
-        self.folder, self.main_process = Path(args.output_dir), args.process_index == 0
-        self.started = time.perf_counter()
+        super().__init__(config, args, changed)
         writes = self.main_process and not config.eval_only
         self.rejected = self.folder / "rejected.jsonl" if writes else None
         self.splits, self.trained_on = self.read(argv)
@@ -378,10 +377,7 @@ class Run:
         used = [self.tested] if config.eval_only else [*self.splits]  # of the others the answers alone are needed
         self.leave_out_unusable(used)
         self.say(f"data: {describe(self.splits)}")
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
-        base = self.model.settings.base_model
-        self.say(f"model: {base}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained")
+        self.say(f"model: {self.model.settings.base_model}, {parameters_text(self.model)}")
         self.held = self.splits[self.tested]
         self.watched = watched_scenes(self.splits["val"], config.max_eval_questions)
         if not config.eval_only:
@@ -398,10 +394,6 @@ class Run:
             "split": self.tested,
             "images": {name: len(scenes) for name, scenes in self.splits.items()},
         }
-
-    def say(self, text: str) -> None:
-        if self.main_process:
-            print(text)
 
     # -- data and model
 
@@ -545,7 +537,7 @@ class Run:
     def finish(self, adapter, keep: bool) -> dict:
         """Score what was answered, print it and, with `keep`, leave it in the run's folder."""
         rows = self.score_all()
-        self.results["seconds"] = round(time.perf_counter() - self.started, 1)
+        self.results["seconds"] = self.seconds()
         text = self.as_text(adapter)
         if self.main_process and keep:
             write_json(self.folder / "results.json", self.results)
@@ -557,7 +549,7 @@ class Run:
         return self.results
 
 
-class Questions(Run):
+class Questions(AnswerRun):
     """Short answers, right or wrong."""
 
     name = "vqa"
@@ -594,7 +586,7 @@ class Questions(Run):
         write_report(self.folder, self.results, rows, self.store.settings)
 
 
-class Dialogue(Run):
+class Dialogue(AnswerRun):
     """Free text."""
 
     name = "chat"

@@ -380,6 +380,28 @@ class PackedTask:
         return total * accelerator.num_processes  # the Trainer logs the mean over processes of what is returned
 
 
+class Run:
+    """What a run of any task has: its settings, its folder, and whether this process is the one that speaks and writes."""
+
+    def __init__(self, config, args, changed: dict):
+        self.config, self.args, self.changed = config, args, changed
+        self.folder, self.main_process = Path(args.output_dir), args.process_index == 0
+        self.started = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        if self.main_process:
+            print(text)
+
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self.started, 1)
+
+
+def parameters_text(model) -> str:
+    numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trained = sum(n for n, _ in numbers), sum(n for n, learns in numbers if learns)
+    return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained"
+
+
 def prepared_tokens(model, store, paths: list[str], cache_dir: str, args):
     """The model's `TokenStore` below `cache_dir`, with what its frozen vision tower makes of these images: the first process
     encodes those that are not in it yet, the others wait."""
