@@ -165,7 +165,8 @@ def refuse_trained_images(config, args, folder: str | Path, held: list, say: Cal
         if not warn:
             raise InputError(f"{message}: leave them in the training split (a row's `split`), or give --allow_leak")
         say(f"warning: {message}")
-    if earlier := known["settings"].get("lora"):  # it went on from another itself
+    earlier = known["settings"].get("lora")  # it went on from another itself
+    if earlier and Path(earlier).resolve() != Path(folder).resolve():
         refuse_trained_images(config, args, earlier, held, say, warn)
 
 

@@ -260,6 +260,8 @@ def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
     asked, answers = row[columns["question"]], row[columns["answer"]]
     if isinstance(answers, dict):  # a list of objects, as older versions of the hub's library give it
         answers = answers.get("answer", [])
+    if isinstance(asked, dict):
+        asked = asked.get("question", [])
     asked, answers = ([v] if not isinstance(v, list) else v for v in (asked, answers))
     if odd := [v for v in answers if isinstance(v, dict) and "answer" not in v]:
         raise InputError(f"an answer that is an object of {sorted(odd[0])}, without 'answer'")
@@ -270,7 +272,7 @@ def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
     if not any(q and q.strip() for q in asked):
         return []
     if len(answers) > len(asked) == 1:  # several people's: the most frequent, the first of equals
-        given = [str(answer) for answer in answers if answer is not None]
+        given = [text for answer in answers if (text := _as_text(answer))]
         answers = [Counter(given).most_common(1)[0][0] if given else None]
     if len(answers) != len(asked):
         raise InputError(f"{len(asked)} questions and {len(answers)} answers")

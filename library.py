@@ -56,7 +56,6 @@ from store import Filter, Hit, Point
 WHOLE = 1.5  # an image up to this many tiles long and wide is not cut: scenes "of 256 pixels" have 253 or 280 too
 CHECKED = 256  # files that a process looks at before it reports
 FLUSH, FLUSH_SECONDS = 1024, 20.0  # tiles, or time, after which what is encoded goes to disk
-RENAMED = 256  # files whose points get a new path at once
 HASHED = 64 * 2**20  # bytes of a file's content that are hashed: all of most, 64 pieces spread over a larger one
 DATE_IN_NAME = re.compile(
     r"(?<!\d)((?:19|20)\d\d)([-_.]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])"
@@ -200,7 +199,7 @@ def read_by_image(path: str | Path, one_of: tuple[str, ...] = ()) -> tuple[list[
     at = next((n for n, name in enumerate(names) if name.lower() in IMAGE_COLUMNS), 0)
     others = names[:at] + names[at + 1 :]
     if one_of:
-        others = [name for name in others if name.lower() in one_of][:1] or others
+        others = [name for wanted in one_of for name in others if name.lower() == wanted][:1] or others
         if len(others) > 1:
             raise InputError(f"{path}: line 1: expected a column `{one_of[0]}` beside the image's path, found {others}")
     found = {}
@@ -231,7 +230,8 @@ def shared_end(one: str, other: str) -> int:
 
 def renamed_files(files: list[PlannedFile], done: dict, found: dict, kept: dict) -> dict[str, PlannedFile]:
     """{path in the index (`done`): the one of `files` that it is now}: a path that is not among those `found` any more, and a
-    new file of the same content whose name says the same date. They take their attributes along (`kept`)."""
+    new file of the same content whose name says the same date. They take their attributes along (`kept`). Files that changed
+    places are new: each path is there still."""
     gone: dict[tuple, list[str]] = {}
 
     def key(
@@ -766,24 +766,30 @@ class _Writer:
     def _rename(self) -> None:
         """Give the points of files that lie elsewhere now their new path. A kill leaves some under both, and the next run
         takes the old ones out."""
-        renamed = list(self.plan.renamed.items())
-        for start in range(0, len(renamed), RENAMED):
-            part = dict(renamed[start : start + RENAMED])
-            known = list(self.index.scroll(Filter(path=list(part))))
-            vectors, points = self.index.vectors(id for id, _ in known), []
-            for (_, payload), vector in zip(known, vectors):
-                file = part[payload["path"]]
-                points.append(
-                    Point(
-                        file.path, vector, window=payload["window"] and tuple(payload["window"]),
-                        footprint=payload["footprint"] and tuple(payload["footprint"]), time=payload["time"],
-                        last="last" in payload, extra=payload["extra"], attributes=file.attributes,
-                        hash=file.hash, size=file.size, mtime_ns=file.mtime_ns,
-                    )
-                )  # fmt: skip
-            self.index.upsert(sorted(points, key=lambda point: point.last))
-            self.index.remove(path=list(part))
-        self.report.renamed = len(renamed)
+        part, tiles = {}, 0
+        for path, file in self.plan.renamed.items():
+            part[path], tiles = file, tiles + len(file.windows)
+            if tiles >= FLUSH:
+                self._copy(part)
+                part, tiles = {}, 0
+        self._copy(part)
+        self.index.remove(path=list(self.plan.renamed))
+        self.report.renamed = len(self.plan.renamed)
+
+    def _copy(self, files: dict[str, PlannedFile]) -> None:
+        """Add the points of these paths under those of the files, the last of a file after its others."""
+        known = sorted(self.index.scroll(Filter(path=list(files))), key=lambda row: "last" in row[1]) if files else []
+        for start in range(0, len(known), FLUSH):
+            rows, points = known[start : start + FLUSH], []
+            for (_, payload), vector in zip(rows, self.index.vectors(id for id, _ in rows)):
+                file = files[payload["path"]]
+                points.append(Point(
+                    file.path, vector, window=payload["window"] and tuple(payload["window"]),
+                    footprint=payload["footprint"] and tuple(payload["footprint"]), time=payload["time"],
+                    attributes=file.attributes, hash=file.hash, size=file.size, mtime_ns=file.mtime_ns,
+                    last="last" in payload, extra=payload["extra"],
+                ))  # fmt: skip
+            self.index.upsert(points)
 
     def write(self, turn: list[tuple[Vectors | None, TileBatch]]) -> None:
         """Bring to disk what `encode` gave, in any order of tiles."""

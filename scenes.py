@@ -381,8 +381,13 @@ def _gathered(rows: list) -> list:
     columns = [
         [found for found in map(NUMBERED.fullmatch, row) if found] if isinstance(row, dict) else [] for row in rows
     ]
-    numbered = (next((column[1] for column in found if column[2]), None) for found in columns if len(found) > 1)
-    if (base := next(filter(None, numbered), None)) is None:
+
+    def base_of(found: list) -> str | None:
+        """What columns of a row are numbers of, where there are two or more."""
+        names = Counter(column[1] for column in found)
+        return next((column[1] for column in found if column[2] and names[column[1]] > 1), None)
+
+    if (base := next(filter(None, map(base_of, columns)), None)) is None:
         return rows
     gathered = []
     for row, found in zip(rows, columns):

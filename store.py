@@ -215,12 +215,12 @@ def in_utc(time: datetime) -> datetime:
 
 def first_moment(text: str, what: str) -> datetime:
     """The begin of a span of time: a year or a month means from its first day. Raises InputError."""
-    return moment(text + "-01-01"[: 10 - len(text)] if re.fullmatch(SPAN, text) else text, what)
+    return moment(text + "-01-01"[: 10 - len(text)] if re.fullmatch(SPAN, str(text)) else text, what)
 
 
 def last_moment(text: str, what: str) -> datetime:
     """The end of a span of time: a year, a month or a date means to the end of its last day. Raises InputError."""
-    if not re.fullmatch(rf"{SPAN}|{DAY}", text):
+    if not re.fullmatch(rf"{SPAN}|{DAY}", str(text)):
         return moment(text, what)
     end = first_moment(text, what)
     if len(text) < 7:

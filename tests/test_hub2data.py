@@ -127,6 +127,7 @@ def test_answers_of_all_kinds(tmp_path):
     ]
     assert made("counts", ["a?"] * 4, [0.0, 2.5, None, 1e6]) == ["0", "2.5", "1000000"]
     assert made("signs", ["a?"] * 2, [True, False]) == ["yes", "no"]
+    assert made("people", ["a?"] * 2, [[3.0, 3.0, 2.0], [None, 1.0, 1.0]]) == ["3", "1"]
     assert made("gaps", ["a?", "b?", "", None], ["x", " ", "y", "z"]) == ["x"]
     told = (tmp_path / "gaps_out/rejected.txt").read_text()
     assert "row 1: no question with an answer" in told and told.count("nothing is asked") == 2

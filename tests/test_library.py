@@ -473,6 +473,7 @@ library._Writer.write = write
 for _ in sys.stdin:
     telling, told = os.pipe()
     if not (child := os.fork()):
+        signal.alarm(120)
         model = DualEncoder.from_pretrained({str(matcher)!r})
         library.index_library(model, {str(folder)!r}, {str(tmp_path / "x")!r}, **{SMALL!r})
     os.close(told)

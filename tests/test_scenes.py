@@ -247,6 +247,8 @@ def test_captions_by_image_and_in_numbered_columns(folder):
     assert [(scene.name, scene.texts, scene.split) for scene in read_scenes(folder / "rows.csv").scenes] == want
     # One column with a number beside no other is a column like any.
     refused(lambda: read("rows.json", [{"image": "a0.png", "text_2": "one"}]), "its first row has ['image', 'text_2']")
+    beside = {"image": "a0.png", "text": "a harbour", "caption_1": "a note"}
+    assert read("rows.json", [beside]) == [("a0.png", ["a harbour"], None)]
     rows[1] |= {"caption_1": "", "caption_2": "."}
     refused(lambda: read("rows.json", rows), "row 1", "there is no text")
     alone = {"image": "a1.png", "caption": "three", "split": "test"}  # beside rows of several

@@ -205,7 +205,7 @@ def test_classify(ask, two_dates, tmp_path):
         code == 0 and "on 2 images" in out and "no label: airport" in err and "among those classified: elsewhere" in err
     )
     truth.write_text(
-        "n,Class,Filepath\n1,FARM,./farm/p0.tif\n9,FARM,./farm/p0.tif\n2,harbour,harbour\\p1.tif\n3,,farm/p2.tif\n"
+        "Class,Label,Filepath\n1,FARM,./farm/p0.tif\n9,FARM,./farm/p0.tif\n2,harbour,harbour\\p1.tif\n3,,farm/p2.tif\n"
     )
     code, out, err = ask("classify", "--labels", "farm,harbour", "--truth", truth)
     assert code == 0 and "on 2 images" in out and "no label" not in err

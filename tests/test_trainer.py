@@ -599,6 +599,7 @@ for line in sys.stdin:
     asked = json.loads(line)
     seen, saving = os.pipe()
     if not (child := os.fork()):
+        signal.alarm(120)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         train_match.main(asked["argv"])
         os._exit(0)
