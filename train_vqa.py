@@ -536,11 +536,12 @@ class AnswerRun(Run):
 
     def finish(self, adapter, keep: bool) -> dict:
         """Score what was answered, print it and, with `keep`, leave it in the run's folder."""
-        rows = self.score_all()
+        self.score_all()
         self.results["seconds"] = self.seconds()
         text = self.as_text(adapter)
         if self.main_process and keep:
             write_json(self.folder / "results.json", self.results)
+            rows = self.rows()
             listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             report.write_atomic(self.folder / "samples.jsonl", "".join(listed))
             self.write_page(rows)
@@ -573,9 +574,11 @@ class Questions(AnswerRun):
         kinds = {f"accuracy_{kind}": value["accuracy"] for kind, value in found["exact"]["types"].items()}
         return {"accuracy": found["exact"]["micro"], "accuracy_bucketed": found["bucketed"]["micro"]} | kinds
 
-    def score_all(self) -> list[dict]:
+    def score_all(self) -> None:
         self.results |= {name: score(answers, self.held) for name, answers in self.made.items()}
         self.results["change"] = change_of(self.made, self.held)
+
+    def rows(self) -> list[dict]:
         shown = {name: self.made[name] for name in ("before", "after", "blind") if name in self.made}
         return report.sample_rows(self.held, metrics.is_right, **shown)
 
@@ -614,10 +617,12 @@ class Dialogue(AnswerRun):
     def evaluate(self, blind: bool) -> dict[str, float]:
         return {"loss": self.loss_of(self.watched_texts)}
 
-    def score_all(self) -> list[dict]:
+    def score_all(self) -> None:
         self.results["loss"]["after"] = self.loss_of(self.held_texts)
-        self.results["scores"], rows = score_chat(self.made, self.held, self.splits["train"])
-        return rows
+        self.results["scores"], self.scored = score_chat(self.made, self.held, self.splits["train"])
+
+    def rows(self) -> list[dict]:
+        return self.scored
 
     def as_text(self, adapter) -> str:
         return chat_summary(self.results, adapter)
