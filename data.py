@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -758,8 +759,9 @@ def row_align(device) -> int:
 def pack(scenes: list[dict], align: int = 1, split: bool = False) -> dict[str, torch.Tensor]:
     """Scenes -> one row of L tokens: each scene's prefix, then its branches; every token stands there once.
 
-    A scene: {"prefix": (ids (P,), positions (3, P)), "branches": [(ids (T,), number of targets)], and of its image
-    "tokens" (N, D) or "pixel_values" + "grid", or neither}. Returns
+    A scene: {"prefix": (ids (P,), positions (3, P)), "branches": [(ids (T,), targets)], and of its image "tokens" (N, D) or
+    "pixel_values" + "grid", or neither}; targets: how many at a branch's end are to be predicted, or where in it they
+    stand (`nested`). Returns
 
     - input_ids (1, L); position_ids (3, 1, L): a branch goes on where its prefix ends;
     - prefix_rows (S, P), prefix_lengths (S,); branch_rows (S, Q, T), branch_lengths (S, Q): where a scene's tokens stand
@@ -798,9 +800,9 @@ def pack(scenes: list[dict], align: int = 1, split: bool = False) -> dict[str, t
             ids.append(branch), positions.append(np.tile(start + np.arange(n), (3, 1)))
             _, count, width = rows[table].shape
             order.append(starts[table] + (s * count + b) * width + np.arange(n))
-            if targets:
-                label_rows.append(np.r_[last, at : at + n - 1][n - targets :])
-                labels.append(branch[n - targets :])
+            places = np.arange(n - targets, n) if np.ndim(targets) == 0 else targets
+            label_rows.append(np.r_[last, at : at + n - 1][places])
+            labels.append(branch[places])
             at += n
     none = np.zeros(0, dtype=np.int64)
     made = {
@@ -934,6 +936,21 @@ def share_beginning(scene: dict) -> dict:
     }
 
 
+def nested(branches: list[tuple[np.ndarray, int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Branches (ids (T,), number of targets at their end) without those that another one begins with, which takes over their
+    targets: [(ids, where its targets stand)]. The turns of a dialogue, each behind the ones before it, are run once. Loss
+    and gradient stay the same, for no token sees what comes after it."""
+    keys = [ids.tobytes() for ids, _ in branches]
+    places = [np.arange(len(ids) - targets, len(ids)) for ids, targets in branches]
+    order, whole = sorted(range(len(keys)), key=keys.__getitem__), []  # what begins with a branch comes right behind it
+    for this, following in itertools.zip_longest(order, order[1:]):
+        if following is not None and keys[following] != keys[this] and keys[following].startswith(keys[this]):
+            places[following] = np.concatenate([places[this], places[following]])
+        else:
+            whole.append(this)
+    return [(branches[i][0], places[i]) for i in sorted(whole)]
+
+
 class QuestionCollator:
     """Examples of `QuestionDataset` -> {"pieces": [pack, ...], "targets": number of tokens to predict}: packed, each piece
     within `budget` tokens; with `packing=False` as padded rows, as many at once as the budget holds."""
@@ -954,6 +971,7 @@ class QuestionCollator:
                 longest = max(longest, length)
                 pieces[-1].append(row)
             return {"pieces": [pad_questions(piece, self.pad_id) for piece in pieces], "targets": targets}
+        examples = [example | {"branches": nested(example["branches"])} for example in examples]
         prefixes = [len(example["prefix"][0]) for example in examples]
         lengths = [[len(ids) for ids, _ in example["branches"]] for example in examples]
         pieces = [

@@ -199,10 +199,11 @@ def read_questions(source: str, folder: Path) -> tuple[list[QuestionScene], list
 
 
 class Bench:
-    """The model, its starting weights, the data, and a trainer of each side."""
+    """The model, its starting weights, the data, and a trainer of each side. collator: of the peer's rows (`RowCollator`)."""
 
-    def __init__(self, options):
+    def __init__(self, options, collator=None):
         self.options, self.folder = options, tempfile.TemporaryDirectory(prefix="bench_vqa_")
+        self.collator = collator or RowCollator
         folder, dtype = Path(self.folder.name), getattr(torch, options.dtype)
         self.base = options.base or folder / "base"
         if not options.base:
@@ -282,7 +283,7 @@ class Bench:
     def theirs(self, rows: list[dict], arguments, shuffle: bool = False) -> Trainer:
         order = {} if shuffle else {"_get_train_sampler": lambda self, _=None: SequentialSampler(rows)}
         trainer = type("Theirs", (KeepsLosses, Trainer), order)(
-            model=self.model.peft, args=arguments, train_dataset=rows, data_collator=RowCollator(self.model)
+            model=self.model.peft, args=arguments, train_dataset=rows, data_collator=self.collator(self.model)
         )
         # transformers has this off for Qwen-VL: it would take the mean of the micro-batches' means, another loss than ours.
         trainer.model_accepts_loss_kwargs = True
@@ -555,14 +556,17 @@ def check_equal(bench: Bench, work: Work, rows: int) -> dict:
     """One step of ours (cached tokens, and with the tower) and of the rows side from the same weights."""
     sides = (*bench.packed, "rows")
     found = {side: bench.run(side, work, 1, rows, strength=0.02, max_grad_norm=0) for side in sides}
-    result = {
-        "questions": work.per_step,
-        "targets": sum(n for e in work.examples[: work.scenes] for _, n in e["branches"]),
-    }
-    theirs = found["rows"]
-    allowed = 1e-4 if bench.options.dtype == "float32" else 5e-2
-    for side in bench.packed:
-        ours = found[side]
+    targets = sum(n for e in work.examples[: work.scenes] for _, n in e["branches"])
+    return {"questions": work.per_step, "targets": targets} | same_work(found, "rows", bench.options.dtype)
+
+
+def same_work(found: dict[str, dict], reference: str, dtype: str) -> dict:
+    """Loss and gradient of one step of each side (`Bench.run`) beside the reference's. Ends the program where they differ."""
+    theirs, result = found[reference], {}
+    allowed = 1e-4 if dtype == "float32" else 5e-2
+    for side, ours in found.items():
+        if side == reference:
+            continue
         assert {n.split("language_model")[-1] for n in ours["gradient"]} == {
             n.split("language_model")[-1] for n in theirs["gradient"]
         }
@@ -575,7 +579,7 @@ def check_equal(bench: Bench, work: Work, rows: int) -> dict:
         }
         if not max(result[side]["loss_difference"], result[side]["gradient_difference"]) <= allowed:
             raise SystemExit(f"the sides do not do the same work (allowed {allowed} relative): {json.dumps(result)}")
-    return result | {"loss_rows": theirs["losses"][0]}
+    return result | {f"loss_{reference}": theirs["losses"][0]}
 
 
 def tune(bench: Bench, work: Work) -> dict:

@@ -150,6 +150,21 @@ def test_vqa_answers_are_the_same(tiny_questions, tmp_path):
     assert "same answers to 8 questions of 2 images" in done.stdout
 
 
+def test_dialogue_training_compares_equal_work(tiny_questions, tmp_path, load_benchmark, monkeypatch, capsys):
+    out, bench = tmp_path / "result.json", load_benchmark("bench_dialogue")
+    monkeypatch.setattr(bench, "quiet", lambda options: None)
+    sizes = ["--scenes", "2", "--texts", "4", "--turns", "2", "--rows", "2", "--our_steps", "2", "--json", str(out)]
+    bench.main([*tiny_questions, *sizes])
+    found = json.loads(out.read_text())
+    for side in ("ours", "turns"):
+        assert found["equal"][side]["loss_difference"] <= 1e-4
+        assert 0 < found["equal"][side]["gradient_difference"] <= 1e-4
+    assert set(found["rates"]) == {"ours", "turns", "dialogues"} and set(found["ratios"]) == {"turns", "dialogues"}
+    assert "times as fast" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no multiple of --turns 3"):
+        bench.main([*tiny_questions, "--texts", "4", "--turns", "3"])
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_caption_training_compares_equal_work(frozen, tmp_path):
     random = np.random.default_rng(0)

@@ -104,19 +104,52 @@ def test_chat_stops_draws_and_streams(answerer, picture):
     assert streamer.tokens[-1] == "end" and 2 <= len(streamer.tokens) <= 7
 
 
-def test_training_on_turns_equals_separate_rows(answerer, picture):
-    from data import QuestionDataset
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("budget", [10**6, 60], ids=["one piece", "in pieces"])
+def test_training_on_turns_equals_separate_rows(family, budget, base, qwen2_base, answerer, picture):
+    """Every turn of a dialogue is run once: the loss and the gradient are those of a row for each."""
+    from data import QuestionDataset, nested
     from model import pixel_store
     from scenes import QuestionScene
     from tests.conftest import loss_and_gradient, relative
 
-    questions = [Question("Where?", "in the north", history=HISTORY), Question("图中有什么？", "一片农田。")]
-    model = answerer()
+    whole = (*HISTORY, ("Where?", "in the north"))
+    turns = [Question(*turn, history=whole[:n]) for n, turn in enumerate(whole)]
+    questions = [
+        turns[2],
+        Question("And to the south?", "no", history=HISTORY),
+        turns[0],
+        Question("Is there a road?", "yes"),
+        turns[1],
+    ]
+    model = answerer(base_model=str(base if family == "qwen2_5_vl" else qwen2_base), strength=0.02)
     dataset = QuestionDataset(
         [QuestionScene(picture, questions)], model.prompt, processor=model.processor, store=pixel_store(model)
     )
-    made = [loss_and_gradient(model, [dataset[0, 0]], packing=packing) for packing in (True, False)]
+    example = dataset[0, 0]
+    ids = [ids.tolist() for ids, _ in example["branches"]]
+    kept = nested(example["branches"])
+    assert [branch.tolist() for branch, _ in kept] == [ids[0], ids[1], ids[3]]
+    said = sorted(model.tokenizer.decode(branch[places]) for branch, places in kept)
+    end = model.tokenizer.eos_token
+    whole_one = max(said, key=len)
+    assert whole_one.startswith(f"一片农田。{end}a river{end}") and f"yes{end}" in said
+    made = [loss_and_gradient(model, [example], packing=packing, budget=budget) for packing in (True, False)]
+    assert made[0][3] > 1 if budget == 60 else made[0][3] == 1
     assert made[0][0] == pytest.approx(made[1][0], rel=1e-5) and relative(made[0][1], made[1][1]) < 1e-5
+
+
+def test_equal_branches_count_twice():
+    """What two rows say alike has twice the weight, in a dialogue too."""
+    import numpy as np
+
+    from data import nested
+
+    first, second = np.array([1, 2, 3]), np.array([1, 2, 3, 4, 5])
+    kept = nested([(second, 1), (first, 1), (first, 1), (np.array([1, 2]), 0), (np.array([7]), 1)])
+    assert [(ids.tolist(), places.tolist()) for ids, places in kept] == [
+        ([1, 2, 3, 4, 5], [2, 4]), ([1, 2, 3], [2]), ([7], [0])
+    ]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------
