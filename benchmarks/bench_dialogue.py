@@ -116,9 +116,9 @@ def main(argv: list[str] | None = None) -> dict:
         options.dtype,
     )
     for side in SIDES[:-1]:
-        found = equal[side]
-        say(f"same work ({side}): loss {found['loss']:.6f} and {equal[f'loss_{SIDES[-1]}']:.6f} (difference"
-            f" {found['loss_difference']:.1e} relative), LoRA gradient difference {found['gradient_difference']:.1e} relative")  # fmt: skip
+        loss, *differences = equal[side].values()
+        say(f"same work: loss of {side} {loss:.6f}, relative differences to {SIDES[-1]}: loss {differences[0]:.1e},"
+            f" LoRA gradient {differences[1]:.1e}")  # fmt: skip
     rates = {side: [] for side in SIDES}
     for number in range(options.rounds):
         for side, kept in rates.items():
