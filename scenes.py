@@ -392,7 +392,8 @@ def _gathered(rows: list) -> list:
     gathered = []
     for row, found in zip(rows, columns):
         if names := [column[0] for column in found if column[1] == base]:
-            texts = [row[name] for name in names if row[name] is not None and not _says_nothing(row[name])]
+            listed = [value if isinstance(value, list) else [value] for value in (row[name] for name in names)]
+            texts = [text for part in listed for text in part if text is not None and not _says_nothing(text)]
             row = {name: value for name, value in row.items() if name not in names} | {"captions": texts}
         gathered.append(row)
     return gathered

@@ -254,6 +254,7 @@ def test_captions_by_image_and_in_numbered_columns(folder):
     alone = {"image": "a1.png", "caption": "three", "split": "test"}  # beside rows of several
     assert read("rows.json", [rows[0], alone]) == want
     assert read("rows.json", [alone, rows[0]]) == want[::-1]
+    assert read("rows.json", [rows[0], alone | {"caption": ["three", " "]}]) == want
     refused(lambda: read("by.json", {"a0.png": [3], "a1.png": ["x"]}), "row 0", "expected a text, found int")
     refused(lambda: read("by.json", {"a0.png": ["x"], "classes": ["x"]}), "its top level is dict")
 
