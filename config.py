@@ -43,6 +43,11 @@ class InputError(ValueError):
 @contextlib.contextmanager
 def user_errors():
     """Wrap a script's `main()`: an `InputError` becomes one readable line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(
+            stream, "reconfigure"
+        ):  # a terminal or a file of another encoding shows "?", and the work is not lost
+            stream.reconfigure(errors="replace")
     atexit.register(gc.freeze)  # or the last collection looks through all that torch and transformers made, for 1.5 s
     try:
         yield

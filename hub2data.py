@@ -237,8 +237,10 @@ def collect(
             known["questions"] += questions
             if isinstance(label, datasets.ClassLabel):
                 value = _named(label, value)
-            if isinstance(value, (str, int)) and str(value).strip():
-                known["label"] = str(value).strip()
+            if isinstance(value, (str, int)) and (value := str(value).strip()):
+                if (first := known["label"] or value) != value:
+                    refused.append(f"{split}, row {number}: {name} has the label {first!r} already, and here {value!r}")
+                known["label"] = first
     return images, refused
 
 

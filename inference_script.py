@@ -160,8 +160,9 @@ def main(argv: list[str] | None = None) -> int:
         write_atomic(args.json_output, json.dumps(results, ensure_ascii=False, indent=2) + "\n")
         print(f"{len(results) - len(errors)} of {len(results)} rows scored -> {args.json_output}", file=sys.stderr)
     elif args.json_input or args.json_output:
-        said = json.dumps(results, ensure_ascii=False, indent=2)
-        print(said.encode("utf-8", "replace").decode())  # half a surrogate pair is told as an error, and shown as "?"
+        from report import json_to_print
+
+        print(json_to_print(results))  # half a surrogate pair is told as an error, and shown as "?"
     else:
         for result in sorted((r for r in results if "score" in r), key=lambda r: -r["score"]):
             print(f"{result['score']:+.4f}  {result['text']}")

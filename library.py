@@ -502,14 +502,22 @@ class TileBatches(torch.utils.data.Dataset):
 
 
 def facts(picture) -> dict:
-    """Where and when of a picture, as `Point` takes them; lengths in metres and degrees."""
+    """Where and when of a picture, as `Point` takes them, in metres and degrees; written: as `imagery.Picture.written`."""
     place, extra = picture.footprint, {"valid": round(picture.valid, 4)}
     if place is not None:
         extra |= {
             "crs": place.crs, "bounds": list(place.bounds), "polygon": [list(corner) for corner in place.polygon],
             "pixel_size_m": list(place.pixel_size_m),
         }  # fmt: skip
-    return {"footprint": place and place.lonlat_bounds, "time": picture.acquired, "extra": extra}
+    box = place and place.lonlat_bounds
+    return {"footprint": box, "time": picture.acquired, "written": picture.written, "extra": extra}
+
+
+def time_of(known: dict, path: str) -> str | None:
+    """The time of a picture of which `known` are the facts. A date in the file's name counts more than when it was written."""
+    named = time_in_name(path)
+    processed = named and known["written"] and not known["time"].startswith(named)
+    return named if processed else known["time"] or named
 
 
 def loader_of(batches: TileBatches, workers: int, device: str = "cpu"):
@@ -808,7 +816,7 @@ class _Writer:
             extra = known["extra"] | ({"image": list(file.image)} if window else {})
             self.held[number] = Point(
                 file.path, vector, window=window, footprint=known["footprint"], last=False, extra=extra,
-                time=known["time"] or time_in_name(file.path), attributes=file.attributes,
+                time=time_of(known, file.path), attributes=file.attributes,
                 hash=file.hash, size=file.size, mtime_ns=file.mtime_ns,
             )  # fmt: skip
         for number in made.files:

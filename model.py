@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -617,6 +618,7 @@ class DualEncoder(Encoder):
         return [np.array([*row[:limit], self.tokenizer.eos_token_id]) for row in rows], cut
 
 
+TOKENIZING = threading.Lock()  # where a tokenizer cuts and how it fills is state of it, which the page's threads share
 CLIPS = {  # model_type -> (model, image processor, whether a text is always padded to its full length)
     "clip": (CLIPModel, CLIPImageProcessorPil, False),
     "chinese_clip": (ChineseCLIPModel, ChineseCLIPImageProcessorPil, False),
@@ -711,9 +713,12 @@ class ClipEncoder(Encoder):
         limit, known = self.settings.max_text_tokens, self.model.config.text_config.vocab_size
         if self.model.config.model_type == "siglip" and "Gemma" in type(self.tokenizer).__name__:
             texts = [text.lower() for text in texts]  # SigLIP 2 was trained so, and its tokenizer does not know
-        whole = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []  # it would warn of what is cut below
         fill = {"padding": "max_length"} if self.fixed_length else {}
-        rows = self.tokenizer(texts, truncation=True, max_length=limit, **fill)["input_ids"] if texts else []
+        with TOKENIZING:
+            whole = (
+                self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
+            )  # it would warn of what is cut below
+            rows = self.tokenizer(texts, truncation=True, max_length=limit, **fill)["input_ids"] if texts else []
         if (largest := max(itertools.chain.from_iterable(rows), default=0)) >= known:
             raise InputError(
                 f"{self.settings.base_model}: its tokenizer knows a token {largest}, its text tower has {known}: they are not"

@@ -10,6 +10,7 @@ import csv
 import html
 import io
 import itertools
+import json
 import math
 import numbers
 import os
@@ -22,6 +23,16 @@ from pathlib import Path
 import numpy as np
 
 from config import is_stream
+
+
+def json_to_print(value, indent: int = 2) -> str:
+    """JSON for standard output: characters as they are, or escaped where the output's encoding lacks one."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "replace").decode()
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(json.loads(text), indent=indent)
+    return text
 
 
 def write_atomic(path, data: str | bytes) -> Path:

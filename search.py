@@ -19,6 +19,7 @@ import json
 import os
 import sys
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -101,6 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--bands", help="red, green and blue: auto, numbers such as 4,3,2, or a sensor such as sentinel2")
     make.add_argument(
         "--stretch", choices=["auto", "percentile", "reflectance", "none"], help="how values become 8 bits"
+    )
+    make.add_argument(
+        "--reflectance", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="values of --stretch reflectance"
     )
     make.add_argument("--nodata", type=float, help="value without data that a file does not tag")
     make.add_argument(
@@ -254,7 +258,8 @@ def run_index(args) -> int:
     new or changed and takes out what is gone; a run that was cut short goes on."""
     need(args, "library", "store")
     refuse_outside(args, batch_size=(1, 4096), tile=(0, 1 << 16), workers=(0, 1024))
-    workers = args.workers if args.workers is not None else max(1, min(16, processors() - 1))
+    each = processors() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of several GPUs
+    workers = args.workers if args.workers is not None else max(1, min(16, each - 1))
     from transformers.utils import logging
 
     from accelerate import PartialState
@@ -273,11 +278,12 @@ def run_index(args) -> int:
         args.model = recorded_model(args.store) or (DEMO["model"] if args.preset == "demo" else MODEL)
     logging.disable_progress_bar()
     device, dtype = pick_device(args.device, args.dtype)
-    state = PartialState(cpu=device == "cpu")
+    # The first process plans, which takes as long as reading all files; NCCL would give up on it after ten minutes.
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=1))
     if state.num_processes > 1:
         device = str(state.device)
     model = DualEncoder.from_pretrained(args.model, base_model=args.base_model, device=device, dtype=dtype)
-    given = {name: getattr(args, name) for name in ("bands", "stretch", "nodata", "max_pixels")}
+    given = {name: getattr(args, name) for name in ("bands", "stretch", "reflectance", "nodata", "max_pixels")}
     changed = {name: value for name, value in given.items() if value is not None}
     report = index_library(
         model, args.library, args.store, tile=args.tile, stride=args.stride, settings=changed, only=args.only,
@@ -359,7 +365,7 @@ def run_query(args) -> int:
         raise InputError("--sheet -: a picture is no text; give a file")
     from imagery import read_image
     from library import RESULT, geojson, result_row
-    from report import contact_sheet, csv_text, table_text
+    from report import contact_sheet, csv_text, json_to_print, table_text
 
     context = ", ".join(
         [*([f"in {args.season}"] if args.season else []), *([f"{args.weather} weather"] if args.weather else [])]
@@ -395,7 +401,11 @@ def run_query(args) -> int:
                 filled = {key: name for key, name in columns.items() if any(row[key] is not None for row in mine)}
                 print(f"{title}\n{table_text(mine, filled)}\n" if mine else f"{title}\n")
         if args.json:
-            put(args.json, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+            printed = args.json == "-"
+            put(
+                args.json,
+                (json_to_print(rows, 1) if printed else json.dumps(rows, ensure_ascii=False, indent=1)) + "\n",
+            )
         if args.csv:
             put(args.csv, csv_text(rows) if rows else ",".join(RESULT) + "\n")
         if args.geojson:

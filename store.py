@@ -872,7 +872,12 @@ class _Server(Store):
             elif not exists:
                 raise Missing(f"{location}: no collection {self._name} there; make one with `python search.py index`")
             info = client.get_collection(self._name)
-        create = _header(create or info.config.metadata, self.location)
+        if create and not info.config.metadata:
+            client.delete_collection(self._name)
+            raise InputError(
+                f"{location}: this server keeps no metadata of a collection; Qdrant 1.16 or newer is needed"
+            )
+        create = _header(info.config.metadata, self.location)
         self.dim, self.record = create["dim"], create["record"]
         self._attributes = set()
 

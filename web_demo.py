@@ -129,7 +129,10 @@ TEXT = {
         "Classes: labels between commas; a file is for the command line.",
         "类别：用逗号分隔的名称；文件请在命令行中使用。",
     ),
-    "large": ("{name}: {width} x {height} pixels are too many here.", "{name}：{width} x {height} 像素超出此处限制。"),
+    "large": (
+        "{name}: {width} x {height}, too many pixels for this page.",
+        "{name}：{width} x {height} 像素超出此处限制。",
+    ),
     "about": (
         "{total} images, or tiles of them, of {library}, indexed with {model}. Scores are cosines.",
         "{library} 中的 {total} 幅图像（或切片），模型 {model}。分数为余弦相似度。",
@@ -707,7 +710,7 @@ def build(page: Page):
             event(None, cancels=answer, **quiet).then(lambda: ([], []), None, [told, plain], **quiet)
         compare.change(lambda both: gr.update(visible=both, value=[]), compare, plain, **quiet)
 
-    with gr.Blocks(title=page.say("title", first), analytics_enabled=False, delete_cache=(3600, 3600)) as app:
+    with gr.Blocks(title=page.say("title", first), analytics_enabled=False, delete_cache=(3600, 86400)) as app:
         with gr.Row():
             with gr.Column(scale=1, min_width=320):  # on a phone the language goes below the title
                 heading = gr.Markdown(f"# {page.say('title', first)}")
@@ -815,7 +818,8 @@ def main(argv: list[str] | None = None) -> int:
         library = Library.open(args.store, model=args.model, base_model=args.base_model, root=args.library, **options)
     if args.after:
         after = Library.open(args.after, encoder=library.model)
-    for opened, hint in ((library, "; give --library"), (after, "")):
+    moved = f"; python search.py index FOLDER --store {args.after} --moved"
+    for opened, hint in ((library, "; give --library"), (after, moved)):
         if opened and not opened.root.is_dir():
             print(
                 f"warning: {opened.root}: no such folder, so that its pictures cannot be shown{hint}", file=sys.stderr

@@ -1,7 +1,9 @@
 """config.py: every setting documented and on the command line, who wins over whom, what is refused, what is resumed."""
 
 import dataclasses
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,19 @@ def test_user_errors_are_one_line(capsys):
     assert capsys.readouterr().err.splitlines()[0] == "error: a.json: no such file"
     with pytest.raises(ValueError, match="a bug"), user_errors():
         raise ValueError("a bug")  # is shown with its traceback
+
+
+def test_an_output_of_another_encoding_loses_no_work(monkeypatch):
+    from report import json_to_print
+
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="gbk")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with user_errors():
+        print("12 km², 农田 ✓")
+        said = json_to_print([{"text": "km² 农田"}])
+    stream.flush()
+    assert stream.buffer.getvalue().decode("gbk") == "12 km?, 农田 ?\n"
+    assert json.loads(said.encode("gbk")) == [{"text": "km² 农田"}]
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def test_both_start_the_page_alike_and_nginx_lets_its_uploads_through():
     assert (program["stopsignal"], program["stopwaitsecs"]) == (unit["KillSignal"][3:], unit["TimeoutStopSec"])
     args = web_demo.build_parser().parse_args(shlex.split(program["command"])[2:])
     assert args.host == "127.0.0.1" and not args.share
-    assert str(Path(unit["WorkingDirectory"]) / args.store) in unit["ReadWritePaths"].split()
+    assert "-" + str(Path(unit["WorkingDirectory"]) / args.store) in unit["ReadWritePaths"].split()
     proxy = text("nginx.conf")
     assert f"proxy_pass http://{args.host}:{args.port};" in proxy
     assert f"client_max_body_size {args.max_upload_mb + 1}m;" in proxy

@@ -167,6 +167,18 @@ def test_labels(tmp_path):
     assert found["x.png"] == {"label": "Sea Lake"} and found[names[1]]["label"] == "River"
 
 
+def test_a_second_label_of_an_image_is_refused(tmp_path):
+    columns = {
+        "image": [image(0, "0.png"), image(0, "0.png"), image(1, "1.png")],
+        "label": ["forest", "river", "urban"],
+    }
+    hub2data.main([str(write(tmp_path / "in", "train", columns)), "--output", str(tmp_path / "out")])
+    assert read_attributes(tmp_path / "out/labels.csv")["0.png"]["label"] == "forest"
+    assert (
+        "row 1: 0.png has the label 'forest' already, and here 'river'" in (tmp_path / "out/rejected.txt").read_text()
+    )
+
+
 def test_several_labels_an_image_are_no_class(tmp_path):
     labels = [["Coniferous forest", "Pastures"], ["Pastures"]]
     folder = write(tmp_path / "ben", "train", {"image": [image(0), image(1)], "labels": labels})

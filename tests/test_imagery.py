@@ -239,6 +239,31 @@ def test_internal_mask(tmp_path):
     assert np.array_equal(picture.rgb[:, :15], photo()[:, :15])
 
 
+@pytest.mark.parametrize(
+    "dtype, fill", [("float32", -9999), ("float32", -3.4e38), ("float64", -32768), ("int16", -32768)]
+)
+def test_fills_of_signed_values_are_outside_the_stretch_untagged(tmp_path, dtype, fill):
+    data = rng.normal(500, 100, (3, 40, 50)).astype(dtype)
+    data[:, :, :10] = fill
+    picture = read_image(write_tif(tmp_path / "a.tif", data))
+    for i in range(3):
+        assert picture.limits[i] == pytest.approx(np.percentile(data[i, :, 10:].astype(float), (2, 98)))
+    assert not picture.rgb[:, :10].any() and picture.rgb[:, 10:].std() > 40
+
+
+@pytest.mark.parametrize("pixels", [2**26, 1000 * 1000], ids=["whole", "patches"])
+def test_the_stretch_does_not_depend_on_overviews(tmp_path, pixels):
+    """Speckle averages out in overviews: limits measured there would turn half of a scene black or white."""
+    data = rng.exponential(size=(1, 2048, 2048)).astype(np.float32)
+    form = {"tiled": True, "blockxsize": 256, "blockysize": 256}
+    plain, cloud = (write_tif(tmp_path / f"{name}.tif", data, **form) for name in ("plain", "cloud"))
+    with rasterio.open(cloud, "r+") as out:
+        out.build_overviews([2, 4, 8], rasterio.enums.Resampling.average)
+    shown = [read_image(path, ImageSettings(max_pixels=pixels), window=(0, 0, 300, 300)) for path in (plain, cloud)]
+    assert shown[0].limits == shown[1].limits and np.array_equal(shown[0].rgb, shown[1].rgb)
+    assert shown[1].limits[0] == pytest.approx(np.percentile(data, (2, 98)), rel=0.1)
+
+
 def test_fixed_stretches(tmp_path):
     data = np.array([-500, 0, 750, 1500, 3000, 9000], np.int16).reshape(1, 2, 3)
     path = write_tif(tmp_path / "a.tif", data)
@@ -760,6 +785,7 @@ def test_no_place_is_no_error(tmp_path):
 def test_acquisition_time(tmp_path, tags, expected):
     picture = read_image(write_tif(tmp_path / "a.tif", np.zeros((1, 4, 4), np.uint8), tags=tags, **UTM))
     assert picture.acquired == picture.footprint.acquired == expected
+    assert picture.written == (set(tags) == {"TIFFTAG_DATETIME"} and expected is not None)
 
 
 def test_sidecar_files_are_neither_read_nor_written(tmp_path):
@@ -825,7 +851,6 @@ def test_zero_size(tmp_path, size):
         read_image(tmp_path / "a.png")
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest resets imagery's own filter
 @pytest.mark.parametrize("side", [9000, 12000, 60000])
 def test_decompression_bombs(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(png_of_size(side, side))
@@ -839,6 +864,27 @@ def test_decompression_bombs(tmp_path, side):
         with pytest.raises(ImageError, match=rf"{name}: .*pixels"):
             read_image(tmp_path / name, max_side=max_side)
     assert not read_image(tmp_path / "tiled.tif", window=(0, 0, 32, 32)).rgb.any()
+
+
+def test_max_pixels_lets_a_trusted_photograph_of_any_size_in(tmp_path):
+    """Pillow's own limit of 179 million pixels is not asked."""
+    (tmp_path / "a.png").write_bytes(png_of_size(16000, 12000))
+    with pytest.raises(ImageError, match="max_pixels=67108864"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="cut short"):  # the file holds no more
+        read_image(tmp_path / "a.png", ImageSettings(max_pixels=4 * 10**8))
+
+
+def test_bands_that_are_decoded_together_count(tmp_path):
+    form = {"driver": "GTiff", "count": 20, "height": 256, "width": 256, "dtype": "uint8", "tiled": True, "blockxsize": 256,
+            "blockysize": 256, "compress": "deflate"}  # fmt: skip
+    limit = ImageSettings(max_pixels=256 * 256, bands="1,2,3", stretch="none")
+    for layout in ("pixel", "band"):
+        with rasterio.open(tmp_path / f"{layout}.tif", "w", interleave=layout, **form) as out:
+            out.write(np.full((20, 256, 256), 9, np.uint8))
+    assert (read_image(tmp_path / "band.tif", limit).rgb == 9).all()
+    with pytest.raises(ImageError, match="max_pixels=65536"):
+        read_image(tmp_path / "pixel.tif", limit)
 
 
 def test_max_pixels_counts_what_is_decoded(tmp_path):

@@ -31,6 +31,7 @@ from library import (
     result_row,
     same_place,
     time_in_name,
+    time_of,
     unit,
     windows_of,
 )
@@ -212,6 +213,10 @@ def test_small_pieces(tmp_path):
     assert [time_in_name(name) for name in ("20200231.tif", "120200630.tif", "2020-0630.tif", "scene_01042.tif")] == [
         None
     ] * 4
+    known = {"time": "2021-11-03T17:02:11", "written": True}
+    assert time_of(known, "s1a-iw-grd-vv-20200614t053318.tiff") == "2020-06-14", "not the day of its processing"
+    assert time_of(known | {"written": False}, "x_20200614.tif") == known["time"] == time_of(known, "x_20211103.tif")
+    assert time_of(known, "x.tif") == known["time"] and time_of({"time": None, "written": False}, "x.tif") is None
     big = tmp_path / "big"
     big.write_bytes(os.urandom(1 << 20) * 70)
     first = content_hash(big)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -449,6 +451,24 @@ def test_siglip_2_reads_lower_case(tmp_path):
     model.tokenizer = GemmaTokenizer()
     (large, small), _ = model.tokenize(texts)
     assert np.array_equal(large, small)
+
+
+def test_visitors_do_not_change_each_others_tokenizer(tmp_path):
+    """A fast tokenizer keeps where it cuts and how it fills as state: what two threads ask of it must not mix."""
+    model, calls = DualEncoder.from_pretrained(write_clip(tmp_path / "towers", "clip")), []
+
+    def tokenizer(texts, **options):
+        calls.append((threading.get_ident(), "truncation" in options))
+        time.sleep(0.01)
+        return {"input_ids": [[1, 2] for _ in texts]}
+
+    model.tokenizer = tokenizer
+    threads = [threading.Thread(target=model.tokenize, args=(["a river"],)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 8 and all(calls[n][0] == calls[n + 1][0] for n in range(0, 8, 2))
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip", "chinese_clip"])

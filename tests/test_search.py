@@ -82,6 +82,16 @@ def test_an_index_that_a_first_run_left_empty_takes_other_settings(ask, two_date
     assert code == 0 and "10 files indexed" in out, err
 
 
+def test_the_range_of_a_stretch_is_kept_in_the_index(ask, two_dates, matcher, tmp_path):
+    words = ["index", two_dates / "2020", "--workers", 0, "--model", matcher, "--stretch", "reflectance"]
+    code, _, err = ask(*words, "--reflectance", 7273, 18000, store=tmp_path / "x.index")
+    assert code == 0, err
+    assert json.loads((tmp_path / "x.index/index.json").read_text())["record"]["image"]["reflectance"] == [7273, 18000]
+    assert ask(*words[:6], store=tmp_path / "x.index")[0] == 0  # it knows its own
+    code, _, err = ask(*words, "--reflectance", 0, 3000, store=tmp_path / "x.index")
+    assert code == 2 and "reflectance" in err
+
+
 def test_rejected_files_of_a_server_have_a_list_of_their_own(ask, two_dates, matcher, monkeypatch, tmp_path):
     (tmp_path / "rejected.jsonl").write_text("another program's")
     report = IndexReport(rejected=[Rejected("a.tif", -1, "a.tif: broken")])

@@ -279,7 +279,7 @@ def test_refusals(opened):
 # The server
 
 
-def test_server_addresses():
+def test_server_addresses(monkeypatch):
     from qdrant_client import QdrantClient
 
     with pytest.raises(InputError, match="no Qdrant server answers"):
@@ -294,6 +294,11 @@ def test_server_addresses():
     client.create_collection("library", vectors_config=models.VectorParams(size=4, distance=models.Distance.COSINE))
     with pytest.raises(InputError, match="not a search index of this project"):
         store.open("https://host/library", client=client)
+    made = client.create_collection
+    monkeypatch.setattr(client, "create_collection", lambda *words, metadata, **more: made(*words, **more))
+    with pytest.raises(InputError, match=r"1\.16 or newer is needed"):  # a server that does not know the field
+        store.create("https://host/older", record={}, dim=4, client=client)
+    assert not client.collection_exists("older")
 
 
 def test_server_refuses(monkeypatch):
