@@ -135,7 +135,7 @@ def _in_child(task: str, **given) -> tuple[dict | None, str]:
     """-> (what the task gives, "") or (None, the reason why not)."""
     if shutil.which("java") is None:
         return None, "no Java on PATH"
-    texts = given.get("texts") or [text for candidates, _ in given["runs"] for text in candidates]
+    texts = given.get("texts") or [text for candidates, _, _ in given["runs"] for text in candidates]
     seconds = SECONDS[task] + SECONDS_PER_TEXT[task] * len(texts)
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"encoding": "utf-8", "errors": "replace"}
     child = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), task], start_new_session=True, **pipes)
@@ -179,6 +179,16 @@ def _keyed(candidates: list[str], references: list[list[str]]) -> tuple[dict, di
     return dict(enumerate(references)), {i: [text] for i, text in enumerate(candidates)}
 
 
+def _drawn_means(values: np.ndarray, groups: list | None, samples: int, seed: int) -> np.ndarray:
+    """Bootstrap means of the columns of `values` (N, C), -> (samples, C); rows of one group are drawn together."""
+    if groups is None:
+        return metrics._resampled_means(values, np.ones_like(values), samples, seed)
+    group = np.unique(groups, return_inverse=True)[1]
+    sums = np.stack([np.bincount(group, column) for column in values.T], 1)
+    counts = np.broadcast_to(np.bincount(group)[:, None], sums.shape).astype(np.float64)
+    return metrics._resampled_means(sums, counts, samples, seed)
+
+
 def _meteor(runs: list, samples: int, seed: int) -> dict:
     """METEOR 1.5 and its interval, of several runs (candidates, references): it takes ten seconds to start.
 
@@ -190,7 +200,7 @@ def _meteor(runs: list, samples: int, seed: int) -> dict:
     meteor = Meteor()
     one_image = meteor._stat
 
-    def scored(candidates, references):
+    def scored(candidates, references, groups):
         references = [[re.sub(r"\|{3,}", " ", text) for text in texts] for texts in references]  # its field separator
         lines: list[str] = []
         meteor._stat = lambda *texts: lines.append(one_image(*texts)) or lines[-1]
@@ -200,7 +210,7 @@ def _meteor(runs: list, samples: int, seed: int) -> dict:
         # does not count towards the sum.
         perfect = (counts[:, 0] == counts[:, 1]) & (counts[:, 21:] == counts[:, :1]).all(1) & (counts[:, 20] == 1)
         counts[:, 20] -= perfect
-        drawn = metrics._resampled_means(counts, np.ones_like(counts), samples, seed)
+        drawn = _drawn_means(counts, groups, samples, seed)
         sums = np.round(np.concatenate([counts.sum(0)[None], drawn * len(counts)]), 6)
         texts = (" ".join(map(str, row)) for row in sums.tolist())
         meteor.meteor_p.stdin.write(("EVAL ||| " + " ||| ".join(texts) + "\n").encode())
@@ -223,10 +233,10 @@ def _spice(runs: list, samples: int, seed: int) -> dict:
     from pycocoevalcap.spice.spice import Spice
 
     spice, made = Spice(), []
-    for run in runs:
-        value, each = spice.compute_score(*_keyed(*run))
+    for candidates, references, groups in runs:
+        value, each = spice.compute_score(*_keyed(candidates, references))
         each = [float(image["All"]["f"]) for image in each]
-        interval = metrics.bootstrap_interval(each, samples=samples, seed=seed)  # refuses NaN
+        interval = metrics.bootstrap_interval(each, groups, samples=samples, seed=seed)  # refuses NaN
         made.append({"value": float(value), "per_image": each, "interval": interval})
     return {"runs": made}
 
@@ -280,7 +290,9 @@ def _bleu(totals: np.ndarray) -> np.ndarray:
     return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
 
 
-def _python_scores(candidates: list[str], references: list[list[str]], samples: int, seed: int) -> dict:
+def _python_scores(
+    candidates: list[str], references: list[list[str]], groups: list | None, samples: int, seed: int
+) -> dict:
     """{name: {value, interval, per_image (BLEU-1 to 3 without)}} of tokens joined by spaces, by pycocoevalcap."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.cider.cider import Cider
@@ -298,7 +310,7 @@ def _python_scores(candidates: list[str], references: list[list[str]], samples: 
         for c in scorer.ctest
     ]
     sums = np.column_stack([counts, *(each for _, each in made.values())]).astype(np.float64)  # (N, 10 + 2)
-    drawn = metrics._resampled_means(sums, np.ones_like(sums), samples, seed)  # the same images for all scores
+    drawn = _drawn_means(sums, groups, samples, seed)  # the same images for all scores
     drawn = np.column_stack([_bleu(drawn[:, :10] * len(sums)), drawn[:, 10:]])
     interval = [metrics._percentiles(column, 0.95) for column in drawn.T]
 
@@ -349,20 +361,20 @@ def _tokens(group: list[tuple[int, str, list[str]]], cut) -> tuple[list[int], li
     return [i for i, _, _ in group], [join(candidate) for _, candidate, _ in group], truths
 
 
-def _all_scores(systems: list[list[str]], references, language, tokens, java, samples, seed) -> list[dict]:
+def _all_scores(systems: list[list[str]], references, language, tokens, java, samples, seed, groups=None) -> list[dict]:
     """`caption_scores` of several lists of candidates at once: Java starts once for all of them."""
     if language not in ("auto", "en", "zh") or tokens not in ("auto", "ptb", "words", "chars"):
         raise InputError(f"captions: no such language or tokens: {language!r}, {tokens!r}")
     checked = [_checked(candidates, references) for candidates in systems]
     grouped = [_groups(*captions, language) for captions in checked]
     for spoken, wrong, name in (("en", "chars", "English"), ("zh", "ptb", "Chinese")):
-        if tokens == wrong and any(spoken in groups for groups in grouped):
+        if tokens == wrong and any(spoken in parts for parts in grouped):
             raise InputError(f"captions: tokens {tokens!r} are not for {name}")
 
     # What splits a text, for each language; and why METEOR and SPICE are left out, where they are.
     cutters = {"en": {"words": english_tokens}, "zh": {"words": chinese_words, "chars": chinese_characters}}
     missing = {"en": "" if java else "left out (java=False)", "zh": "for English only"}
-    english = [row for groups in grouped for row in groups.get("en", ())]
+    english = [row for parts in grouped for row in parts.get("en", ())]
     if english and tokens != "words":
         texts = sorted({one_line(text) for _, candidate, listed in english for text in (candidate, *listed)} - {""})
         made = None
@@ -375,9 +387,9 @@ def _all_scores(systems: list[list[str]], references, language, tokens, java, sa
             raise InputError(f"captions: tokens 'ptb': {missing['en']}")
 
     results, runs = [], []
-    for groups in grouped:
+    for parts in grouped:
         results.append({"images": len(checked[0][0]), "parts": []})
-        for spoken, group in groups.items():
+        for spoken, group in parts.items():
             for kind, cut in cutters[spoken].items():
                 if tokens in ("words", "chars") and kind != tokens:
                     continue
@@ -387,18 +399,19 @@ def _all_scores(systems: list[list[str]], references, language, tokens, java, sa
                     "tokens": kind,
                     "images": len(group),
                     "empty": own.count(""),
+                    "longest": max(len(text.split()) for text in own),
                     "absent": dict.fromkeys(("METEOR", "SPICE"), missing[spoken]) if missing[spoken] else {},
                     "index": index,
                 }
                 results[-1]["parts"].append(part)
-                runs.append((part, own, truths))
+                runs.append((part, own, truths, groups and [groups[i] for i in index]))
     with ThreadPoolExecutor(1) as thread:  # Java is a process of its own: our scores are counted beside it
-        counted = [thread.submit(_python_scores, own, truths, samples, seed) for _, own, truths in runs]
+        counted = [thread.submit(_python_scores, *run[1:], samples, seed) for run in runs]
         for_java = [run for run in runs if not missing[run[0]["language"]]]
         found, absent = _java_scores([run[1:] for run in for_java], samples, seed) if for_java else ({}, {})
-    for (part, _, _), ours in zip(runs, counted):
+    for (part, *_), ours in zip(runs, counted):
         part["scores"] = ours.result()
-    for k, (part, _, _) in enumerate(for_java):
+    for k, (part, *_) in enumerate(for_java):
         part["scores"] |= {name: made[k] for name, made in found.items()}
         part["absent"] = dict(absent)
     for part in (part for result in results for part in result["parts"]):
@@ -571,7 +584,7 @@ def cider(candidates: list[str], references: list[list[str]], language: str = "a
 
 def compare(made: dict[str, list[str]], references: list[list[str]], training=(), **options) -> dict[str, dict]:
     """{name: `caption_scores`, and as "stats" `caption_stats`} of several models' captions of the same images; Java
-    starts once for all. options: those of `caption_scores`."""
+    starts once for all. options: those of `caption_scores`; groups: the image of each text, where one has several."""
     options = {"language": "auto", "tokens": "auto", "java": True, "samples": 1000, "seed": 0} | options
     results = _all_scores(list(made.values()), references, **options)
     return {
@@ -607,7 +620,9 @@ def tables(found: dict) -> list[tuple[str, list[dict], dict[str, str], str]]:
             for part in (p for p in result["parts"] if (p["language"], p["tokens"]) == key):
                 title, images = MODELS.get(name, name), max(images, part["images"])
                 values = {score: part["scores"][score]["value"] for score in SCORES}
-                # BLEU adds 1e-15 to every count: where nothing matches it says 1e-11 or so, which means none.
+                # BLEU adds 1e-15 to every count: where nothing matches it says 1e-11 or so, which means none; and where no
+                # caption has n words BLEU-n says 0.03.
+                values |= {name: 0.0 for n, name in enumerate(BLEU, 1) if n > part["longest"]}
                 row = {"model": title} | {k: v if v is None else round(v, 4) for k, v in values.items()}
                 stats = result.get("stats", {})
                 row |= {k: stats.get(k) for k in ("distinct", "copied_share", "mean_length")}

@@ -18,7 +18,7 @@ import signal
 import sys
 from pathlib import Path
 
-from config import SURROGATE, add_device_flags, refuse_outside, user_errors
+from config import SURROGATE, InputError, add_device_flags, refuse_outside, user_errors
 from scenes import IMAGE_SUFFIXES, path_of
 
 SAY = {
@@ -98,6 +98,7 @@ class Talk:
             said = self.model.chat(
                 self.image, question, history, max_tokens=self.args.max_length, temperature=self.args.temperature,
                 top_p=self.args.top_p, stop=lambda: self.stopped, store=self.pixels,
+                cut=lambda _: print(f"{self.say('cut')}\n{self.say(label)}", end="", flush=True),
                 streamer=Shown(self.model.tokenizer, skip_prompt=True, skip_special_tokens=True),
             )  # fmt: skip
         finally:
@@ -143,7 +144,11 @@ class Talk:
                 print(error)
         else:
             self.asked = text, [*self.turns]
-            said = self.answer(*self.asked, "answer")
+            try:
+                said = self.answer(*self.asked, "answer")
+            except InputError as error:  # a question longer than the base reads
+                print(error)
+                return True
             self.turns.append((text, said or "…"))
             if len(self.turns) > self.args.max_turns:
                 self.turns = self.turns[-self.args.max_turns :]

@@ -357,6 +357,11 @@ def main(argv: list[str] | None = None) -> int:
     about = f"adapter {args.lora} on {args.base or model.settings.base_model}"
     how = f"{str(dtype).removeprefix('torch.')} on {device}, decode {args.decode}"
     print(f"model: {about}, {how}")
+    bits = record_of(args.lora).get("settings", {}).get("quantize", "none")
+    if bits != "none":
+        print(
+            f"warning: trained on its base in {bits} bits, and asked on the whole one: train_vqa.py --eval_only asks the former"
+        )
     if foreign:
         print(
             f"model: no vqa.json in {args.lora}, so it is another tool's: used with the defaults of preset {args.preset}:"

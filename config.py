@@ -44,9 +44,7 @@ class InputError(ValueError):
 def user_errors():
     """Wrap a script's `main()`: an `InputError` becomes one readable line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(
-            stream, "reconfigure"
-        ):  # a terminal or a file of another encoding shows "?", and the work is not lost
+        if getattr(stream, "errors", "") == "strict":  # an output in GBK or Latin-1 shows "?", and the work is not lost
             stream.reconfigure(errors="replace")
     atexit.register(gc.freeze)  # or the last collection looks through all that torch and transformers made, for 1.5 s
     try:
@@ -426,6 +424,9 @@ class CaptionConfig(DataConfig):
 
 
 # Flags of TrainingArguments that would change nothing here, or break.
+WHOLE_MODELS = (
+    "every GPU holds a whole model (accelerate/ddp.yaml); LoRA, --quantize 4 and --gradient_checkpointing save memory"
+)
 USELESS = {
     "neftune_noise_alpha": "these models' losses know nothing of it",
     "label_smoothing_factor": "these models' losses know nothing of it",
@@ -433,6 +434,9 @@ USELESS = {
     " the same operations",
     "train_sampling_strategy": "scenes are drawn at random, and a batch has no padding that groups would save",
     "remove_unused_columns": "batches are made of scenes, not of columns",
+    "dataloader_drop_last": "an epoch of scenes is filled up to whole batches",
+    "fsdp": WHOLE_MODELS,
+    "deepspeed": WHOLE_MODELS,
     "push_to_hub": "nothing is uploaded while training; afterwards: hf upload NAME RUN/best_model",
 }
 # TrainingArguments whose default we change, with the reason.
@@ -451,6 +455,7 @@ TRAINING_DEFAULTS = {
     "warmup_steps": 0.05,  # below 1: a share of all steps
     "ddp_find_unused_parameters": False,
     "ddp_broadcast_buffers": False,  # no buffer of these models changes in training
+    "ddp_timeout": 86_400,  # seconds; the others wait while one process reads, answers or writes
 }
 
 READERS = min(4, processors())  # more than there are processors only wait for each other
@@ -739,7 +744,7 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         cuda = torch.cuda.is_available() and not namespace.use_cpu
         if not flag_given("--bf16", argv) and not namespace.fp16:
             # bf16 products are several times slower than fp32 on a CPU, so they are for CUDA alone.
-            namespace.bf16 = cuda and torch.cuda.is_bf16_supported()
+            namespace.bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         if not flag_given("--tf32", argv):
             namespace.tf32 = True if cuda and torch.cuda.get_device_capability()[0] >= 8 else None
     many = (1, 10**9)
@@ -766,6 +771,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     changed = {key: value for key, value in changed.items() if not key.endswith("_token")}  # runs are given to others
     if "LOCAL_RANK" not in os.environ:  # one process, which may go on with a run of several, has no group to make
         namespace.ddp_backend = None
+    if not getattr(namespace, "eval_only", None):
+        refuse_other_parallelism(namespace)
     parts = []
     for cls in classes:
         names = {field.name for field in dataclasses.fields(cls) if field.init}
@@ -812,12 +819,29 @@ def refuse_schedule(args) -> None:
         module = torch.nn.Linear(1, 1)
         made, options = Trainer.get_optimizer_cls_and_kwargs(args, module)
         optimizer = made([{"params": list(module.parameters()), "lr": args.learning_rate}], **options)
+        if callable(getattr(optimizer, "eval", None)):  # schedule-free: it would have to know when a model is used
+            raise ValueError("its weights are an average that is made outside the model; choose another")
         flag = f"--lr_scheduler_type {args.lr_scheduler_type.value}, --lr_scheduler_kwargs"
         steps = {"num_warmup_steps": args.get_warmup_steps(10), "num_training_steps": 10}
         get_scheduler(args.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     # A value that does not do, an argument that is missing or unknown, an optimizer's package that is not there.
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"{flag}: {error}") from None
+
+
+def refuse_other_parallelism(args) -> None:
+    """Every process trains a whole model on scenes of its own (DDP). Raises InputError where it is started for another way."""
+    import torch
+
+    alone = "LOCAL_RANK" not in os.environ and not args.use_cpu and torch.cuda.is_available()
+    if alone and (count := torch.cuda.device_count()) > 1:  # the Trainer would split scene batches with DataParallel
+        raise InputError(
+            f"{count} GPUs are visible to one process: start it with `accelerate launch --config_file accelerate/ddp.yaml`,"
+            " or choose one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise InputError(f"started for {name}, and {WHOLE_MODELS}")
 
 
 def refuse_unknown_trackers(report_to) -> None:

@@ -384,7 +384,7 @@ def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, without marks around it. Equal texts are split once: a million questions of RSVQA HR are few
     different ones."""
     known = list(dict.fromkeys(texts))
-    ids = dict(zip(known, tokenizer(known, add_special_tokens=False)["input_ids"])) if known else {}
+    ids = dict(zip(known, tokenizer(known, add_special_tokens=False, verbose=False)["input_ids"])) if known else {}
     return [ids[text] for text in texts]
 
 

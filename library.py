@@ -666,7 +666,8 @@ def index_library(
                 f"{root}: none of its {len({file.path for file in plan.files} | {bad.file for bad in report.rejected})} images"
                 " can be read" + (f"; the first: {report.rejected[0].reason}" if report.rejected else "")
             )
-        if progress and index.count() * index.dim * 4 > 1024 * store.GRAPH_FROM_KB:
+        changed = report.added or report.removed or report.renamed or report.amended
+        if progress and changed and index.count() * index.dim * 4 > 1024 * store.GRAPH_FROM_KB:
             print("building the search graph; the index may be used without, only slower", file=sys.stderr)
         index.build()
         report.total, report.seconds = index.count(), time.monotonic() - began
@@ -1209,7 +1210,8 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
         found = _match_names(first, second)
         boxes = [f"{first[0]['path']}, ..." for first, _ in sides]
         remedy = (
-            "has the same path and size: without a georeference, give both dates of a place one name in two folders"
+            "has the same path and size: without a georeference, index a folder of each date by itself, with a place under one"
+            " name in both"
         )
     if not found:
         raise InputError(

@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+LOG_SCALE_MOST = float(np.log(100))  # CLIP's bound (Radford et al. 2021, section 2.5)
+
 # ----------------------------------------------------------------------------------------------------
 # Relations
 
@@ -107,7 +109,7 @@ def match_loss(out: dict[str, torch.Tensor], relations: Relations, config) -> to
         return triplet_loss(
             out["image"], out["text"], relations, margin=config.margin, in_batch=config.in_batch_negatives
         )
-    scale = out["logit_scale"].clamp(max=float(np.log(100))).exp()  # CLIP's bound
+    scale = out["logit_scale"].clamp(max=LOG_SCALE_MOST).exp()
     if config.loss == "infonce":
         return infonce_loss(out["image"], out["text"], relations, scale=scale)
     return sigmoid_loss(out["image"], out["text"], relations, scale=scale, bias=out["logit_bias"])

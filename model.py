@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -260,6 +261,8 @@ def read_config(folder: str | Path):
 
 
 def _config_in(folder: str | Path):
+    said = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns of SigLIP's own defaults, which nothing here reads
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:
@@ -270,6 +273,8 @@ def _config_in(folder: str | Path):
             )
             raise InputError(f"{folder}: {what}") from None
         raise InputError(f"{path}: not a model configuration: {str(error).splitlines()[0]}") from None
+    finally:
+        transformers.logging.set_verbosity(said)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1032,7 +1037,8 @@ class VQA(nn.Module):
             max_answer_tokens=config.max_answer_tokens, images=image_settings(config).to_dict(), answers=answers or {},
         )  # fmt: skip
         processor, tokenizer = load_processor(config.base_model, config.min_pixels, config.max_pixels)
-        base = load_qwen(config.base_model, dtype, config.quantize, device)
+        whole_vision = "full" in (config.vision_tower, config.merger)
+        base = load_qwen(config.base_model, dtype, config.quantize, device, whole_vision)
         targets = [rf"model\.language_model\.layers\.\d+\..*\.({'|'.join(map(re.escape, config.lora_targets))})"]
         if config.vision_tower == "lora":
             targets.append(rf"model\.visual\.{LORA_TARGETS['image']}")
@@ -1101,7 +1107,7 @@ class VQA(nn.Module):
             refuse_other_base(root, settings, folder, "--base (train_vqa.py, cli_demo.py, web_demo.py: --base_model)")
             settings = replace(settings, base_model=str(root))  # where it lies now
             processor, tokenizer = load_processor(folder)
-        base = load_qwen(root, dtype, quantize, device)
+        base = load_qwen(root, dtype, quantize, device, "full" in (settings.vision_tower, settings.merger))
         # The modules that have LoRA are read off the tensors: a pattern written for 4.x names would find others, or none.
         modules = sorted({m[1] for key in tensors if (m := re.match(r"base_model\.model\.(.+)\.lora_A\.weight$", key))})
         known = dict(base.named_modules())
@@ -1242,6 +1248,7 @@ class VQA(nn.Module):
         for name in ("chat_template.json", "chat_template.jinja", "vocab.json", "merges.txt"):
             if (base / name).is_file() and not (partial / name).exists():
                 shutil.copy(base / name, partial / name)
+        keep_settings_of(base, partial, merged.dtype)
         folder.rmdir() if folder.is_dir() else None  # the caller saw that it is empty
         os.replace(partial, folder)
 
@@ -1376,19 +1383,31 @@ class VQA(nn.Module):
     @torch.inference_mode()
     def chat(
         self, image: str | None, question: str, history=(), *, max_tokens: int | None = None, temperature: float = 0.0,
-        top_p: float = 1.0, streamer=None, stop=None, store=None,
+        top_p: float = 1.0, streamer=None, stop=None, store=None, cut=None,
     ) -> str:  # fmt: skip
         """The answer to one question after a `history` of (question, answer) about an image (None: about none).
 
         Greedy, as `answer`; drawn where `temperature` is above 0 (Holtzman et al. 2020 for `top_p`). `streamer`: a
-        transformers streamer; `stop()` true ends the answer where it is. Raises imagery.ImageError.
+        transformers streamer; `stop()` true ends the answer where it is. Of a history that is longer than the base reads the
+        earliest turns are left out, and `cut(how many)` is told. Raises imagery.ImageError; InputError for a question that is.
         """
         part = {}
         if image is not None:
             part = pixel_batch([(pixel_store(self) if store is None else store)[str(image)]], self.processor)
         prefix, _ = self.prompt.prefix(tuple(part["image_grid_thw"][0].tolist()) if part else None)
-        asked = self.prompt.asked(Question(question, "", history=tuple(map(tuple, history))))
-        ids = torch.tensor([[*prefix, *self.prompt.branches([asked])[0][0]]])
+        turns, most = tuple(map(tuple, history)), max_tokens or self.settings.max_answer_tokens
+        context = self.qwen.config.get_text_config().max_position_embeddings
+        for left_out in range(len(turns) + 1):
+            asked = self.prompt.asked(Question(question, "", history=turns[left_out:]))
+            ids = torch.tensor([[*prefix, *self.prompt.branches([asked])[0][0]]])
+            if ids.shape[1] + most <= context:
+                break
+        else:
+            raise InputError(
+                f"the question and an answer of up to {most} tokens are longer than the {context} that the base reads"
+            )
+        if left_out and cut:
+            cut(left_out)
         if part:
             part["mm_token_type_ids"] = (ids == self.prompt.image_token).int()
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | part
@@ -1397,8 +1416,7 @@ class VQA(nn.Module):
             # A slider at its end gives a whole number, which transformers does not take.
             how = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0}
         config = GenerationConfig(
-            max_new_tokens=max_tokens or self.settings.max_answer_tokens, eos_token_id=self.ends,
-            pad_token_id=self.tokenizer.pad_token_id, **how,
+            max_new_tokens=most, eos_token_id=self.ends, pad_token_id=self.tokenizer.pad_token_id, **how,
         )  # fmt: skip
         criteria = [lambda ids, scores, **_: torch.full((len(ids),), bool(stop and stop()), device=ids.device)]
         training = self.training
@@ -1726,6 +1744,11 @@ class Captioner(nn.Module):
         projector."""
         folder = Path(folder)
         self.vision.save_pretrained(folder / "vision")
+        # The names of the hubs, which every version of transformers reads; version 5 writes CLIP's without the prefix.
+        named = {f"vision_model.{key.removeprefix('vision_model.')}": x for key, x in self.vision.state_dict().items()}
+        save_file(
+            {key: x.contiguous().cpu() for key, x in named.items()}, folder / "vision" / WEIGHTS, {"format": "pt"}
+        )
         self.processor.save_pretrained(folder / "vision")
         state = {key: value for key, value in self.language.state_dict().items() if "lora_" not in key}
         for name, module in self.language.named_modules():
@@ -1735,6 +1758,7 @@ class Captioner(nn.Module):
         state = {key.replace(".base_layer.", "."): value for key, value in state.items()}
         self.language.save_pretrained(folder / "language", state_dict=state)
         self.tokenizer.save_pretrained(folder / "language")
+        keep_settings_of(base_folder(self.settings.language_model), folder / "language", self.language.dtype)
         settings = replace(
             self.settings, vision_model="vision", language_model="language", lora_rank=0, freeze_vision_model=True,
             freeze_language_model_except_layers=0, stage=2, vision_fingerprint=fingerprint(folder / "vision"),
@@ -1825,10 +1849,12 @@ class Captioner(nn.Module):
         features = self.encode_images(pixel_values) if image_tokens is None else image_tokens
         embedded = self.embed(input_ids, features.reshape(-1, self.projector.side**2, features.shape[-1]))
         if label_rows is None:
-            logits = self.language(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False).logits[
-                :, :-1
-            ]
-            return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
+            # What stands before the first target, mostly the image, meets no vocabulary: 262 thousand words of Gemma 3.
+            first = int((labels[:, 1:] >= 0).any(0).nonzero()[0])
+            logits = self.language(
+                inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False, logits_to_keep=labels.shape[1] - first
+            ).logits[:, :-1]  # fmt: skip
+            return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, first + 1 :].flatten(), reduction="sum")
         tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
         hidden = packed_words(self.language.base_model, tree, embedded, batch["position_ids"][0])
         hidden = hidden.index_select(0, label_rows)
@@ -1984,15 +2010,28 @@ def pick_device(device: str, dtype: str):
     return device, getattr(torch, dtype)
 
 
+def keep_settings_of(base: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Put a base's own config.json and tokenizer_config.json in place of those that transformers 5 has written of it: version
+    4, and what is built on it, would take a wrong rope_theta from them, or fail."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if (base / name).is_file():
+            record = json.loads((base / name).read_text(encoding="utf-8"))
+            record |= {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in record}
+            (folder / name).write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
 def base_folder(name: str) -> Path:
     """A base's folder, as given or beside this file. `weight_files` says what to do when it is not there."""
     root = Path(name)
     return root if root.is_absolute() or root.exists() else Path(__file__).parent / root
 
 
-def load_qwen(folder: str | Path, dtype: torch.dtype, quantize: str = "none", device: str = "cpu") -> nn.Module:
-    """A whole Qwen2-VL or Qwen2.5-VL, with attention over packed scenes. Raises InputError naming every tensor that is
-    missing, unexpected or of another shape."""
+def load_qwen(
+    folder: str | Path, dtype: torch.dtype, quantize: str = "none", device: str = "cpu", whole_vision: bool = False
+) -> nn.Module:
+    """A whole Qwen2-VL or Qwen2.5-VL, with attention over packed scenes. whole_vision: the vision encoder is not quantised,
+    because some of it is trained whole. Raises InputError naming every tensor that is missing, unexpected or of another
+    shape."""
     from transformers import AutoModelForImageTextToText
 
     read_config(folder)
@@ -2002,6 +2041,7 @@ def load_qwen(folder: str | Path, dtype: torch.dtype, quantize: str = "none", de
         if not str(device).startswith("cuda"):
             raise InputError(
                 f"--quantize {quantize} (cli_demo.py: --quant): needs CUDA and bitsandbytes; leave it out on a CPU"
+                " (--quantize none, where an adapter was trained with it)"
             )
         from transformers import BitsAndBytesConfig
 
@@ -2009,6 +2049,7 @@ def load_qwen(folder: str | Path, dtype: torch.dtype, quantize: str = "none", de
             "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype,
             "bnb_4bit_use_double_quant": True,
         }  # fmt: skip
+        bits |= {"llm_int8_skip_modules": ["lm_head", "model.visual"]} if whole_vision else {}
         try:
             options = {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": device}}
         except ImportError as error:

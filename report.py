@@ -669,7 +669,7 @@ li.qa:last-child { padding-bottom: 0; } .qa p { margin: .1rem 0 .3rem; font-weig
 .tags { display: flex; justify-content: space-between; color: var(--dim); font-size: .8rem; }
 .badge.gained { color: var(--right); } .badge.lost, .qa .mark.wrong { color: var(--wrong); }
 .qa dl { display: grid; grid-template-columns: 3.6em 1fr; margin: 0; } .qa dt { color: var(--dim); }
-.qa dd { display: grid; grid-template-columns: 1.3em 1fr; margin: 0; min-width: 0; } .qa b { font-weight: 550; }
+.qa dd { display: grid; grid-template-columns: 1.3em minmax(0, 1fr); margin: 0; min-width: 0; } .qa b { font-weight: 550; }
 .two { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; } .two img { aspect-ratio: 1; }
 .two small { display: block; padding: .3rem .9rem 0; color: var(--dim); }
 .correct .bar i { background: var(--right); } .right { color: var(--right); } .badge.wrong { color: var(--wrong); }

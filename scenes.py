@@ -691,7 +691,8 @@ def _listed(content):
     """Rows of questions that stand under their image (EarthVQA) or a number (FloodNet), as a list; others as they are."""
     if not isinstance(content, dict) or not content:
         return content
-    if all(isinstance(rows, list) and rows and isinstance(rows[0], dict) for rows in content.values()):
+    lists = all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows[:1]) for rows in content.values())
+    if lists and any(content.values()):  # an image may have no question
         if len(content) == 1 and not any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in content):
             return next(iter(content.values()))  # {"data": [...]}
         return [{"image": image, **row} for image, rows in content.items() for row in rows if isinstance(row, dict)]
@@ -812,20 +813,26 @@ def files_below(folder: str | Path) -> list[Path]:
     def refuse(error: OSError):  # what cannot be listed must not pass for what is gone
         raise InputError(f"{error.filename}: the folder cannot be read: {error.strerror}") from None
 
-    found, visited = [], set()
-    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(where)
-        if real in visited:  # a link that leads back up
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        for name in names:
-            path = Path(where, name)
-            if not path.suffix and path.is_symlink() and not path.exists():  # a disk that is not mounted, most likely
-                raise InputError(f"{path}: the link leads nowhere ({os.readlink(path)}); mount it, or remove the link")
-            if name[0] != ".":
-                found.append(path)
+    found, visited, tops = [], set(), [folder]
+    for top in tops:  # folders before links to them: what a link names keeps the name of its own place
+        for where, folders, names in os.walk(top, onerror=refuse):
+            real = os.path.realpath(where)
+            if real in visited:  # a link to what has been seen, or back up
+                folders.clear()
+                continue
+            visited.add(real)
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            tops += [path for name in folders if (path := Path(where, name)).is_symlink()]
+            for name in names:
+                path = Path(where, name)
+                if (
+                    not path.suffix and path.is_symlink() and not path.exists()
+                ):  # a disk that is not mounted, most likely
+                    raise InputError(
+                        f"{path}: the link leads nowhere ({os.readlink(path)}); mount it, or remove the link"
+                    )
+                if name[0] != ".":
+                    found.append(path)
     return found
 
 
@@ -890,6 +897,12 @@ def load_splits(
     found = read(config.train_file, image_root=root, **options)
     rejected, duplicates, left_out = found.rejected, found.duplicates, found.left_out
     others, named = Counter(), {scene.split for scene in found.scenes}
+    if None in named and len(named) > 1:
+        bare = [scene.image for scene in found.scenes if scene.split is None]
+        raise InputError(
+            f"{config.train_file}: {len(bare)} of {len(found.scenes)} images have no split, first {bare[0]}: give it to all"
+            " or to none"
+        )
     for scene in found.scenes:
         name = _split_of(scene, config)
         if name == OTHER_TEST:

@@ -14,6 +14,7 @@ scenes and the matcher of `make demo`. Exit code 0: done; 1: done, but some imag
 
 import argparse
 import colorsys
+import contextlib
 import html
 import json
 import os
@@ -37,6 +38,7 @@ from config import (
 )
 
 MODEL = "lcybuaa/Git-RSCLIP"
+SHEET_MOST = 500  # pictures of a contact sheet: 17,000 pixels high, and 0.5 GB to draw
 DEMO = {
     "model": "output/demo/best_model",
     "store": "output/demo_search/library.index",
@@ -402,17 +404,17 @@ def run_query(args) -> int:
                 print(f"{title}\n{table_text(mine, filled)}\n" if mine else f"{title}\n")
         if args.json:
             printed = args.json == "-"
-            put(
-                args.json,
-                (json_to_print(rows, 1) if printed else json.dumps(rows, ensure_ascii=False, indent=1)) + "\n",
-            )
+            text = json_to_print(rows, 1) if printed else json.dumps(rows, ensure_ascii=False, indent=1)
+            put(args.json, text + "\n")
         if args.csv:
             put(args.csv, csv_text(rows) if rows else ",".join(RESULT) + "\n")
         if args.geojson:
             put(args.geojson, geojson([hit.payload for _, hits in results for hit in hits], rows))
         if args.sheet:
-            found = []
-            for title, hits in results:
+            found, most = [], max(1, SHEET_MOST // max(1, len(results)))
+            if any(len(hits) > most for _, hits in results):
+                print(f"the sheet shows the first {most}", file=sys.stderr)
+            for title, hits in ((title, hits[:most]) for title, hits in results):
                 head = [f"{rank}. {hit.score:.3f}" for rank, hit in enumerate(hits, 1)]
                 pictures = [picture_or_none(library, hit.payload) for hit in hits]
                 items = zip(pictures, head, (label_of(hit.payload) for hit in hits))
@@ -519,6 +521,9 @@ def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, in
     else:
         where = source
         (column,), rows = read_by_image(source, one_of=("label", "class", "category"))
+        if not any(key(row.get(column, "")) in number for row in rows.values()):  # EuroSAT: Label 3, ClassName Highway
+            with contextlib.suppress(InputError):
+                (column,), rows = read_by_image(source, one_of=("classname", "class_name", "class"))
         pairs = [(below_library(name, known), row[column]) for name, row in rows.items() if column in row]
     truth, strange, elsewhere = {}, Counter(), []
     for name, label in pairs:

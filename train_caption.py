@@ -39,6 +39,7 @@ from trainer import (
     Run,
     SceneTrainer,
     check_best_metric,
+    dtype_of,
     held_out_loss,
     parameters_text,
     prepared_tokens,
@@ -124,8 +125,8 @@ class CaptionRun(Run):
         self.record = {"task": "caption", "settings": changed, "trained_on": self.trained_on}
         self.prompts = prompts_of(self.splits["train"])
         self.refuse_other_languages()
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self.model = Captioner.from_base(config, seed=args.seed, dtype=dtype, prompts=self.prompts).to(args.device)
+        made = Captioner.from_base(config, seed=args.seed, dtype=dtype_of(args), prompts=self.prompts)
+        self.model = made.to(args.device)
         self.store = pixel_store(self.model, config.cache_dir)
         self.leave_out_unusable()
         self.say(f"data: {describe(self.splits)}")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import TrainerCallback
 
 import metrics
 import report
@@ -44,10 +45,19 @@ from data import (
     rows_digest,
 )
 from imagery import ImageSettings, colour_histogram, read_image
-from losses import Relations, backward_through_embeddings, count_terms, match_loss, mine_negatives
+from losses import LOG_SCALE_MOST, Relations, backward_through_embeddings, count_terms, match_loss, mine_negatives
 from model import DualEncoder, pixel_store
 from scenes import Scene, describe, is_chinese, load_json, load_splits, sample_scenes
-from trainer import Run, SceneTrainer, check_best_metric, gather_rows, parameters_text, read_history, write_json
+from trainer import (
+    Run,
+    SceneTrainer,
+    check_best_metric,
+    dtype_of,
+    gather_rows,
+    parameters_text,
+    read_history,
+    write_json,
+)
 
 IDS = ("scene_ids", "scene_texts", "text_ids", "triplets")
 MINED, UNTRAINED = "mined_negatives.json", "untrained.json"  # what a run keeps of its first start
@@ -98,6 +108,13 @@ class MatchTask:
             backward=lambda surrogate: accelerator.backward(surrogate * world),
             no_sync=partial(accelerator.no_sync, model),
         )
+
+
+class BoundedScale(TrainerCallback):
+    """CLIP's bound on the scale of the logits, after every step: the loss's own would end its gradient for good."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **_):
+        model.logit_scale.data.clamp_(max=LOG_SCALE_MOST)
 
 
 def first_of_each(ids: torch.Tensor) -> torch.Tensor:
@@ -239,11 +256,10 @@ def histogram_baseline(train: list[Scene], test: list[Scene], settings: ImageSet
         partial(_histogram, settings=settings), [scene.image for scene in (*train, *test)], disable=True
     )
     known, asked = np.stack(histograms[: len(train)]), histograms[len(train) :]
-    described = np.stack([vector(scene.texts) for scene in train])
     image = []
     for colours in asked:
         near = np.argsort(-np.minimum(known, colours).sum(1))[:5]
-        image.append(described[near].sum(0))
+        image.append(vector(text for n in near for text in train[n].texts))
     image, text = np.stack(image), np.stack([vector([t]) for t in texts])
     # The last number gives a text of unknown words a direction: one that is like no image.
     tables = [np.hstack([table, np.full((len(table), 1), 1e-6, np.float32)]) for table in (image, text)]
@@ -266,7 +282,7 @@ class MatchRun(Run):
         splits = load_splits(config, args.seed, rejected)
         self.trained_on = rows_digest(splits["train"])
         refuse_resume_on_held_out(config, args, splits, self.trained_on, self.say)
-        self.model = DualEncoder.from_base(config, seed=args.seed, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+        self.model = DualEncoder.from_base(config, seed=args.seed, dtype=dtype_of(args))
         self.store = pixel_store(self.model, config.cache_dir)
         self.splits = drop_unreadable(splits, self.store, config.max_rejected, rejected)
         self.say(f"data: {describe(self.splits)}")
@@ -386,7 +402,7 @@ class MatchRun(Run):
         head_rate = config.head_learning_rate
         if head_rate is None:
             head_rate = self.args.learning_rate * (1 if "full" in (config.image_tower, config.text_tower) else 10)
-        return SceneTrainer(
+        trainer = SceneTrainer(
             model=self.model,
             task=MatchTask(config, self.evaluate),
             args=self.args,
@@ -397,6 +413,8 @@ class MatchRun(Run):
             rates={"image": config.image_learning_rate, "text": config.text_learning_rate, "head": head_rate},
             early_stopping=config.early_stopping_patience,
         )
+        trainer.add_callback(BoundedScale())
+        return trainer
 
     def train(self) -> dict:
         """Train, score, print, and leave scores and report in the run's folder."""
@@ -456,7 +474,9 @@ def mined_negatives(model, scenes, config, args) -> list[list[str | None]]:
     texts = list(dict.fromkeys(t for scene in scenes for t in scene.texts))
     place = {t: i for i, t in enumerate(texts)}
     miner = (
-        DualEncoder.from_pretrained(config.mine_model, device=str(args.device)) if config.mine_model else model.eval()
+        DualEncoder.from_pretrained(config.mine_model, device=str(args.device), dtype=dtype_of(args))
+        if config.mine_model
+        else model.eval()
     )
     text = miner.embed_texts(texts, batch_size=4 * args.eval_batch_size).numpy()
     if config.mine_model:
@@ -478,7 +498,9 @@ def evaluate_only(config: MatchConfig, args, argv: list[str], keep: bool) -> dic
     """`--eval_only`: the table of a checkpoint on the test split (else the validation split), printed and returned, and with
     `keep` left in --output_dir."""
     moved = flag_value("--base_model", argv)
-    model = DualEncoder.from_pretrained(config.eval_only, base_model=moved, device=str(args.device))
+    model = DualEncoder.from_pretrained(
+        config.eval_only, base_model=moved, device=str(args.device), dtype=dtype_of(args)
+    )
     store = pixel_store(model, config.cache_dir)
     root = use_files_of_training(config, args, argv, config.eval_only, ("margin",))
     splits = drop_unreadable(load_splits(config, args.seed, train_root=root), store, config.max_rejected)

@@ -66,6 +66,7 @@ from trainer import (
     Run,
     SceneTrainer,
     check_best_metric,
+    dtype_of,
     held_out_loss,
     parameters_text,
     prepared_tokens,
@@ -267,8 +268,9 @@ def score_chat(made: dict, scenes: list[QuestionScene], train: list[QuestionScen
         learnt = [[question.answer] for question in known if _spoken(question) == language]
         truths = [[listed[n][1].answer] for n in chosen]
         found = caption_scores.compare(
-            {name: [texts[n] for n in chosen] for name, texts in said.items()}, truths, learnt, language=language
-        )
+            {name: [texts[n] for n in chosen] for name, texts in said.items()}, truths, learnt, language=language,
+            groups=[listed[n][0] for n in chosen],
+        )  # fmt: skip
         for n, truth, values in zip(chosen, truths, caption_scores.per_image(found["after"])):
             image, question = listed[n]
             row = {"image": image, "language": language, "prompt": question.text, "history": question.history}
@@ -402,7 +404,7 @@ class AnswerRun(Run):
         config, args = self.config, self.args
         root = None
         if config.eval_only:
-            more = ("max_question_tokens", "max_answer_tokens")
+            more = ("max_question_tokens", "max_answer_tokens", "quantize")
             root = use_files_of_training(config, args, argv, config.lora, more)
         if not config.lora:
             read_config(config.base_model)  # a missing base is said before the data is read
@@ -426,7 +428,7 @@ class AnswerRun(Run):
     def load(self, argv: list[str]) -> VQA:
         """A base with a new adapter, or the adapter of --lora on its base."""
         config, args = self.config, self.args
-        options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "device": str(args.device)}
+        options = {"dtype": dtype_of(args), "device": str(args.device)}
         answers = self.closed_set()
         if not config.lora:
             return VQA.from_base(config, seed=args.seed, answers=answers, **options)
@@ -531,7 +533,12 @@ class AnswerRun(Run):
         twin = copy.copy(self.args)
         begun = begun_blind(self.folder, settings) if self.args.resume_from_checkpoint else None
         twin.output_dir, twin.resume_from_checkpoint, twin.report_to = str(self.folder / "blind"), begun, []
+        unseen = [p for name, p in self.model.named_parameters() if ".visual." in name and p.requires_grad]
+        for parameter in unseen:  # it gets no gradient, for which DDP would wait
+            parameter.requires_grad_(False)
         self.trainer_of(twin, blind=True).train(resume_from_checkpoint=begun)
+        for parameter in unseen:
+            parameter.requires_grad_(True)
         self.made["blind"] = self.ask(self.held, blind=True)
 
     def finish(self, adapter, keep: bool) -> dict:

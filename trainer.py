@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate.utils import broadcast_object_list
 from peft.helpers import disable_input_dtype_casting
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
@@ -98,7 +99,9 @@ class SceneTrainer(Trainer):
         early_stopping: int = 0,
     ):  # fmt: skip
         best_by = digest_of(json.dumps([args.metric_for_best_model, rows_digest(watched)]))
-        self.task, self.settings, self.rates, self.resumed = task, settings | {"best_by": best_by}, rates, None
+        # transformers looks for its version beside a tokenizer, and warns of a mistake in some where it is not.
+        known = {"best_by": best_by, "transformers_version": transformers.__version__}
+        self.task, self.settings, self.rates, self.resumed = task, settings | known, rates, None
         callbacks = [AsAskedNow(self), MetricsFile(), EpochOfSampler(self)]
         if early_stopping:
             callbacks.append(EarlyStopping(early_stopping))
@@ -108,11 +111,6 @@ class SceneTrainer(Trainer):
         )  # fmt: skip
         self.add_callback(NoStepAfterTheLast())  # after the progress bar's: it raises, and each that has begun is ended
         self.saved_step = self.trained = None
-        if self.args.n_gpu > 1:  # one process would split scene batches with DataParallel, which cannot know how
-            raise InputError(
-                f"{self.args.n_gpu} GPUs are visible to one process: start it with `accelerate launch --config_file"
-                " accelerate/ddp.yaml`, or choose one GPU with CUDA_VISIBLE_DEVICES=0"
-            )
         first = range(min(len(train_dataset), self.args.train_batch_size))
         self.args.dataloader_num_workers = fitting_workers(
             self.args.dataloader_num_workers,
@@ -140,13 +138,13 @@ class SceneTrainer(Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             named = dict(self.accelerator.unwrap_model(model).named_parameters())
-            decayed = set(self.get_decay_parameter_names(self.accelerator.unwrap_model(model)))
             groups = []
             for module, names in self.accelerator.unwrap_model(model).parameter_groups().items():
                 rate = self.rates.get(module)
                 rate = self.args.learning_rate if rate is None else rate
                 for decay in (True, False):
-                    chosen = [named[name] for name in names if (name in decayed) == decay]
+                    # As OpenCLIP has it: matrices decay; biases, gains of norms and the temperature do not.
+                    chosen = [named[name] for name in names if (named[name].ndim > 1) == decay]
                     if chosen:
                         groups.append(
                             {"params": chosen, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
@@ -214,9 +212,7 @@ class SceneTrainer(Trainer):
 
     def _clip_grad_norm(self, model):
         # Listing a model's parameters visits all of its modules: 14 ms of CPU for Qwen2-VL-2B with LoRA, whose step takes some
-        # 300 ms on an H100. Whether a sharded model's gradients are to be gathered, accelerate tells by that list.
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._clip_grad_norm(model)
+        # 300 ms on an H100.
         if self.trained is None:
             self.trained = [p for p in model.parameters() if p.requires_grad]
         return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
@@ -280,7 +276,9 @@ class SceneTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.save_model(str(partial), _internal_call=True)
         best = run / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and (best == final or best.exists()):
+        # Where the best is not asked for, the Trainer would keep it at the end in place of the last.
+        asked = self.args.load_best_model_at_end and self.state.best_global_step
+        if asked and (best == final or best.exists()):
             self.state.best_model_checkpoint = str(best)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(partial))
@@ -320,19 +318,14 @@ class SceneTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         names = {file.name for file in Path(resume_from_checkpoint).iterdir()}
-        # optimizer.pt; of FSDP optimizer_0, of DeepSpeed global_step7. Without them the Trainer would begin with new ones.
-        if "scheduler.pt" not in names or not any(name.startswith(("optimizer", "global_step")) for name in names):
+        if not {"scheduler.pt", "optimizer.pt"} <= names:  # without them the Trainer would begin with new ones
             raise InputError(
                 f"{resume_from_checkpoint}: cannot resume, it holds no optimizer and scheduler (was it saved with"
                 " --save_only_model?); give another checkpoint"
             )
-        if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.accelerator.unwrap_model(model or self.model).load_trained(resume_from_checkpoint)
 
     def _load_best_model(self):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_best_model()
         self.accelerator.unwrap_model(self.model).load_trained(self.state.best_model_checkpoint)
 
     def save_best(self, name: str = "best_model", write=None) -> Path:
@@ -380,6 +373,11 @@ class PackedTask:
         return total * accelerator.num_processes  # the Trainer logs the mean over processes of what is returned
 
 
+def dtype_of(args) -> torch.dtype:
+    """Of the frozen parts of a model; what is trained is float32."""
+    return torch.bfloat16 if args.bf16 else torch.float32
+
+
 class Run:
     """What a run of any task has: its settings, its folder, and whether this process is the one that speaks and writes."""
 
@@ -403,11 +401,11 @@ def parameters_text(model) -> str:
 
 
 def prepared_tokens(model, store, paths: list[str], cache_dir: str, args):
-    """The model's `TokenStore` below `cache_dir`, with what its frozen vision tower makes of these images: the first process
-    encodes those that are not in it yet, the others wait."""
+    """The model's `TokenStore` below `cache_dir`, with what its frozen vision tower makes of these images: every process
+    encodes its share of those that are not in it yet."""
     tokens = model.token_store(cache_dir, store)
-    if args.process_index == 0:
-        model.prepare_tokens(tokens, store, paths, args.eval_batch_size)
+    share = list(dict.fromkeys(paths))[args.process_index :: args.world_size]
+    model.prepare_tokens(tokens, store, share, args.eval_batch_size)
     if args.world_size > 1:
         torch.distributed.barrier()
     return tokens

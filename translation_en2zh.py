@@ -805,6 +805,8 @@ def answer_in(body: str) -> Answer:
             raise Retry("empty answer", "the list of choices is empty")
         said, why = choices[0]["message"], choices[0].get("finish_reason")
         text = said["content"] or said.get("refusal")  # which takes the content's place
+        if isinstance(text, list):  # parts, as Mistral's models that think send: their thinking has another type
+            text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
         if not (text is None or isinstance(text, str)) or SURROGATE.search(text or ""):  # an escape cut in half
             raise TypeError
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
@@ -931,7 +933,11 @@ class Endpoint:
             response = await asyncio.wait_for(asked, self.args.timeout)
             if len(response.content) > HEAVIEST:
                 raise Retry("malformed body", f"an answer of {len(response.content) / 2**20:.0f} MiB")
-            return answer_in(response.text)
+            try:
+                return answer_in(response.text)
+            except Retry as error:  # a proxy may send the request's headers back
+                shown = str(error) if self._masked(response.text) == response.text else "not shown: it holds the key"
+                raise Retry(error.cause, shown) from None
         except (openai.APITimeoutError, asyncio.TimeoutError):
             raise Retry("timeout", f"no answer within {self.args.timeout:g} s") from None
         except openai.APIStatusError as error:
@@ -945,11 +951,13 @@ class Endpoint:
         except (openai.OpenAIError, ValueError) as error:
             raise Retry("malformed body", one_line(error)) from None
 
+    def _masked(self, text: str) -> str:
+        """`text` without the key, which a server or a proxy may send back; before anything is cut off it."""
+        return text if self.args.api_key == "none" else text.replace(self.args.api_key, "***")
+
     def _raise_for(self, error) -> None:
         status = error.status_code
-        said = f"HTTP {status}: {one_line(error.message)}"
-        if self.args.api_key != "none":  # what stands for no key
-            said = said.replace(self.args.api_key, "***")
+        said = f"HTTP {status}: {one_line(self._masked(error.message))}"
         where = f"{self.args.base_url}: {said}"
         if status in (401, 402, 403):
             raise InputError(f"{where}; check --api_key (OPENAI_API_KEY) and what the account may use") from None

@@ -174,6 +174,21 @@ def test_intervals_are_those_of_slow_resampling():
         assert part["scores"][name]["interval"] == pytest.approx(np.quantile(column, [0.025, 0.975]), abs=1e-9), name
 
 
+def test_texts_of_one_image_are_drawn_together():
+    """Of a dialogue: eight answers of an image are not eight images."""
+    captions = drawn_captions(12, seed=3)
+    many = [[text for text in part for _ in range(8)] for part in captions]
+    options = {"java": False, "samples": 60, "seed": 5}
+    (alone,) = caption_scores.compare({"x": captions[0]}, captions[1], **options)["x"]["parts"]
+    grouped = caption_scores.compare({"x": many[0]}, many[1], groups=[n // 8 for n in range(96)], **options)
+    (grouped,) = grouped["x"]["parts"]
+    for name, near in {
+        **dict.fromkeys((*BLEU, "ROUGE-L"), 1e-6),
+        "CIDEr": 0.1,
+    }.items():  # what CIDEr is of 12 or 96 texts
+        assert grouped["scores"][name]["interval"] == pytest.approx(alone["scores"][name]["interval"], abs=near), name
+
+
 def test_intervals_at_full_size_take_seconds():
     captions = drawn_captions(300)
     captions = captions[0] * 7, captions[1] * 7
@@ -342,6 +357,11 @@ def test_tables():
     assert rows[0]["copied_share"] == 1 and columns["copied_share"] == "copied"
     ((_, rows, columns, _),) = caption_scores.tables({"x": scores(["a"], [["a"]], java=False)})
     assert rows[0]["model"] == "x" and "distinct" not in columns
+    # Where no caption has as many words the scorer's BLEU-4 is 0.03.
+    three = scores(["a road runs"], [["a road runs"]], java=False)
+    assert 0.02 < three["parts"][0]["scores"]["BLEU-4"]["value"] < 0.04
+    ((_, rows, _, _),) = caption_scores.tables({"x": three})
+    assert rows[0]["BLEU-3"] == 1 and rows[0]["BLEU-4"] == 0
     # No three words in common: the scorer's BLEU-3 is not 0, but next to it.
     apart = {"x": scores(["a b c d", "a b"], [["a c b d"], ["a b"]], java=False)}
     ((_, rows, columns, _),) = caption_scores.tables(apart)
@@ -444,7 +464,7 @@ def test_spice_by_image(monkeypatch):
             return np.float64(0.5), [{"All": {"f": f}, "Color": {"f": np.nan}} for f in (0.25, 0.75)]
 
     monkeypatch.setattr(spice, "Spice", Answers)
-    (made,) = caption_scores._spice([(["a", "b"], [["a", "c"], ["b"]])], samples=50, seed=0)["runs"]
+    (made,) = caption_scores._spice([(["a", "b"], [["a", "c"], ["b"]], None)], samples=50, seed=0)["runs"]
     assert made == {"value": 0.5, "per_image": [0.25, 0.75], "interval": (0.25, 0.75)}
 
 

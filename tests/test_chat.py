@@ -80,6 +80,26 @@ def test_chat_says_what_answer_says(answerer, picture, history):
     assert isinstance(model.chat(None, "Hello", max_tokens=3), str)
 
 
+def test_a_history_longer_than_the_base_reads_loses_its_earliest_turns(answerer, picture, monkeypatch):
+    from config import InputError
+    from data import pixel_batch
+    from model import pixel_store
+
+    model, left_out = answerer(strength=0.3), []
+    turns = [(f"How many of kind {n}?", str(n)) for n in range(6)]
+    whole = model.chat(picture, "And now?", turns, max_tokens=6, cut=left_out.append)
+    assert not left_out
+    asked = model.prompt.asked(Question("And now?", "", history=tuple(turns[2:])))
+    grid = pixel_batch([pixel_store(model)[picture]], model.processor)["image_grid_thw"][0].tolist()
+    room = len(model.prompt.prefix(tuple(grid))[0]) + len(model.prompt.branches([asked])[0][0]) + 6
+    monkeypatch.setattr(model.qwen.config.get_text_config(), "max_position_embeddings", room)
+    short = model.chat(picture, "And now?", turns, max_tokens=6, cut=left_out.append)
+    assert left_out == [2] and short != whole
+    assert short == model.chat(picture, "And now?", turns[2:], max_tokens=6)
+    with pytest.raises(InputError, match=f"longer than the {room} that the base reads"):
+        model.chat(picture, "river " * 100, turns, max_tokens=6)
+
+
 def test_chat_stops_draws_and_streams(answerer, picture):
     model = answerer(strength=0.3)
     whole = model.chat(picture, "How many buildings?", max_tokens=8)

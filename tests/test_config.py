@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from config import (
     field_help,
     flag_value,
     parse,
+    refuse_other_parallelism,
     resolve_checkpoint,
     user_errors,
 )
@@ -97,7 +99,7 @@ def test_the_command_line_chooses_16_bits(monkeypatch, tmp_path):
     from transformers import TrainingArguments
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the card
     monkeypatch.setattr(TrainingArguments, "world_size", 1)
@@ -113,9 +115,34 @@ def test_the_command_line_chooses_16_bits(monkeypatch, tmp_path):
         assert (args.bf16, args.fp16, args.tf32) == wanted, words
 
 
+def test_a_run_is_started_for_one_gpu_or_for_ddp(monkeypatch):
+    import torch
+    from transformers import Trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        args = SimpleNamespace(use_cpu=False)
+        refused(lambda: refuse_other_parallelism(args), "2 GPUs are visible to one process", "accelerate/ddp.yaml")
+        patch.setenv("LOCAL_RANK", "0")
+        refuse_other_parallelism(args)
+    for name in ("FSDP", "DEEPSPEED"):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_USE_{name}", "true")
+            refused(read, "started for", "every GPU holds a whole model")
+
+    class ScheduleFree(torch.optim.SGD):
+        def eval(self):
+            """As those of the package schedulefree."""
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda args, model: (ScheduleFree, {}))
+    refused(lambda: read("--optim=schedule_free_sgd"), "--optim schedule_free_sgd", "outside the model")
+
+
 @pytest.mark.parametrize("words", ["--neftune_noise_alpha=5", "--label_smoothing_factor=0.5", "--temperature=0.001",
                                    "--data_seed=-1", "--adam_beta1=2", "--max_steps=0", "--fp16", "--push_to_hub",
                                    "--train_sampling_strategy=sequential", "--remove_unused_columns=true",
+                                   "--dataloader_drop_last=true", "--fsdp=full_shard", "--deepspeed=zero3.json",
                                    "--adam_epsilon=-1", "--optim=adamw_bnb_8bit", "--optim=galore_adamw",
                                    "--lr_scheduler_type=warmup_stable_decay",
                                    '--lr_scheduler_kwargs={"no_such": 1}'])  # fmt: skip

@@ -318,6 +318,9 @@ def test_images_below_links_are_found_and_a_closed_folder_is_said(folder, monkey
     (folder / "library" / "x.png").mkdir()
     found = image_files(folder / "library")
     assert found == [folder / "library" / "2020" / "c.png"]
+    picture(folder / "real" / "d.png", 6)
+    (folder / "a_link").symlink_to(folder / "real")  # of two names of a folder its own is the one that rows have
+    assert {path.parent.name for path in image_files(folder) if path.name in ("c.png", "d.png")} == {"real"}
     (folder / "library" / "nas").symlink_to(folder / "not mounted")
     refused(lambda: image_files(folder / "library"), "nas: the link leads nowhere", "not mounted")
     (folder / "library" / "nas").unlink()
@@ -545,7 +548,10 @@ ONE_QUESTION = {
     "plain.json": [{"image": "a.png", "question": "How many?", "answer": "2", "type": "count", "split": "test"}],
     "plain.jsonl": [{"image_path": "a.png", "question": "How many?", "answer": 2.0, "type": "count", "split": "test"}],
     "plain.csv": "image_path,question,answer,type,split\na.png,How many?,2,count,test\n",
-    "earthvqa.json": {"a.png": [{"Type": "count", "Question": "How many?", "Answer": "2", "split": "test"}]},
+    "earthvqa.json": {
+        "b.png": [],
+        "a.png": [{"Type": "count", "Question": "How many?", "Answer": "2", "split": "test"}],
+    },
     "floodnet.json": {
         "0": {
             "Image_ID": "a.png",
@@ -569,6 +575,12 @@ def test_rows_of_one_question(tmp_path, name):
         (scene,) = read(tmp_path / name).scenes
         found = scene.questions[0]
         assert (found.text, found.answer, found.kind, scene.split) == ("How many?", "2", "count", "test")
+
+
+def test_a_split_is_given_to_all_images_or_to_none(folder):
+    rows = captions(4, split="train") + captions(2, 4, split="test") + captions(1, 6)
+    save(folder / "c.json", rows)
+    refused(lambda: load_splits(DataConfig(train_file=str(folder / "c.json"))), "1 of 7 images have no split", "a6.png")
 
 
 def test_pictures_lie_in_a_folder_of_the_name_of_the_file(tmp_path):

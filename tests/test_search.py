@@ -181,12 +181,15 @@ def test_query_filters_and_pictures(ask, two_dates, tmp_path):
     assert code == 0 and out.count("score") == 2 and (tmp_path / "each.png").exists()
 
 
-def test_query_with_a_picture_gone(ask, two_dates, matcher, tmp_path):
+def test_query_with_a_picture_gone(ask, two_dates, matcher, monkeypatch, tmp_path):
     write_tif(tmp_path / "library/a.tif", 64, 64)
     index_library(DualEncoder.from_pretrained(matcher), tmp_path / "library", tmp_path / "x", **SMALL)
     (tmp_path / "library/a.tif").rename(tmp_path / "library/b.tif")
     code, out, err = ask("query", "a farm", "--sheet", tmp_path / "s.png", store=tmp_path / "x")
     assert code == 0 and "a.tif" in out and "no picture" in err and (tmp_path / "s.png").exists()
+    monkeypatch.setattr(search, "SHEET_MOST", 2)
+    code, _, err = ask("query", "a farm", "-k", 5, "--sheet", tmp_path / "two.png")
+    assert code == 0 and "the sheet shows the first 2" in err
     code, _, err = ask(
         "query", "a farm", "--library", tmp_path / "nowhere", "--sheet", tmp_path / "s.png", store=tmp_path / "x"
     )
@@ -219,6 +222,9 @@ def test_classify(ask, two_dates, tmp_path):
     )
     code, out, err = ask("classify", "--labels", "farm,harbour", "--truth", truth)
     assert code == 0 and "on 2 images" in out and "no label" not in err
+    truth.write_text(",Filename,Label,ClassName\n0,farm/p0.tif,0,Farm\n1,harbour/p1.tif,1,Harbour\n")  # EuroSAT's own
+    code, out, err = ask("classify", "--labels", "farm,harbour", "--truth", truth)
+    assert code == 0 and "on 2 images" in out and "no label" not in err, err
     for table, labels, said in (
         ("path,label\nfarm/p0.tif,farm\nfarm/p0.tif,harbour\n", "farm,harbour", "stands in two rows"),
         ("path,label\nfarm/p0.tif,farm\n./farm/p0.tif,harbour\n", "farm,harbour", "p0.tif has two labels"),

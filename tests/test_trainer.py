@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,6 +163,29 @@ def test_rates_reach_the_optimizer(train, tmp_path, monkeypatch):
     found = rates("--learning_rate 1e-3")  # LoRA: heads learn ten times as fast
     assert {rate for rate, _ in found["text_tower"]} == {1e-3}
     assert {round(rate, 9) for rate, _ in found["text_projection"]} == {1e-2}
+
+
+def test_the_temperature_comes_back_from_its_bound(train, tmp_path):
+    """A clamp in the loss alone would end its gradient for good."""
+    from losses import LOG_SCALE_MOST
+
+    words = (
+        "--loss infonce --temperature 0.01 --head_learning_rate 0.5 --max_steps 2 --eval_strategy no --save_strategy no"
+    )
+    train(tmp_path / "run", f"{words} --load_best_model_at_end false --lr_scheduler_type constant --warmup_steps 0")
+    scale = float(weights(tmp_path / "run/best_model")["logit_scale"])
+    assert scale < LOG_SCALE_MOST, "it started at the bound, which is too high for what is not yet trained"
+    model = SimpleNamespace(logit_scale=torch.nn.Parameter(torch.tensor(5.0)))
+    train_match.BoundedScale().on_optimizer_step(None, None, None, model=model)
+    assert float(model.logit_scale) == pytest.approx(LOG_SCALE_MOST)
+    model.logit_scale.clamp(max=LOG_SCALE_MOST).backward()
+    assert float(model.logit_scale.grad) == 1
+
+
+def test_the_last_checkpoint_stays_where_the_best_is_not_asked_for(train, tmp_path, scripted):
+    scripted([0.9, 0.5, 0.3])
+    train(tmp_path / "run", "--num_train_epochs 3 --save_total_limit 1 --load_best_model_at_end false")
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-12"]
 
 
 @pytest.fixture

@@ -189,6 +189,10 @@ class _Handler(BaseHTTPRequestHandler):
             message = {"content": None, "refusal": "I'm sorry, I can't help with that."}
         elif fault == "thinks":
             text = f"<think>two planes\n</think>\n\n“{text}”"
+        elif fault == "parts":
+            message = {"content": [{"type": "thinking", "thinking": "two"}, {"type": "text", "text": text}]}
+        elif fault == "tells":  # a proxy that answers 200 with the request's headers
+            return self.send(200, f"no such route; {'x' * 150} {self.headers['authorization']}")
         elif fault == "detail":
             text = f"{number}栋建筑旁的机场里，两架白色飞机停在东北部。"
         message = {"role": "assistant", "content": text} | message
@@ -481,6 +485,27 @@ def test_what_no_retry_can_mend_stops_the_run(tmp_path, call, server, status, to
     line = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(line) == 1 and f"HTTP {status}: " in line[0] and told in line[0] and "sk-123" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions_en.json", "images"]
+
+
+def test_an_answer_in_parts_is_one(tmp_path, call, server):
+    write_input(tmp_path, [[english(i)] for i in range(3)])
+    server.plan = {i: ["parts"] * 9 for i in range(3)}
+    assert call()[0] == 0 and server.total() == 3
+    assert sorted(row["label"] for row in rows_in(tmp_path / "zh.json")) == sorted(chinese(i) for i in range(3))
+
+
+@pytest.mark.parametrize("pad", [0, 186])
+def test_a_key_that_comes_back_is_not_shown(tmp_path, call, server, pad):
+    """Neither whole nor in part, where the message is cut; nor in the files."""
+    write_input(tmp_path, [[english(i)] for i in range(3)])
+    server.plan = {1: ["tells"] * 9}
+    code, out, err = call("--api_key", "sk-0123456789", "--retries", 1)
+    assert code == 1 and server.asked[1] == 2
+    left = "".join(path.read_text() for path in tmp_path.iterdir() if path.is_file())
+    assert "sk-01" not in out + err + left and "it holds the key" in left
+    server.status = (401, "n" * pad + " your key is sk-0123456789")
+    code, out, err = call("--api_key", "sk-0123456789", "--temperature", "1")
+    assert code == 2 and "sk-01" not in out + err and "HTTP 401" in err
 
 
 def test_a_server_that_is_not_there_or_goes_away(tmp_path, call, server):

@@ -460,6 +460,8 @@ def test_a_base_that_was_moved_is_found_by_its_flag(base, answerer, tmp_path):
     assert json.loads((tmp_path / "b" / "vqa.json").read_text())["base_model"] == str(second)
     model.merge(tmp_path / "merged")
     assert (tmp_path / "merged" / "vocab.json").is_file() and load_qwen(tmp_path / "merged", torch.float32)
+    for name in ("config.json", "tokenizer_config.json"):  # version 4 of transformers reads them
+        assert json.loads((tmp_path / "merged" / name).read_text()) == json.loads((second / name).read_text())
     modes = {path.stat().st_mode for path in (tmp_path / "merged").iterdir()}
     assert len(modes) == 1  # a server of another user reads the weights as it does the settings
 
