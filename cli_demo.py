@@ -133,8 +133,11 @@ class Talk:
             if not self.asked:
                 print(self.say("nothing"))
             else:
-                with self.model.before():
-                    self.answer(*self.asked, "before")
+                try:
+                    with self.model.before():
+                        self.answer(*self.asked, "before")
+                except InputError as error:
+                    print(f"\n{error}")
         elif path is not None:
             try:
                 if path:
@@ -147,7 +150,8 @@ class Talk:
             try:
                 said = self.answer(*self.asked, "answer")
             except InputError as error:  # a question longer than the base reads
-                print(error)
+                self.asked = None
+                print(f"\n{error}")
                 return True
             self.turns.append((text, said or "…"))
             if len(self.turns) > self.args.max_turns:

@@ -423,10 +423,10 @@ class CaptionConfig(DataConfig):
     """Validation images captioned at each evaluation during training (a fixed sample); the final test uses all."""
 
 
-# Flags of TrainingArguments that would change nothing here, or break.
 WHOLE_MODELS = (
     "every GPU holds a whole model (accelerate/ddp.yaml); LoRA, --quantize 4 and --gradient_checkpointing save memory"
 )
+# Flags of TrainingArguments that would change nothing here, or break.
 USELESS = {
     "neftune_noise_alpha": "these models' losses know nothing of it",
     "label_smoothing_factor": "these models' losses know nothing of it",

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from config import DataConfig, InputError, by_content, processors, record_of, use_files_of_training
-from imagery import ImageError, ImageSettings, file_state, guessed_bands, read_image
+from imagery import RENDERING, ImageError, ImageSettings, file_state, guessed_bands, read_image
 from scenes import (
     Question,
     QuestionScene,
@@ -279,7 +279,7 @@ class PixelStore:
     def __init__(self, resize, settings: ImageSettings, cache_dir: str | None = None):
         self.resize, self.settings = resize, settings
         self.folder = Path(cache_dir) / "pixels" if cache_dir else None
-        self.recipe = json.dumps([resize.key, settings.to_dict()], sort_keys=True)
+        self.recipe = json.dumps([resize.key, settings.to_dict(), RENDERING], sort_keys=True)
 
     def __getitem__(self, path: str) -> np.ndarray:
         """(H, W, 3) uint8. Raises ImageError."""
@@ -800,9 +800,9 @@ def pack(scenes: list[dict], align: int = 1, split: bool = False) -> dict[str, t
             ids.append(branch), positions.append(np.tile(start + np.arange(n), (3, 1)))
             _, count, width = rows[table].shape
             order.append(starts[table] + (s * count + b) * width + np.arange(n))
-            places = np.arange(n - targets, n) if np.ndim(targets) == 0 else targets
-            label_rows.append(np.r_[last, at : at + n - 1][places])
-            labels.append(branch[places])
+            wanted = np.arange(n - targets, n) if np.ndim(targets) == 0 else targets
+            label_rows.append(np.r_[last, at : at + n - 1][wanted])
+            labels.append(branch[wanted])
             at += n
     none = np.zeros(0, dtype=np.int64)
     made = {
@@ -832,7 +832,8 @@ def _two_tables(lengths: list[np.ndarray], prefix: int) -> list[tuple[int, int]]
 
 
 def pad_questions(scenes: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
-    """Scenes (as for `pack`) -> a padded row of each question with its own copy of the image: the plain form.
+    """Scenes (as for `pack`, targets as numbers) -> a padded row of each question with its own copy of the image: the
+    plain form.
 
     input_ids, attention_mask, labels (B, L), filled on the right, -100 where nothing is predicted; pixel_values and
     image_grid_thw (B, 3)."""
@@ -922,8 +923,8 @@ class QuestionDataset(Dataset):
 
 
 def share_beginning(scene: dict) -> dict:
-    """A scene (as for `pack`) with the tokens that all of its branches begin with, as far as none is a target, moved to the
-    end of its prefix: they are then run once."""
+    """A scene (as for `pack`, targets as numbers) with the tokens that all of its branches begin with, as far as none is a
+    target, moved to the end of its prefix: they are then run once."""
     branches = scene["branches"]
     room = min(len(ids) - targets for ids, targets in branches)
     same = np.all([ids[:room] == branches[0][0][:room] for ids, _ in branches], axis=0)

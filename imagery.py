@@ -26,7 +26,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 import rasterio
 from PIL import Image, ImageOps
-from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_gcps
 from rasterio.warp import transform as warp_points
@@ -44,7 +44,11 @@ GDAL_OPTIONS = {
     "GDAL_PAM_ENABLED": "NO",  # and none written beside it
     "GDAL_CACHEMAX": 256 * 2**20,  # bytes of decoded blocks a process; GDAL's 5% of the memory are 80% in 16 readers
 }
+RENDERING = (
+    2  # counts up where a file and settings give other pixels than before, which caches and indexes must not mix
+)
 FILLS = (-9999, -32768, -32767, -(2**31))  # what signed and real numbers mark missing data by, tagged or not
+PATCHES = 16  # on a side, where the stretch of a huge file is measured on parts of it
 SAMPLE_SIDE = 1024  # the stretch is measured on at most SAMPLE_SIDE^2 pixels: 1M give a percentile to ~0.01%
 STREAM_FACTOR = 16  # a decimated read streams block by block, so it may pass through more than it returns
 MAGIC = {  # first bytes: (format as Pillow names it, GDAL driver or None for Pillow)
@@ -321,7 +325,8 @@ class _Raster:
         ratio = min(window[3] / out[0], window[2] / out[1])
         level = max((o for o in self.overviews if o <= ratio), default=1)
         block = max(rows * cols for rows, cols in self.src.block_shapes)  # one strip or tile is decoded as a whole
-        deep = self.src.count if self.src.interleaving == Interleaving.pixel else 1  # bands that are decoded with it
+        together = self.src.tags(ns="IMAGE_STRUCTURE").get("INTERLEAVE") in ("PIXEL", "TILE")
+        deep = self.src.count if together else 1  # bands that are decoded with it
         streamed = max(window[2] * window[3] / level**2, block * deep)
         if max(out[0] * out[1], block) > limit or streamed > limit * STREAM_FACTOR:
             raise _too_large(self.path, self.height, self.width, limit)
@@ -696,9 +701,9 @@ def _percentile_limits(scene, bands, settings, whole):
         levels = [1, *(o for o in scene.overviews if o <= 1 / scale)]  # what GDAL may read instead of full size
         if h * w / max(levels) ** 2 <= settings.max_pixels:
             reads = [((0, 0, w, h), out)]
-        else:  # huge and without overviews: an 8 x 8 grid of patches instead of decoding all of it
-            ph, pw = min(h, SAMPLE_SIDE // 8), min(w, SAMPLE_SIDE // 8)
-            rows, cols = (np.linspace(0, n - p, 8).astype(int).tolist() for n, p in ((h, ph), (w, pw)))
+        else:  # huge: a grid of patches instead of decoding all of it; many small ones, for land changes from place to place
+            ph, pw = min(h, SAMPLE_SIDE // PATCHES), min(w, SAMPLE_SIDE // PATCHES)
+            rows, cols = (np.linspace(0, n - p, PATCHES).astype(int).tolist() for n, p in ((h, ph), (w, pw)))
             reads = [((c, r, pw, ph), (ph, pw)) for r in rows for c in cols]
         samples = []
         for window, shape in reads:

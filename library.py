@@ -35,6 +35,7 @@ import store
 from config import InputError
 from data import fitting_workers, is_blank, normalised, over_files, stacked
 from imagery import (
+    RENDERING,
     ImageError,
     ImageSettings,
     band_files,
@@ -702,6 +703,7 @@ def _open_for_writing(model, root, location, asked, attributes, moved, workers):
         created = datetime.datetime.now().isoformat(timespec="seconds")
         only = asked["only"] or known.get("only", ["*"])
         record = {"model": model.source, **about, "only": only, "library": str(root.resolve()), "created": created}
+        record["rendering"] = RENDERING
         how = {"tile": about["tile"], "stride": about["stride"], "attributes": attributes, "workers": workers}
         return about, record, how | {"only": only, "settings": ImageSettings.from_dict(about["image"])}
 
@@ -737,6 +739,11 @@ def _open_for_writing(model, root, location, asked, attributes, moved, workers):
         if index.record["model"] != record["model"]:  # the same weights in another place
             index.annotate(model=record["model"])
         plan = plan_index(root, index, **how)
+        if index.record.get("rendering", 1) != RENDERING and plan.files:
+            plan.notes.append(
+                f"{location}: of an earlier version, which stretched some files otherwise (overviews, -9999 without a tag) and"
+                " took a date of processing for theirs: index into another --store to have all alike"
+            )
         if index.record.get("only") != record["only"]:
             index.annotate(only=record["only"])
         return plan, index

@@ -1743,7 +1743,8 @@ class Captioner(nn.Module):
         """Write a folder that needs no other: vision/ and language/ as plain transformers loads them, LoRA merged, and the
         projector."""
         folder = Path(folder)
-        self.vision.save_pretrained(folder / "vision")
+        self.vision.config.architectures = [type(self.vision).__name__]
+        self.vision.config.save_pretrained(folder / "vision")
         # The names of the hubs, which every version of transformers reads; version 5 writes CLIP's without the prefix.
         named = {f"vision_model.{key.removeprefix('vision_model.')}": x for key, x in self.vision.state_dict().items()}
         save_file(
@@ -1852,8 +1853,11 @@ class Captioner(nn.Module):
             # What stands before the first target, mostly the image, meets no vocabulary: 262 thousand words of Gemma 3.
             first = int((labels[:, 1:] >= 0).any(0).nonzero()[0])
             logits = self.language(
-                inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False, logits_to_keep=labels.shape[1] - first
-            ).logits[:, :-1]  # fmt: skip
+                inputs_embeds=embedded,
+                attention_mask=attention_mask,
+                use_cache=False,
+                logits_to_keep=labels.shape[1] - first,
+            ).logits[:, first - labels.shape[1] : -1]  # fmt: skip; some models ignore what is to be kept
             return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, first + 1 :].flatten(), reduction="sum")
         tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
         hidden = packed_words(self.language.base_model, tree, embedded, batch["position_ids"][0])
@@ -2015,7 +2019,9 @@ def keep_settings_of(base: Path, folder: Path, dtype: torch.dtype) -> None:
     4, and what is built on it, would take a wrong rope_theta from them, or fail."""
     for name in ("config.json", "tokenizer_config.json"):
         if (base / name).is_file():
-            record = json.loads((base / name).read_text(encoding="utf-8"))
+            record, made = (json.loads((place / name).read_text(encoding="utf-8")) for place in (base, folder))
+            if record.get("model_type") != made.get("model_type"):
+                continue  # of the base a part was taken, which has settings of its own
             record |= {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in record}
             (folder / name).write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 

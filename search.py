@@ -245,6 +245,13 @@ def put(target: str, text: str) -> None:
     from report import write_atomic
 
     if target == "-":
+        try:
+            text.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"standard output is in {sys.stdout.encoding}, which has no {text[error.start]!a}: write to a file, or set"
+                " PYTHONIOENCODING=utf-8"
+            ) from None
         sys.stdout.write(text)
     else:
         write_atomic(target, text)

@@ -259,7 +259,7 @@ def histogram_baseline(train: list[Scene], test: list[Scene], settings: ImageSet
     image = []
     for colours in asked:
         near = np.argsort(-np.minimum(known, colours).sum(1))[:5]
-        image.append(vector(text for n in near for text in train[n].texts))
+        image.append(np.stack([vector(train[n].texts) for n in near]).sum(0))
     image, text = np.stack(image), np.stack([vector([t]) for t in texts])
     # The last number gives a text of unknown words a direction: one that is like no image.
     tables = [np.hstack([table, np.full((len(table), 1), 1e-6, np.float32)]) for table in (image, text)]

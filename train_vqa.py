@@ -335,7 +335,8 @@ def begun_blind(run: Path, settings: dict) -> str | None:
     """The newest whole checkpoint of a run's blind training, if that had the same settings and data."""
 
     def kept(record: dict) -> dict:
-        return record | {"settings": {key: value for key, value in record["settings"].items() if key not in PLACES}}
+        record = record | {"settings": {key: value for key, value in record["settings"].items() if key not in PLACES}}
+        return {key: value for key, value in record.items() if key != "transformers_version"}
 
     found = whole_checkpoints(run / "blind")
     last = found[max(found)] if found else None
@@ -404,8 +405,10 @@ class AnswerRun(Run):
         config, args = self.config, self.args
         root = None
         if config.eval_only:
-            more = ("max_question_tokens", "max_answer_tokens", "quantize")
+            more = ("max_question_tokens", "max_answer_tokens")
             root = use_files_of_training(config, args, argv, config.lora, more)
+            if not flag_given("--quantize", argv):  # of the model, whatever it is asked about
+                config.quantize = record_of(config.lora).get("settings", {}).get("quantize", config.quantize)
         if not config.lora:
             read_config(config.base_model)  # a missing base is said before the data is read
         splits = load_splits(config, args.seed, self.rejected, read=self.read_file, train_root=root)

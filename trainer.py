@@ -138,13 +138,17 @@ class SceneTrainer(Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             named = dict(self.accelerator.unwrap_model(model).named_parameters())
+            # As OpenCLIP has it: matrices decay; biases, gains of norms and the temperature do not. Where nothing does, the
+            # groups are the Trainer's, which checkpoints of earlier versions have.
+            decayed = {name for name, parameter in named.items() if parameter.ndim > 1}
+            if not self.args.weight_decay:
+                decayed = set(self.get_decay_parameter_names(self.accelerator.unwrap_model(model)))
             groups = []
             for module, names in self.accelerator.unwrap_model(model).parameter_groups().items():
                 rate = self.rates.get(module)
                 rate = self.args.learning_rate if rate is None else rate
                 for decay in (True, False):
-                    # As OpenCLIP has it: matrices decay; biases, gains of norms and the temperature do not.
-                    chosen = [named[name] for name in names if (named[name].ndim > 1) == decay]
+                    chosen = [named[name] for name in names if (name in decayed) == decay]
                     if chosen:
                         groups.append(
                             {"params": chosen, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
@@ -277,8 +281,9 @@ class SceneTrainer(Trainer):
         self.save_model(str(partial), _internal_call=True)
         best = run / f"checkpoint-{self.state.best_global_step}"
         # Where the best is not asked for, the Trainer would keep it at the end in place of the last.
-        asked = self.args.load_best_model_at_end and self.state.best_global_step
-        if asked and (best == final or best.exists()):
+        if not self.args.load_best_model_at_end:
+            self.state.best_model_checkpoint = None
+        elif self.state.best_global_step and (best == final or best.exists()):
             self.state.best_model_checkpoint = str(best)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(partial))
@@ -374,7 +379,7 @@ class PackedTask:
 
 
 def dtype_of(args) -> torch.dtype:
-    """Of the frozen parts of a model; what is trained is float32."""
+    """Of the parts of a model that are not trained."""
     return torch.bfloat16 if args.bf16 else torch.float32
 
 

@@ -509,6 +509,16 @@ def test_with_java(monkeypatch, capfd):
         slow.append([float(meteor.meteor_p.stdout.readline()) for _ in range(13)][-1])
     assert part["scores"]["METEOR"]["interval"] == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=1e-9)
 
+    # Texts of one image are drawn together: two images of equal size are drawn as (a, a), (a, b), (b, a) or (b, b).
+    texts = [res[f"i{i}"][0] for i in range(12)], [gts[f"i{i}"] for i in range(12)]
+    (made,) = caption_scores._meteor([(*texts, [n // 6 for n in range(12)])], samples=40, seed=2)["runs"]
+    halves = []
+    for half in (lines[:6], lines[6:]):
+        meteor.meteor_p.stdin.write(("EVAL ||| " + " ||| ".join(half) + "\n").encode())
+        meteor.meteor_p.stdin.flush()
+        halves.append([float(meteor.meteor_p.stdout.readline()) for _ in range(7)][-1])
+    assert made["interval"] == pytest.approx(sorted(halves), abs=1e-4) and made["value"] == pytest.approx(value)
+
 
 @needs_java
 def test_java_prints_nothing(capfd):

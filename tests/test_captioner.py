@@ -210,7 +210,8 @@ def test_checkpoint_and_whole_folder_write_the_same_captions(options, captioner,
     ids = torch.tensor([[5, 6, 7]])
     assert torch.allclose(plain(ids).logits, model.language(ids).logits, atol=1e-5)
     assert transformers.AutoTokenizer.from_pretrained(moved / "language").chat_template
-    transformers.CLIPVisionModel.from_pretrained(moved / "vision")
+    _, info = transformers.CLIPVisionModel.from_pretrained(moved / "vision", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
     # What version 4 of transformers reads is as the hubs have it.
     assert all(key.startswith("vision_model.") for key in load_file(moved / "vision/model.safetensors"))
     for name in ("config.json", "tokenizer_config.json"):

@@ -1,5 +1,6 @@
 """cli_demo.py: turns, another image, clear, before, and Ctrl-C, through a pipe and in-process."""
 
+import contextlib
 import os
 import shlex
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import cli_demo
+from config import InputError
 from model import VQA
 from tests.conftest import draw
 
@@ -68,6 +70,23 @@ def test_a_conversation_through_a_pipe(chat_adapter, pictures):
 
 def printable(text: str) -> str:
     return "".join(c for c in text if c.isprintable() or c in "\n\t").strip()
+
+
+def test_a_question_that_is_too_long_ends_nothing(capsys):
+    class Model:
+        tokenizer = None
+
+        def before(self):
+            return contextlib.nullcontext()
+
+        def chat(self, *words, **options):
+            raise InputError("longer than the base reads")
+
+    talk = cli_demo.Talk(Model(), cli_demo.build_parser().parse_args(["--from_pretrained", "x"]), lambda key: key)
+    assert talk.line("river " * 9) and not talk.turns and talk.asked is None
+    talk.asked = "Where?", []
+    assert talk.line("before")
+    assert capsys.readouterr().out.count("\nlonger than the base reads\n") == 2
 
 
 def test_bytes_that_are_no_utf8_are_said_and_the_talk_goes_on(chat_adapter, pictures):

@@ -264,6 +264,20 @@ def test_the_stretch_does_not_depend_on_overviews(tmp_path, pixels):
     assert shown[1].limits[0] == pytest.approx(np.percentile(data, (2, 98)), rel=0.1)
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_land_that_changes_from_place_to_place_is_seen_in_patches(tmp_path, seed):
+    """The limits of a huge file are measured on parts of it; 8 x 8 of them missed more than 2% of the range of such land."""
+    waves = np.hypot(np.fft.fftfreq(1536)[:, None], np.fft.rfftfreq(1536)[None])
+    waves[0, 0] = np.inf  # hills of every size, the large ones the highest
+    noise = np.fft.rfft2(np.random.default_rng(seed).standard_normal((1536, 1536)))
+    land = np.fft.irfft2(noise / waves**1.5, (1536, 1536))
+    data = (8000 * (land - land.min()) / np.ptp(land) + 500).astype(np.uint16)
+    path = write_tif(tmp_path / "a.tif", data[None], tiled=True, blockxsize=256, blockysize=256)
+    shown = read_image(path, ImageSettings(max_pixels=1000 * 1000), window=(0, 0, 300, 300))
+    low, high = np.percentile(data, (2, 98))
+    assert shown.limits[0] == pytest.approx((low, high), abs=0.02 * (high - low))
+
+
 def test_fixed_stretches(tmp_path):
     data = np.array([-500, 0, 750, 1500, 3000, 9000], np.int16).reshape(1, 2, 3)
     path = write_tif(tmp_path / "a.tif", data)
@@ -563,6 +577,7 @@ def test_palette_takes_every_stretch(tmp_path):
 
 def test_a_huge_scene_is_measured_on_patches(tmp_path, monkeypatch):
     monkeypatch.setattr(imagery, "SAMPLE_SIDE", 128)
+    monkeypatch.setattr(imagery, "PATCHES", 8)
     data = rng.integers(1, 60000, (1, 512, 512)).astype(np.uint16)
     path = write_tif(tmp_path / "a.tif", data, tiled=True, blockxsize=16, blockysize=16)
     picture = read_image(path, ImageSettings(max_pixels=4096), window=(0, 0, 64, 64))  # 512^2 > 16 x 4096: never whole

@@ -11,6 +11,7 @@ import shapely
 from PIL import Image
 
 import search
+from imagery import RENDERING
 from library import IndexReport, index_library
 from model import DualEncoder
 from report import csv_text
@@ -80,6 +81,16 @@ def test_an_index_that_a_first_run_left_empty_takes_other_settings(ask, two_date
     assert code == 2 and "no image is in this index yet" in err
     code, out, err = ask(*words, store=tmp_path / "x.index")
     assert code == 0 and "10 files indexed" in out, err
+
+
+def test_an_index_of_an_earlier_version_says_so(ask, two_dates, matcher, tmp_path):
+    words = ["index", two_dates / "2020", "--workers", 0]
+    assert ask(*words, "--model", matcher, "--only", "p1.tif", store=tmp_path / "x")[0] == 0
+    header = json.loads((tmp_path / "x/index.json").read_text())
+    assert header["record"].pop("rendering") == RENDERING
+    (tmp_path / "x/index.json").write_text(json.dumps(header))
+    assert "of an earlier version" not in ask(*words, "--only", "p1.tif", store=tmp_path / "x")[2], "nothing is new"
+    assert "of an earlier version" in ask(*words, "--only", "p*.tif", store=tmp_path / "x")[2]
 
 
 def test_the_range_of_a_stretch_is_kept_in_the_index(ask, two_dates, matcher, tmp_path):
