@@ -523,7 +523,9 @@ def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, in
             raise InputError(f"--labels: {labels[first]!r} and {label!r} are one class to --truth; leave one out")
     known = set(names)
     if source == "folders":
-        pairs = [(name, name.split("/")[-2]) for name in names if "/" in name]
+        folders = {name: name.split("/")[-2::-1] for name in names if "/" in name}  # the nearest first
+        # fMoW: airport/airport_0/airport_0_0_rgb.jpg
+        pairs = [(name, next((f for f in above if key(f) in number), above[0])) for name, above in folders.items()]
         where = "the folders of the library"
     else:
         where = source

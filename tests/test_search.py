@@ -233,6 +233,9 @@ def test_classify(ask, two_dates, tmp_path):
     )
     code, out, err = ask("classify", "--labels", "farm,harbour", "--truth", truth)
     assert code == 0 and "on 2 images" in out and "no label" not in err
+    assert search.read_truth("folders", ["farm", "port"], ["a/Farm/farm_0/1.tif", "port/2.tif", "3.tif"]) == {
+        "a/Farm/farm_0/1.tif": 0, "port/2.tif": 1
+    }  # fmt: skip
     truth.write_text(",Filename,Label,ClassName\n0,farm/p0.tif,0,Farm\n1,harbour/p1.tif,1,Harbour\n")  # EuroSAT's own
     code, out, err = ask("classify", "--labels", "farm,harbour", "--truth", truth)
     assert code == 0 and "on 2 images" in out and "no label" not in err, err
