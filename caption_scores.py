@@ -190,7 +190,7 @@ def _drawn_means(values: np.ndarray, groups: list | None, samples: int, seed: in
 
 
 def _meteor(runs: list, samples: int, seed: int) -> dict:
-    """METEOR 1.5 and its interval, of several runs (candidates, references): it takes ten seconds to start.
+    """METEOR 1.5 and its interval, of several runs (candidates, references, groups): it takes ten seconds to start.
 
     The score of many images is that of their summed counts (like BLEU's), not the mean of their scores. The Java
     program gives the counts of each image and scores any counts, so a resample is its sum, scored by the program.

@@ -44,9 +44,8 @@ GDAL_OPTIONS = {
     "GDAL_PAM_ENABLED": "NO",  # and none written beside it
     "GDAL_CACHEMAX": 256 * 2**20,  # bytes of decoded blocks a process; GDAL's 5% of the memory are 80% in 16 readers
 }
-RENDERING = (
-    2  # counts up where a file and settings give other pixels than before, which caches and indexes must not mix
-)
+# Counts up where a file and settings give other pixels than before, which caches and indexes must not mix.
+RENDERING = 2
 FILLS = (-9999, -32768, -32767, -(2**31))  # what signed and real numbers mark missing data by, tagged or not
 PATCHES = 16  # on a side, where the stretch of a huge file is measured on parts of it
 SAMPLE_SIDE = 1024  # the stretch is measured on at most SAMPLE_SIDE^2 pixels: 1M give a percentile to ~0.01%

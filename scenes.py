@@ -825,12 +825,10 @@ def files_below(folder: str | Path) -> list[Path]:
             tops += [path for name in folders if (path := Path(where, name)).is_symlink()]
             for name in names:
                 path = Path(where, name)
-                if (
-                    not path.suffix and path.is_symlink() and not path.exists()
-                ):  # a disk that is not mounted, most likely
-                    raise InputError(
-                        f"{path}: the link leads nowhere ({os.readlink(path)}); mount it, or remove the link"
-                    )
+                if not path.suffix and path.is_symlink() and not path.exists():
+                    # To a disk that is not mounted, most likely.
+                    led = os.readlink(path)
+                    raise InputError(f"{path}: the link leads nowhere ({led}); mount it, or remove the link")
                 if name[0] != ".":
                     found.append(path)
     return found
