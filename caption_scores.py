@@ -179,16 +179,6 @@ def _keyed(candidates: list[str], references: list[list[str]]) -> tuple[dict, di
     return dict(enumerate(references)), {i: [text] for i, text in enumerate(candidates)}
 
 
-def _drawn_means(values: np.ndarray, groups: list | None, samples: int, seed: int) -> np.ndarray:
-    """Bootstrap means of the columns of `values` (N, C), -> (samples, C); rows of one group are drawn together."""
-    if groups is None:
-        return metrics._resampled_means(values, np.ones_like(values), samples, seed)
-    group = np.unique(groups, return_inverse=True)[1]
-    sums = np.stack([np.bincount(group, column) for column in values.T], 1)
-    counts = np.broadcast_to(np.bincount(group)[:, None], sums.shape).astype(np.float64)
-    return metrics._resampled_means(sums, counts, samples, seed)
-
-
 def _meteor(runs: list, samples: int, seed: int) -> dict:
     """METEOR 1.5 and its interval, of several runs (candidates, references, groups): it takes ten seconds to start.
 
@@ -210,7 +200,7 @@ def _meteor(runs: list, samples: int, seed: int) -> dict:
         # does not count towards the sum.
         perfect = (counts[:, 0] == counts[:, 1]) & (counts[:, 21:] == counts[:, :1]).all(1) & (counts[:, 20] == 1)
         counts[:, 20] -= perfect
-        drawn = _drawn_means(counts, groups, samples, seed)
+        drawn = metrics._resampled_means(*metrics._by_group(counts, groups), samples, seed)
         sums = np.round(np.concatenate([counts.sum(0)[None], drawn * len(counts)]), 6)
         texts = (" ".join(map(str, row)) for row in sums.tolist())
         meteor.meteor_p.stdin.write(("EVAL ||| " + " ||| ".join(texts) + "\n").encode())
@@ -310,7 +300,8 @@ def _python_scores(
         for c in scorer.ctest
     ]
     sums = np.column_stack([counts, *(each for _, each in made.values())]).astype(np.float64)  # (N, 10 + 2)
-    drawn = _drawn_means(sums, groups, samples, seed)  # the same images for all scores
+    # The same images for all scores.
+    drawn = metrics._resampled_means(*metrics._by_group(sums, groups), samples, seed)
     drawn = np.column_stack([_bleu(drawn[:, :10] * len(sums)), drawn[:, 10:]])
     interval = [metrics._percentiles(column, 0.95) for column in drawn.T]
 

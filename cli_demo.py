@@ -78,8 +78,8 @@ class Talk:
         self.pixels = {path: pixel_store(self.model)[path]} if path else {}
         self.image, self.turns, self.asked = path or None, [], None
 
-    def answer(self, question: str, history, label: str) -> str:
-        """Ask, and write the answer as it comes. Ctrl-C ends it where it is."""
+    def answer(self, question: str, history, label: str) -> str | None:
+        """Ask, and write the answer as it comes. Ctrl-C ends it where it is. None for a question longer than the base reads."""
         from transformers import TextStreamer
 
         class Shown(TextStreamer):
@@ -101,6 +101,9 @@ class Talk:
                 cut=lambda _: print(f"{self.say('cut')}\n{self.say(label)}", end="", flush=True),
                 streamer=Shown(self.model.tokenizer, skip_prompt=True, skip_special_tokens=True),
             )  # fmt: skip
+        except InputError as error:
+            print(f"\n{error}")
+            return None
         finally:
             signal.signal(signal.SIGINT, old)
         if self.stopped:
@@ -133,11 +136,8 @@ class Talk:
             if not self.asked:
                 print(self.say("nothing"))
             else:
-                try:
-                    with self.model.before():
-                        self.answer(*self.asked, "before")
-                except InputError as error:
-                    print(f"\n{error}")
+                with self.model.before():
+                    self.answer(*self.asked, "before")
         elif path is not None:
             try:
                 if path:
@@ -147,11 +147,9 @@ class Talk:
                 print(error)
         else:
             self.asked = text, [*self.turns]
-            try:
-                said = self.answer(*self.asked, "answer")
-            except InputError as error:  # a question longer than the base reads
+            said = self.answer(*self.asked, "answer")
+            if said is None:
                 self.asked = None
-                print(f"\n{error}")
                 return True
             self.turns.append((text, said or "…"))
             if len(self.turns) > self.args.max_turns:

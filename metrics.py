@@ -68,6 +68,16 @@ def _resampled_means(sums: np.ndarray, counts: np.ndarray, samples: int, seed: i
     return np.concatenate(means)
 
 
+def _by_group(values: np.ndarray, groups) -> tuple[np.ndarray, np.ndarray]:
+    """(sums, counts), each (G, C), as `_resampled_means` takes them, of rows (N, C) and the group of each; None: every row is
+    a group."""
+    if groups is None:
+        return values, np.ones_like(values)
+    group = np.unique(groups, return_inverse=True)[1]
+    sums = np.stack([np.bincount(group, column) for column in values.T], 1)
+    return sums, np.broadcast_to(np.bincount(group).astype(np.float64)[:, None], sums.shape)
+
+
 def _percentiles(means: np.ndarray, level: float) -> tuple[float, float]:
     if not 0 < level < 1:
         raise ValueError(f"level: expected a fraction between 0 and 1, got {level}")
@@ -83,14 +93,11 @@ def bootstrap_interval(values, groups=None, *, samples=1000, level=0.95, seed=0)
     are all equal, give an interval of no width: it then says nothing about what was not seen.
     """
     values = _array(values, "values", 1)
-    sums, counts = values, np.ones_like(values)
     if groups is not None:
         groups = _array(groups, "groups", 1, "any")
         if len(groups) != len(values):
             raise ValueError(f"groups: expected one per value ({len(values)}), got {len(groups)}")
-        group = np.unique(groups, return_inverse=True)[1]
-        sums, counts = np.bincount(group, values), np.bincount(group).astype(np.float64)
-    return _percentiles(_resampled_means(sums[:, None], counts[:, None], samples, seed), level)
+    return _percentiles(_resampled_means(*_by_group(values[:, None], groups), samples, seed), level)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -719,10 +719,8 @@ class ClipEncoder(Encoder):
         if self.model.config.model_type == "siglip" and "Gemma" in type(self.tokenizer).__name__:
             texts = [text.lower() for text in texts]  # SigLIP 2 was trained so, and its tokenizer does not know
         fill = {"padding": "max_length"} if self.fixed_length else {}
-        with TOKENIZING:
-            whole = (
-                self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
-            )  # it would warn of what is cut below
+        with TOKENIZING:  # not verbose: it would warn of what is cut below
+            whole = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
             rows = self.tokenizer(texts, truncation=True, max_length=limit, **fill)["input_ids"] if texts else []
         if (largest := max(itertools.chain.from_iterable(rows), default=0)) >= known:
             raise InputError(
@@ -1852,12 +1850,10 @@ class Captioner(nn.Module):
         if label_rows is None:
             # What stands before the first target, mostly the image, meets no vocabulary: 262 thousand words of Gemma 3.
             first = int((labels[:, 1:] >= 0).any(0).nonzero()[0])
-            logits = self.language(
-                inputs_embeds=embedded,
-                attention_mask=attention_mask,
-                use_cache=False,
-                logits_to_keep=labels.shape[1] - first,
-            ).logits[:, first - labels.shape[1] : -1]  # fmt: skip; some models ignore what is to be kept
+            last = labels.shape[1] - first
+            plain = {"attention_mask": attention_mask, "use_cache": False}
+            logits = self.language(inputs_embeds=embedded, logits_to_keep=last, **plain).logits
+            logits = logits[:, -last:-1]  # some models ignore what is to be kept
             return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, first + 1 :].flatten(), reduction="sum")
         tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
         hidden = packed_words(self.language.base_model, tree, embedded, batch["position_ids"][0])

@@ -140,8 +140,9 @@ class SceneTrainer(Trainer):
             named = dict(self.accelerator.unwrap_model(model).named_parameters())
             # As OpenCLIP has it: matrices decay; biases, gains of norms and the temperature do not. Where nothing does, the
             # groups are the Trainer's, which checkpoints of earlier versions have.
-            decayed = {name for name, parameter in named.items() if parameter.ndim > 1}
-            if not self.args.weight_decay:
+            if self.args.weight_decay:
+                decayed = {name for name, parameter in named.items() if parameter.ndim > 1}
+            else:
                 decayed = set(self.get_decay_parameter_names(self.accelerator.unwrap_model(model)))
             groups = []
             for module, names in self.accelerator.unwrap_model(model).parameter_groups().items():

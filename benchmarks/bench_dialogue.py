@@ -17,17 +17,15 @@ their ratios is reported with the smallest and the largest.
 """
 
 import contextlib
-import json
 import sys
-from pathlib import Path
 from unittest import mock
 
 from bench_vqa import Bench, RowCollator, check, common_arguments, opening, quiet, same_work, say, span
 
 import data
 from config import InputError, VQAConfig, user_errors
-from data import pad_rows
 from scenes import Question, QuestionScene
+from trainer import write_json
 
 SIDES = ("ours", "turns", "dialogues")
 
@@ -73,7 +71,7 @@ class DialogueCollator(RowCollator):
                 ids += asked + said
                 wanted += [-100] * len(asked) + said
             labels.append(wanted)
-        return self.batch(prompts, pixels) | {"labels": pad_rows(labels, -100)}
+        return self.batch(prompts, pixels) | {"labels": data.pad_rows(labels, -100)}
 
 
 class Work:
@@ -84,7 +82,7 @@ class Work:
         if not enough:
             raise InputError(f"--texts {options.texts}: no training image has as many questions")
         listed = (enough * -(-(steps + 2) * options.scenes // len(enough)))[: (steps + 2) * options.scenes]
-        scenes, self.rows, self.tokens = [], [], 0
+        scenes, self.rows = [], []
         for scene in listed:
             turns = [(q.text, q.answer) for q in scene.questions[: options.texts]]
             parts = [turns[n : n + options.turns] for n in range(0, len(turns), options.turns)]
@@ -132,8 +130,7 @@ def main(argv: list[str] | None = None) -> dict:
         say(f"{side:12}{span(kept)} turns/s{times}")
     results = {"settings": vars(options), "equal": equal, "rates": rates, "ratios": ratios}
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(results, indent=2, default=str) + "\n")
+        write_json(options.json, results)
         say(f"written: {options.json}")
     return results
 

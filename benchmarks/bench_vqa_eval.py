@@ -21,13 +21,13 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 from bench_vqa import Bench, RowCollator, check, common_arguments, opening, quiet, say, span, synchronize
 from transformers import PrinterCallback
 
 from config import InputError, VQAConfig, user_errors
+from trainer import write_json
 
 
 def arguments(argv=None):
@@ -129,8 +129,7 @@ def main(argv: list[str] | None = None) -> dict:
     results = {"settings": vars(options), "questions": len(rows), "tokens": statistics.mean(counts), "equal": equal,
                "rates": rates, "ratios": ratios}  # fmt: skip
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(results, indent=2, default=str) + "\n")
+        write_json(options.json, results)
         say(f"written: {options.json}")
     return results
 
