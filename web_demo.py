@@ -35,6 +35,7 @@ DEMO = {
     "after": "output/demo_search/after.index",
     "captioner": "output/demo_caption/final",
     "vqa": "output/demo_vqa/best_model",
+    "from_pretrained": "output/demo_chat/best_model",
 }
 MOST_TEXT = 2000  # characters of a text that is encoded
 FRAME = 0.1  # seconds between two looks at an answer that grows: a browser draws the whole talk anew each time
