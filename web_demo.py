@@ -38,6 +38,7 @@ DEMO = {
     "from_pretrained": "output/demo_chat/best_model",
 }
 MOST_TEXT = 2000  # characters of a text that is encoded
+MOST_TURNS = 20  # of a conversation, that the model reads again for the next answer
 FRAME = 0.1  # seconds between two looks at an answer that grows: a browser draws the whole talk anew each time
 SIDE = 384  # pixels of pictures in the gallery
 
@@ -106,6 +107,7 @@ TEXT = {
     "halt": ("Stop", "停止"),
     "retry": ("Again", "重答"),
     "clear": ("Clear", "清空"),
+    "cut": ("The earliest turns are left out: the conversation is too long.", "对话过长，最早的几轮已省略。"),
     "compare": ("Answer without the adapter too", "同时显示未加适配器的回答"),
     "how": ("Sampling", "采样"),
     "temperature": ("Temperature (0: the likeliest words)", "温度（0：最可能的词）"),
@@ -494,9 +496,9 @@ class Page:
             answers = self.vqa.answer([(picture, lines)], store=pixels)[0]
         return "".join(f"<p><b>{html.escape(q)}</b><br>{html.escape(a)}</p>" for q, a in zip(lines, answers))
 
-    def talk(self, pixels, question, history, *, adapter=True, temperature=0.0, top_p=1.0, max_tokens=256):
+    def talk(self, pixels, question, history, *, adapter=True, temperature=0.0, top_p=1.0, max_tokens=256, cut=None):
         """The answer to a question after [(question, answer)] turns about the picture of `pixels`, as it grows: a generator
-        of texts. Closing it stops the model."""
+        of texts. Closing it stops the model. cut: as in `VQA.chat`."""
         from transformers import TextIteratorStreamer
 
         halt, failed = threading.Event(), []
@@ -507,7 +509,7 @@ class Page:
                 with self.lock, contextlib.nullcontext() if adapter else self.chatter.before():
                     self.chatter.chat(
                         next(iter(pixels), None), question, history, temperature=temperature, top_p=top_p,
-                        max_tokens=max_tokens, streamer=streamer, stop=halt.is_set, store=pixels,
+                        max_tokens=max_tokens, streamer=streamer, stop=halt.is_set, store=pixels, cut=cut,
                     )  # fmt: skip
             except Exception as error:  # the reader below must not wait for ever
                 failed.append(error)
@@ -530,17 +532,19 @@ class Page:
             halt.set()
             thread.join()
 
-    def converse(self, picture, message, told, plain, compare, temperature, top_p, length, language):
-        """One turn. told, plain: the chatbots' messages, with and without the adapter. Yields both as they grow."""
+    def converse(self, picture, message, told, plain, compare, temperature, top_p, length, language, cut=None):
+        """One turn. told, plain: the chatbots' messages, with and without the adapter. Yields both as they grow. `cut()` is
+        called where the first turns are left out, for there are too many."""
         question = (message or "").strip()
         if not question:
             raise InputError(self.say("need_text", language))
         if len(question) > MOST_TEXT:
             raise InputError(self.say("too_long", language, n=MOST_TEXT))
         pixels = self.pixels(self.chatter, picture, language)  # none is allowed: a question about no image
-        how = {"temperature": temperature, "top_p": top_p, "max_tokens": int(length)}
         told, plain = list(told or []), list(plain or [])
-        history = turns_of(told)[-20:]  # for both: without the adapter the same question is asked at the same place
+        turns = turns_of(told)  # for both: without the adapter the same question is asked at the same place
+        left_out = [len(turns) - MOST_TURNS] if len(turns) > MOST_TURNS else []
+        how = {"temperature": temperature, "top_p": top_p, "max_tokens": int(length), "cut": left_out.append}
         for messages, adapter in ((told, True), (plain, False)):
             if not adapter and not compare:
                 continue
@@ -551,7 +555,10 @@ class Page:
             ]
             yield told, plain
             try:
-                for text in self.talk(pixels, question, history, adapter=adapter, **how):
+                for text in self.talk(pixels, question, turns[-MOST_TURNS:], adapter=adapter, **how):
+                    if left_out and cut:
+                        cut()
+                        cut = None
                     messages[-1]["content"] = html.escape(text, False)
                     yield told, plain
             except Exception:  # a question without an answer would be part of what is asked next
@@ -694,8 +701,12 @@ def build(page: Page):
                 if others and turns_of(others)[-1][0] == question:
                     others = others[:-2]
                 words = words[:-2]
+
+            def cut():
+                gr.Info(page.say("cut", values[-1]), title=" ")
+
             try:
-                for n, told in enumerate(page.converse(picture, question, words, others, *values)):
+                for n, told in enumerate(page.converse(picture, question, words, others, *values, cut)):
                     yield *told, gr.skip() if n or retry else ""  # what is typed meanwhile stays
             except InputError as error:
                 raise notice(error) from None

@@ -47,6 +47,24 @@ def test_what_is_said_is_shown_as_it_is(page, picture, monkeypatch):
     assert asked[1] == ("And?", [("<image> a < b?", answer)]), "the model is told what was said"
 
 
+def test_turns_that_are_left_out_are_told_of_once_an_answer(page, monkeypatch):
+    def talk(pixels, question, history, *, cut, **how):
+        heard.append(len(history))
+        for text in ("a", "ab"):
+            if question == "Longer than the base reads?":
+                cut(1)
+            yield text
+
+    heard, said = [], []
+    monkeypatch.setattr(page, "talk", talk)
+    for question, turns, told_of in (("And?", 20, 0), ("And?", 21, 1), ("Longer than the base reads?", 2, 1)):
+        told = [{"role": role, "content": "x"} for _ in range(turns) for role in ("user", "assistant")]
+        said.clear()
+        last(page.converse(None, question, told, told, True, 0.0, 1.0, 4, "en", lambda: said.append("cut")))
+        assert len(said) == told_of, (question, turns)
+    assert heard == [20, 20, 20, 20, 2, 2], "with and without the adapter the same turns"
+
+
 def test_turns_stream_with_their_history_and_without_the_adapter(page, picture):
     fields = (True, 0.0, 1.0, 6, "en")
     told, plain = last(page.converse(picture, "How many buildings?", [], [], *fields))
