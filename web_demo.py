@@ -780,11 +780,9 @@ def build(page: Page):
         shown = [heading, described, *(component for component, _ in translated)]
         choice.change(translate, choice, shown, show_progress="hidden", api_visibility="private")
         if page.args.language == "auto":
-
-            def browsers(request: gr.Request):
-                return "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
-
-            app.load(browsers, None, choice, show_progress="hidden", api_visibility="private")
+            # Asked in the browser: an answer of a busy server could come after the visitor has chosen, and undo it.
+            browsers = "() => navigator.language.toLowerCase().startsWith('zh') ? 'zh' : 'en'"
+            app.load(None, None, choice, js=browsers, show_progress="hidden", api_visibility="private")
     app.queue(max_size=256, default_concurrency_limit=4)
     return app
 
