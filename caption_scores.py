@@ -239,7 +239,7 @@ def _child(task: str):
     try:
         given = json.loads(sys.stdin.buffer.read())
         made = json.dumps({"ptb": _ptb, "meteor": _meteor, "spice": _spice}[task](**given))
-        with os.fdopen(out, "w") as file:
+        with os.fdopen(out, "w", encoding="utf-8") as file:
             file.write(made)
     except BaseException as error:
         with contextlib.suppress(OSError):  # nobody reads it any more

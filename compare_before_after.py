@@ -283,7 +283,8 @@ def preset_config(preset: str) -> VQAConfig:
 def named_base(lora: str) -> str | None:
     """The base in peft's own record; what cannot be read there, `VQA.from_pretrained` complains about."""
     try:
-        return json.loads((Path(lora) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        record = json.loads((Path(lora) / "adapter_config.json").read_text(encoding="utf-8"))
+        return record.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         return "?"
 

@@ -695,8 +695,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         checkpoint = resolve_checkpoint(resume)
         checkpoint = checkpoint if checkpoint.parent.name else checkpoint.absolute()  # "." has no parent
         try:
-            step = json.loads((checkpoint / "trainer_state.json").read_text()).get("global_step")
-            record = json.loads((checkpoint / "config.json").read_text())
+            step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")).get("global_step")
+            record = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
             recorded, script = record["settings"], SCRIPTS.get(record.get("task"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -1006,7 +1006,7 @@ def check(config: DataConfig) -> None:
 def record_of(folder: str | Path) -> dict:
     """What a run wrote beside its weights: "task", "settings" and more; {} beside another tool's."""
     try:
-        record = json.loads((Path(folder) / "config.json").read_text())
+        record = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         return record if "settings" in record and isinstance(record, dict) else {}
     except (OSError, ValueError, TypeError):
         return {}
@@ -1059,7 +1059,7 @@ def whole_checkpoints(run: Path) -> dict[int, Path]:
     found = {}
     for state in states:
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # cut short: the one before it counts
-            found[json.loads(state.read_text())["global_step"]] = state.parent
+            found[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = state.parent
     return found
 
 

@@ -1015,7 +1015,7 @@ def build(data_dir, output_dir, seed: int, verify, more=None) -> dict:
     data_dir, output_dir = Path(data_dir), Path(output_dir)
     texts = demo_texts(data_dir, more)
     manifest = data_dir / "manifest.json"  # stands for the pictures
-    made = json.loads(manifest.read_text())["sha256"] if manifest.is_file() else None
+    made = json.loads(manifest.read_text(encoding="utf-8"))["sha256"] if manifest.is_file() else None
     known = {name: rows for name, rows in texts.items() if rows}
     fingerprint = hashlib.sha256(json.dumps([known, made, DEMO_SIZES, seed], sort_keys=True).encode()).hexdigest()
     record = output_dir / "demo_bases.json"

@@ -109,7 +109,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{index}: not whole; {command}") from None
     else:
@@ -165,7 +165,7 @@ def refuse_other_base(root: Path, settings, folder: Path, flag: str) -> None:
 
 def refuse_other_bases(file: Path, settings) -> None:
     """Raises InputError unless a checkpoint's settings (`file`) name the bases of the model that takes over its tensors."""
-    known, own = json.loads(file.read_text()), asdict(settings)
+    known, own = json.loads(file.read_text(encoding="utf-8")), asdict(settings)
     for side, flag in BASE_FLAGS.items():
         mark, name = f"{side}_fingerprint", f"{side}_model"
         if mark in own and known[mark] != own[mark]:
@@ -222,7 +222,7 @@ def load_exactly(model: nn.Module, path: Path) -> None:
 
 def write_settings(path: Path, settings) -> None:
     """A settings dataclass as the JSON file that its `from_pretrained` reads."""
-    path.write_text(json.dumps(asdict(settings), indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(asdict(settings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def open_weights(folder: Path, like: str) -> None:
@@ -490,7 +490,7 @@ class DualEncoder(Encoder):
         if not (folder / SETTINGS).is_file() and (folder / "config.json").is_file():
             return ClipEncoder.from_pretrained(name, device=device, dtype=dtype)
         try:
-            settings = DualEncoderSettings(**json.loads((folder / SETTINGS).read_text()))
+            settings = DualEncoderSettings(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
         except (FileNotFoundError, NotADirectoryError):
             if not folder.is_dir():
                 raise InputError(f"{folder}: no model here; run `python load.py {name}`, or train one") from None
@@ -1083,7 +1083,7 @@ class VQA(nn.Module):
         settings = None
         if (folder / VQA_SETTINGS).is_file():
             try:
-                settings = VQASettings(**json.loads((folder / VQA_SETTINGS).read_text()))
+                settings = VQASettings(**json.loads((folder / VQA_SETTINGS).read_text(encoding="utf-8")))
             except (TypeError, ValueError) as error:
                 raise InputError(f"{folder / VQA_SETTINGS}: not readable: {error}") from None
         ours = settings is not None
@@ -1232,7 +1232,7 @@ class VQA(nn.Module):
         default the base's. The model itself has no adapter any more after it."""
         folder = Path(folder).resolve()  # a link, perhaps to a larger disk, stays
         base = base_folder(self.settings.base_model)
-        record = json.loads((base / "config.json").read_text())
+        record = json.loads((base / "config.json").read_text(encoding="utf-8"))
         name = record.get("dtype") or record.get("torch_dtype") or "float32"
         merged = self.peft.merge_and_unload(safe_merge=True).to(dtype or getattr(torch, name))
         partial = Path(f"{folder}.partial")
@@ -1700,7 +1700,7 @@ class Captioner(nn.Module):
         """
         folder = Path(folder)
         try:
-            settings = CaptionerSettings(**json.loads((folder / CAPTIONER).read_text()))
+            settings = CaptionerSettings(**json.loads((folder / CAPTIONER).read_text(encoding="utf-8")))
         except (FileNotFoundError, NotADirectoryError):
             hint = "; did you mean its final/?" if (folder / "final").is_dir() else ""
             raise InputError(f"{folder}: not a captioner ({CAPTIONER} is missing){hint}") from None
@@ -2076,7 +2076,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors by today's names, adapter_config.json) of a peft LoRA folder. Raises InputError."""
     folder = Path(folder)
     try:
-        record = json.loads((folder / ADAPTER_CONFIG).read_text())
+        record = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / ADAPTER, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:

@@ -58,7 +58,9 @@ SCAN_FEW = 6000
 # after all where filter and query want different things. The 300 best of all are found less surely than the 100 best: where
 # a filter left 6% and AMONG was 300, recall was 0.971.
 MARGIN, AMONG = 2.5, 150
-GROWS_FROM = 100_000  # points; above, EF, EF_FILTERED and SCAN_FEW grow with the square root of the index's size
+# Points. In larger indexes EF and EF_FILTERED grow with the square root of the size (with those of 100,000 points recall@10 at
+# 1,000,000 was 0.90), SCAN_FEW with the size: there a walk under a filter that leaves 5% finds 0.92 to 0.97 in a scan's time.
+GROWS_FROM = 100_000
 RIM = 1e-3  # degrees; see `_inside`
 ROOM = 64 * 2**20  # bytes that are to be free on the disk before points are added: a shard of few takes 25 MB
 DAY, SPAN = r"\d{4}-\d\d-\d\d", r"\d{4}(-\d\d)?"
@@ -479,11 +481,12 @@ class Store:
         return found if vectors.ndim == 2 else found[0]
 
     def _search(self, queries, k, limit, exact, ef, with_payload):
-        wide, narrow = (max(k, ef or round(least * self._growth())) for least in (EF, EF_FILTERED))
+        growth = max(1.0, self._size() / GROWS_FROM)
+        wide, narrow = (max(k, ef or round(least * growth**0.5)) for least in (EF, EF_FILTERED))
         if limit is None or exact:
             return self._ask([(query, limit) for query in queries], k, exact, wide, with_payload)
         found: list[list[Hit]] = [[] for _ in queries]
-        scan = self._count(limit, exact=False) < SCAN_FEW * self._growth()
+        scan = self._count(limit, exact=False) < SCAN_FEW * growth
         among = 0 if scan else MARGIN * k * self._size() / max(1, self._count(self._loose(limit), exact=False))
         tries = [round(among), round(min(4 * among, AMONG))] if 0 < among < AMONG else []
         for number in [*tries, None]:
@@ -514,11 +517,6 @@ class Store:
         if self._points is None:
             self._points = self._count(None)
         return self._points
-
-    def _growth(self) -> float:
-        """How much more than in an index of GROWS_FROM points is looked at: with the numbers of 100,000 points, recall@10 at
-        1,000,000 was 0.90 (docs/results.md)."""
-        return max(1.0, self._size() / GROWS_FROM) ** 0.5
 
     def recall(self, queries, k: int = 10) -> float:
         """Share, 0 to 1, of the k exact nearest that the graph finds, over queries (Q, D)."""
@@ -670,7 +668,7 @@ class _Edge(Store):
         """Lock the folder. Raises InputError where another process has it open or it cannot be written."""
         note = self._folder / "in_use"
         try:
-            self._lock = note.open("a+")
+            self._lock = note.open("a+", encoding="ascii")
         except OSError as error:
             what = f"cannot be written ({error.strerror}), and an index is written to even to be read"
             raise InputError(f"{self.location}: {what}: copy it to a folder that you may write") from None
@@ -682,7 +680,7 @@ class _Edge(Store):
                 self._lock.flush()
                 return
             except BlockingIOError:
-                owner = note.read_text() or "unknown"
+                owner = note.read_text(encoding="ascii") or "unknown"
             if Path(f"/proc/{owner}").exists() or not Path("/proc").exists() or attempt == 29:
                 break
             time.sleep(0.2)  # its owner was killed, and worker processes hold the lock until they notice, in 5 s

@@ -117,7 +117,7 @@ class SceneTrainer(Trainer):
             lambda: collator([train_dataset[0, i] for i in first]),
             self.args.dataloader_prefetch_factor or 2,
         )
-        self.args.dataloader_pin_memory &= self.args.device.type != "cpu"  # torch warns of pages that it cannot lock
+        self.args.dataloader_pin_memory &= self.args.device.type == "cuda"  # torch warns of pages that it cannot lock
         world, per_step = self.args.world_size, self.args.train_batch_size * self.args.world_size
         if world > 1 and len(train_dataset) < per_step:
             raise InputError(
@@ -299,7 +299,7 @@ class SceneTrainer(Trainer):
         if self.args.should_save:
             for path in partial.rglob("*"):  # on disk before it gets its name: a rename may outlive its content
                 if path.is_file():
-                    with open(path, "rb") as file:
+                    with open(path, "rb+") as file:  # Windows brings only what is open for writing to the disk
                         os.fsync(file.fileno())
             if final.exists():  # from before this run went back to an earlier checkpoint
                 os.replace(final, f"{final}{DOOMED}")
@@ -454,12 +454,12 @@ class MetricsFile(TrainerCallback):
             shutil.rmtree(leftover, ignore_errors=True)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_history(folder) if row["step"] <= state.global_step] if state.global_step else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **_):
         if state.is_world_process_zero and logs and hasattr(self, "path"):
             row = {"step": state.global_step, **{key: value for key, value in logs.items() if _is_number(value)}}
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
 
@@ -467,7 +467,7 @@ def read_history(run: str | Path) -> list[dict]:
     """Rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
     rows = []
     path = Path(run) / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

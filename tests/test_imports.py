@@ -104,3 +104,28 @@ assert os.listdir(".") == [], os.listdir(".")
     made = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
     assert made.stdout == "" and made.stderr == "", made.stdout + made.stderr
+
+
+def text_files(source: str) -> list[str]:
+    """Calls that read or write a text file, andin whatever encoding the machine has."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        mode = name in ("open", "fdopen") and any(
+            text[:1] in ("r", "w", "a", "x") and "b" not in text for text in texts
+        )
+        if name in ("read_text", "write_text") or mode:
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_texts_are_utf_8_whatever_the_locale():
+    # In a Latin-1 locale a captioner was asked in garbled Chinese, and answered without a word of it.
+    assert text_files("path.read_text(); os.fdopen(out, 'w'); open(path, 'ab')") == [
+        "line 1: path.read_text()", "line 1: os.fdopen(out, 'w')",
+    ]  # fmt: skip
+    for name in HERE:
+        assert not text_files((ROOT / f"{name}.py").read_text(encoding="utf-8")), f"{name}.py"

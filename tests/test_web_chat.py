@@ -159,7 +159,7 @@ def test_browser_converses(chat_adapter, picture, tmp_path):
         pytest.skip(f"{CHROMIUM} is not installed")
     follow_up = "And <b>now</b>, a<b &amp; <image> <img src=x.png>?"  # what is said is no page
     port, log = free_port(), tmp_path / "log"
-    words = ["web_demo.py", "--from_pretrained", chat_adapter, "--port", port, "--device", "cpu", "--language", "en"]
+    words = ["web_demo.py", "--from_pretrained", chat_adapter, "--port", port, "--device", "cpu"]
     with log.open("wb") as file:
         server = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -169,6 +169,9 @@ def test_browser_converses(chat_adapter, picture, tmp_path):
             time.sleep(0.2)
         with sync_api.sync_playwright() as play:
             browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            chinese = browser.new_page(locale="zh-CN")
+            chinese.goto(f"http://127.0.0.1:{port}")
+            chinese.get_by_label("你的问题").wait_for(timeout=120_000)
             tab = browser.new_page(viewport={"width": 1280, "height": 900}, locale="en-US")
             tab.set_default_timeout(120_000)  # milliseconds; other work may hold the machine
             tab.goto(f"http://127.0.0.1:{port}")

@@ -720,14 +720,6 @@ def test_browser_changes_language(tab, tmp_path):
     tab.get_by_label("What to look for").wait_for()
 
 
-def test_browser_opens_in_its_own_language(chromium, served):
-    context = chromium.new_context(locale="zh-CN")
-    tab = context.new_page()
-    tab.goto(served.url)
-    tab.get_by_label("要找什么").wait_for(timeout=60_000)
-    context.close()
-
-
 def test_browser_matches_classifies_and_monitors(tab, shown, tmp_path):
     open_tab(tab, "Match")
     give(tab, shown.images / "farm/0.tif")
