@@ -107,7 +107,7 @@ assert os.listdir(".") == [], os.listdir(".")
 
 
 def text_files(source: str) -> list[str]:
-    """Calls that read or write a text file, andin whatever encoding the machine has."""
+    """Calls that read or write a text file in whatever encoding the machine has."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
@@ -117,7 +117,7 @@ def text_files(source: str) -> list[str]:
         mode = name in ("open", "fdopen") and any(
             text[:1] in ("r", "w", "a", "x") and "b" not in text for text in texts
         )
-        if name in ("read_text", "write_text") or mode:
+        if (name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute)) or mode:
             found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found
 
