@@ -49,34 +49,20 @@ COVERS = {
     "farmland": ("farmland", "农田", "一片", 0, (0.6, 1.0), "building tank pond vehicle", "road river railway"),
     "orchard": ("an orchard", "果园", "一片", 0, (0.5, 0.8), "building tank pond vehicle", "road river railway"),
     "forest": ("a forest", "森林", "一片", 0, (0.6, 1.2), "building pond field vehicle", "road river railway"),
-    "grassland": (
-        "grassland",
-        "草地",
-        "一片",
-        0,
-        (0.6, 1.5),
-        "building pond aircraft tank vehicle",
-        "road river railway",
-    ),
+    "grassland": ("grassland", "草地", "一片", 0, (0.6, 1.5), "building pond aircraft tank vehicle",
+                  "road river railway"),
     "desert": ("a desert", "沙漠", "一片", 0, (0.8, 1.8), "building tank aircraft vehicle", "road river railway"),
     "lake": ("a lake", "湖泊", "一个", 0, (0.8, 1.6), "ship building tank pond", ""),
     "beach": ("a beach", "海滩", "一片", 0, (0.7, 1.4), "ship building vehicle field", "road"),
     "residential": ("a residential area", "居民区", "一片", 1, (0.5, 0.6), "field pond vehicle", "road river"),
-    "industrial": (
-        "an industrial area",
-        "工业区",
-        "一片",
-        1,
-        (0.8, 1.2),
-        "building tank vehicle",
-        "road railway river",
-    ),
+    "industrial": ("an industrial area", "工业区", "一片", 1, (0.8, 1.2), "building tank vehicle", "road railway river"),
     "port": ("a port", "港口", "一个", 1, (1.2, 2.0), "ship tank building", "road railway"),
     "airport": ("an airport", "机场", "一座", 1, (1.0, 1.6), "aircraft building tank", "runway"),
     "parking": ("a parking lot", "停车场", "一个", 1, (0.5, 0.6), "vehicle building", "road"),
     "park": ("a park", "公园", "一座", 1, (0.6, 1.0), "field pond building", "road river"),
-}
+}  # fmt: skip
 ALIKE = [{"grassland", "park"}, {"industrial", "port"}, {"grassland", "airport"}]  # never each other's near miss
+OPEN_LAND = ("farmland", "orchard", "forest", "grassland", "desert", "park")  # where a road may be built
 LINES = {"road": ("road", "公路", 21), "river": ("river", "河流", 17), "railway": ("railway", "铁路", 9)}
 LINES["runway"] = ("runway", "跑道", 27)
 AXES = {"ns": ("north to south", "南北向"), "ew": ("east to west", "东西向")}
@@ -93,14 +79,7 @@ REGIONS = {
     "centre": ("centre", "中部", (0.28, 0.28, 0.72, 0.72)),
 }
 SIDES = {"north": ("north", "北"), "south": ("south", "南"), "west": ("west", "西"), "east": ("east", "东")}
-NUMBERS = {
-    1: ("one", "一"),
-    2: ("two", "两"),
-    3: ("three", "三"),
-    4: ("four", "四"),
-    5: ("five", "五"),
-    6: ("six", "六"),
-}
+NUMBERS = dict(zip(range(1, 7), zip(("one", "two", "three", "four", "five", "six"), "一两三四五六")))
 PLACES = [  # name, longitude, latitude, what may lie there (the scenes are drawn; only the coordinates are real)
     ("Rotterdam", 4.3, 51.95, "coast"), ("Qingdao", 120.2, 36.1, "coast"), ("Busan", 129.0, 35.2, "coast"),
     ("Valencia", -0.4, 39.45, "coast"), ("Houston", -95.2, 29.6, "coast"), ("Xiamen", 118.1, 24.6, "coast"),
@@ -236,11 +215,9 @@ class _Ground:
         roads = [line for line in t["lines"] if line["kind"] == "road"]
         x0, y0, x1, y1 = REGIONS[region][2] if region else (0.03, 0.03, 0.97, 0.97)
         on_road = kind == "vehicle" and t["cover"] != "parking" and bool(roads)
-        busy = (
-            self.taken
-            if on_road
-            else np.any([self.taken, ~self.water if kind == "ship" else self.water, *self.line_masks], axis=0)
-        )
+        busy = self.taken
+        if not on_road:
+            busy = np.any([busy, ~self.water if kind == "ship" else self.water, *self.line_masks], axis=0)
         for _ in range(tries):
             o = {"kind": kind, "x": rng.uniform(x0, x1) * t["width"], "y": rng.uniform(y0, y1) * t["height"],
                  "w": wide, "l": long, "angle": base_angle + rng.uniform(-4, 4),
@@ -271,11 +248,8 @@ class _Ground:
 
     def group(self, rng, kind: str, count: int) -> list[dict]:
         """`count` objects of a kind, together in one region where that fits, else anywhere, else fewer."""
-        angle = (
-            float(rng.choice([0, 90]) + self.t["grid"])
-            if kind in ("building", "field", "tank")
-            else float(rng.uniform(0, 360))
-        )
+        aligned = kind in ("building", "field", "tank")
+        angle = float(rng.choice([0, 90]) + self.t["grid"] if aligned else rng.uniform(0, 360))
         regions = [str(r) for r in rng.permutation(list(REGIONS))] if count < MANY else []
         while count:
             for region in [*regions, None]:
@@ -306,20 +280,12 @@ def _clouds(t: dict, ground: _Ground, rng) -> list[dict]:
     for region in regions:
         x0, y0, x1, y1 = REGIONS[region][2]
         for _ in range(25):
-            c = {
-                "x": round(rng.uniform(x0, x1) * t["width"], 1),
-                "y": round(rng.uniform(y0, y1) * t["height"], 1),
-                "angle": 0.0,
-            }
+            x, y = (round(at, 1) for at in (rng.uniform(x0, x1) * t["width"], rng.uniform(y0, y1) * t["height"]))
+            c = {"x": x, "y": y, "angle": 0.0}
             c["w"], c["l"] = (round(v, 1) for v in rng.uniform(38, 60, 2) * u)
             dx, dy = shadow(t, 26 * u)
             shade = {**c, "x": c["x"] + dx, "y": c["y"] + dy}
-            if (
-                ground.fits(c)
-                and ground.fits(shade)
-                and not ground.hits(c, 4, ground.taken)
-                and not ground.hits(shade, 4, ground.taken)
-            ):
+            if all(map(ground.fits, (c, shade))) and not any(ground.hits(o, 4, ground.taken) for o in (c, shade)):
                 out.append(c)
                 ground.take(c, 4)
                 ground.take(shade, 4)
@@ -381,18 +347,13 @@ def scene_truth(seed: int, index: int) -> dict:
         axis = {"north": "ew", "south": "ew", "west": "ns", "east": "ns"}.get(side) or str(rng.choice(["ns", "ew"]))
         free = ["west", "centre", "east"] if axis == "ns" else ["north", "centre", "south"]
         free = [w for w in free if all((line["axis"], line["where"]) != (axis, w) for line in t["lines"])]
-        where = (
-            {"north": "south", "south": "north", "west": "east", "east": "west"}[side]
-            if side
-            else str(rng.choice(free))
-        )
+        opposite = {"north": "south", "south": "north", "west": "east", "east": "west"}
+        where = opposite[side] if side else str(rng.choice(free))
         t["lines"].append(_line(t, rng, kind, axis, where))
 
     # Objects: one or two groups; what makes the place what it is comes first.
-    ground, own = (
-        _Ground(t),
-        {"lake": "ship", "industrial": "building", "airport": "aircraft", "parking": "vehicle"}.get(cover),
-    )
+    ground = _Ground(t)
+    own = {"lake": "ship", "industrial": "building", "airport": "aircraft", "parking": "vehicle"}.get(cover)
     pool = [k for k in kinds.split() if k != own]
     pool = [own] * (own is not None) + [str(k) for k in rng.permutation(pool)]
     for kind in pool[: 1 + int(rng.random() < 0.45)]:
@@ -434,21 +395,15 @@ def later_truth(truth: dict) -> tuple[dict, list[dict]]:
     """The same place in another season, two months to four years on: (its truth, the changes). Two in five change only that."""
     rng = np.random.default_rng([truth["seed"], truth["img_id"], 1])
     t = json.loads(json.dumps(truth))
-    t["season"] = str(
-        rng.choice(
-            [s for s in MONTHS if s != t["season"] and (s != "snow" or t["cover"] not in ("desert", "beach", "lake"))]
-        )
-    )
+    bare = t["cover"] in ("desert", "beach", "lake")  # where no snow lies
+    t["season"] = str(rng.choice([s for s in MONTHS if s != t["season"] and not (s == "snow" and bare)]))
     when = datetime.strptime(t["datetime"], "%Y:%m:%d %H:%M:%S") + timedelta(days=365 * int(rng.integers(1, 4)))
-    t["datetime"] = when.replace(month=MONTHS[t["season"]][0], day=int(rng.integers(1, 29))).strftime(
-        "%Y:%m:%d %H:%M:%S"
-    )
+    when = when.replace(month=MONTHS[t["season"]][0], day=int(rng.integers(1, 29)))
+    t["datetime"] = when.strftime("%Y:%m:%d %H:%M:%S")
     t["sun_azimuth"], t["clouds"], changes = round(rng.uniform(100, 250), 1), [], []
-    todo = (
-        []
-        if rng.random() < 0.4
-        else list(rng.permutation(["add", "remove", "road", "clear"]))[: int(rng.integers(2, 5))]
-    )
+    todo = []
+    if rng.random() >= 0.4:
+        todo = list(rng.permutation(["add", "remove", "road", "clear"]))[: int(rng.integers(2, 5))]
     ground, touched = _Ground(t), set()  # a kind changes once, so that no change undoes another
     for what in todo:
         if len(changes) == 2:
@@ -461,13 +416,8 @@ def later_truth(truth: dict) -> tuple[dict, list[dict]]:
             t["objects"] = [o for o in t["objects"] if o not in gone]
             n, w = len(gone), place_of(t, gone)
             en = f"{_count_en(g['kind'], n)}{_at_en(w)} {'is' if n == 1 else 'are'} gone"
-            changes.append(
-                {
-                    "kind": f"{g['kind']}_removed",
-                    "en": en,
-                    "zh": f"{_at_zh(w)}{'的' if w else ''}{_count_zh(g['kind'], n)}消失了",
-                }
-            )
+            zh = f"{_at_zh(w)}{'的' if w else ''}{_count_zh(g['kind'], n)}消失了"
+            changes.append({"kind": f"{g['kind']}_removed", "en": en, "zh": zh})
         elif what == "add":
             kind = str(rng.choice([k for k in COVERS[t["cover"]][5].split() if k not in touched] or ["pond"]))
             touched.add(kind)
@@ -477,16 +427,8 @@ def later_truth(truth: dict) -> tuple[dict, list[dict]]:
                 w = place_of(t, new)
                 en = f"{_count_en(kind, len(new), 'new ')}{_at_en(w)}"
                 changes.append({"kind": f"{kind}_added", "en": en, "zh": f"{_at_zh(w)}新增{_count_zh(kind, len(new))}"})
-        elif (
-            what == "road"
-            and not t["counts"]["road"]
-            and t["cover"] in ("farmland", "orchard", "forest", "grassland", "desert", "park")
-        ):
-            spots = [
-                (a, w)
-                for a, ws in (("ns", ["west", "centre", "east"]), ("ew", ["north", "centre", "south"]))
-                for w in ws
-            ]
+        elif what == "road" and not t["counts"]["road"] and t["cover"] in OPEN_LAND:
+            spots = [("ns", w) for w in ("west", "centre", "east")] + [("ew", w) for w in ("north", "centre", "south")]
             for i in rng.permutation(6):
                 line = _line(t, rng, "road", *spots[i])
                 clash = any((x["axis"], x["where"]) == spots[i] for x in t["lines"])
@@ -494,27 +436,16 @@ def later_truth(truth: dict) -> tuple[dict, list[dict]]:
                     t["lines"].append(line)
                     ground.line_masks.append(ground.line_mask(line))
                     fact = ("line", "road", line["axis"], line["where"])
-                    changes.append(
-                        {
-                            "kind": "road_added",
-                            "en": say_en(fact).replace("a road", "a new road"),
-                            "zh": "新增：" + say_zh(fact),
-                        }
-                    )
+                    en = say_en(fact).replace("a road", "a new road")
+                    changes.append({"kind": "road_added", "en": en, "zh": "新增：" + say_zh(fact)})
                     break
         elif what == "clear" and t["cover"] in ("forest", "orchard"):
             r = str(rng.choice(["northwest", "northeast", "southwest", "southeast"]))
             x0, y0, x1, y1 = REGIONS[r][2]
-            t["clearings"] = [
-                {
-                    "x": round((x0 + x1) / 2 * t["width"], 1),
-                    "y": round((y0 + y1) / 2 * t["height"], 1),
-                    "r": round(34 * _unit(t), 1),
-                }
-            ]
-            changes.append(
-                {"kind": "trees_cleared", "en": f"trees cleared{_at_en(r)}", "zh": f"{_at_zh(r)}的树木被砍伐"}
-            )
+            x, y = (x0 + x1) / 2 * t["width"], (y0 + y1) / 2 * t["height"]
+            t["clearings"] = [{"x": round(x, 1), "y": round(y, 1), "r": round(34 * _unit(t), 1)}]
+            en, zh = f"trees cleared{_at_en(r)}", f"{_at_zh(r)}的树木被砍伐"
+            changes.append({"kind": "trees_cleared", "en": en, "zh": zh})
         t = _summed(t)
     return t, changes
 
@@ -537,9 +468,8 @@ def holds(t: dict, fact: tuple) -> bool:
     if what == "side":
         return bool(t["water"]) and t["water"]["side"] == v[0]
     if what == "cloud":
-        return bool(t["clouds"]) and (
-            v[0] is None or all(in_region(v[0], c["x"] / t["width"], c["y"] / t["height"]) for c in t["clouds"])
-        )
+        spots = [(c["x"] / t["width"], c["y"] / t["height"]) for c in t["clouds"]]
+        return bool(spots) and (v[0] is None or all(in_region(v[0], *spot) for spot in spots))
     if what == "has":
         return (bool(t["clouds"]) if v[0] == "clouds" else t["counts"][v[0]] > 0) == v[1]
     return (t["season"] == "snow") == v[0]
@@ -671,10 +601,8 @@ def _misses(t: dict, fact: tuple) -> list[tuple]:
     if what == "line":
         kind, axis, where = v
         out = [("line", k, axis, where) for k in LINES if not t["counts"][k]]
-        out += [
-            ("line", kind, axis, w)
-            for w in (("west", "centre", "east") if axis == "ns" else ("north", "centre", "south"))
-        ]
+        spots = ("west", "centre", "east") if axis == "ns" else ("north", "centre", "south")
+        out += [("line", kind, axis, w) for w in spots]
         return out + [("line", kind, "ew" if axis == "ns" else "ns", where)] * (2 if where == "centre" else 0)
     if what == "cloud":
         spots = [(c["x"] / t["width"], c["y"] / t["height"]) for c in t["clouds"]]
@@ -723,12 +651,8 @@ def questions(truth: dict) -> list[dict]:
     for k in rng.permutation([g["kind"] for g in t["groups"]])[:2]:
         ys = [o["y"] / t["height"] for o in t["objects"] if o["kind"] == k]
         xs = [o["x"] / t["width"] for o in t["objects"] if o["kind"] == k]
-        for region, spots in (
-            ("north", ys),
-            ("south", [1 - y for y in ys]),
-            ("west", xs),
-            ("east", [1 - x for x in xs]),
-        ):
+        sides = (("north", ys), ("south", [1 - y for y in ys]), ("west", xs), ("east", [1 - x for x in xs]))
+        for region, spots in sides:
             if rng.random() < 0.25 and (min(spots) < 0.42 or min(spots) > 0.55):  # nothing that lies on the border
                 ask("presence", f"Is there {an[k]} in the {region}?", yn[min(spots) < 0.5])
     for k in [*[k for k in yes if k in KINDS], *rng.permutation([k for k in no if k in KINDS])[:1]]:
@@ -855,18 +779,15 @@ class _Canvas:
         d, rng, u = ImageDraw.Draw(sheet), self.layout, self.u
         spots = rng.uniform(0, 1, (number, 2)) * (self.w, self.h) if spots is None else spots
         tone = self.green * 0.82
-        tones = (
-            tone * rng.normal(1, 0.13, (len(spots), 1, 1)) * np.float32([[0.42], [0.85], [1.2]])
-        )  # dark, middle, lit
+        shades = np.float32([[0.42], [0.85], [1.2]])  # dark, middle, lit
+        tones = tone * rng.normal(1, 0.13, (len(spots), 1, 1)) * shades
         for (x, y), r, shades in zip(spots.tolist(), (rng.uniform(*size, len(spots)) * u).tolist(), _ink(tones)):
             dark, mid, lit = map(tuple, shades)
             sx, sy = self.sun[0] * r * 0.6, self.sun[1] * r * 0.6
             d.ellipse((x + sx - r, y + sy - r, x + sx + r, y + sy + r), fill=dark)
             d.ellipse((x - r, y - r, x + r, y + r), fill=mid)
-            d.ellipse(
-                (x - sx * 0.5 - r * 0.55, y - sy * 0.5 - r * 0.55, x - sx * 0.5 + r * 0.55, y - sy * 0.5 + r * 0.55),
-                fill=lit,
-            )
+            x, y, r = x - sx * 0.5, y - sy * 0.5, r * 0.55
+            d.ellipse((x - r, y - r, x + r, y + r), fill=lit)
         return np.asarray(sheet, np.float32)
 
 
@@ -965,9 +886,8 @@ def _lots(c: _Canvas) -> np.ndarray:
 
 def _asphalt(c: _Canvas) -> np.ndarray:
     """A parking lot: bays marked in white on dark ground."""
-    sheet = Image.fromarray(
-        np.clip(c.shaded(c.paved * 0.66, 0.06 * c.noise(24) + 0.05 * c.noise(2)), 0, 255).astype(np.uint8)
-    )
+    ground = c.shaded(c.paved * 0.66, 0.06 * c.noise(24) + 0.05 * c.noise(2))
+    sheet = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
     d, u = ImageDraw.Draw(sheet), c.u
     for x, y in bays(c.t):
         x, y = x * S, y * S
@@ -1031,29 +951,10 @@ def _at(o: dict, points) -> list[tuple[float, float]]:
 
 
 BOX = [(-0.5, 0.5), (0.5, 0.5), (0.5, -0.5), (-0.5, -0.5)]
-HULL = [
-    (0, 0.5),
-    (0.32, 0.34),
-    (0.5, 0.12),
-    (0.5, -0.42),
-    (0.36, -0.5),
-    (-0.36, -0.5),
-    (-0.5, -0.42),
-    (-0.5, 0.12),
-    (-0.32, 0.34),
-]
-PLANE = [
-    (0, 0.5),
-    (0.055, 0.42),
-    (0.06, 0.16),
-    (0.5, -0.1),
-    (0.5, -0.19),
-    (0.06, -0.06),
-    (0.045, -0.34),
-    (0.19, -0.43),
-    (0.19, -0.5),
-    (0, -0.46),
-]
+HULL = [(0, 0.5), (0.32, 0.34), (0.5, 0.12), (0.5, -0.42), (0.36, -0.5)]
+HULL += [(-x, y) for x, y in HULL[:0:-1]]
+PLANE = [(0, 0.5), (0.055, 0.42), (0.06, 0.16), (0.5, -0.1), (0.5, -0.19), (0.06, -0.06), (0.045, -0.34), (0.19, -0.43),
+         (0.19, -0.5), (0, -0.46)]  # fmt: skip
 PLANE += [(-x, y) for x, y in PLANE[-2:0:-1]]
 OVAL = [(0.5 * math.cos(a), 0.5 * math.sin(a)) for a in np.linspace(0, 2 * math.pi, 40, endpoint=False)]
 OUTLINE = {"ship": HULL, "aircraft": PLANE, "tank": OVAL, "pond": OVAL}
@@ -1106,11 +1007,8 @@ def _object(c: _Canvas, d: ImageDraw.ImageDraw, o: dict, rng):
         shell = pick([(232, 232, 228), (204, 208, 206), (212, 198, 176)])
         fill(OVAL, shell, 0.62)
         for k in np.linspace(0.9, 0.2, 5):  # a dome: lighter toward the sun
-            moved = {
-                **o,
-                "x": o["x"] - c.sun[0] * o["w"] * 0.14 * (1 - k),
-                "y": o["y"] - c.sun[1] * o["w"] * 0.14 * (1 - k),
-            }
+            dx, dy = (side * o["w"] * 0.14 * (1 - k) for side in c.sun)
+            moved = {**o, "x": o["x"] - dx, "y": o["y"] - dy}
             d.polygon(_at(moved, [(x * k, y * k) for x, y in OVAL]), fill=_ink(shell, 1.08 - 0.24 * k))
         fill([(x * 0.1, y) for x, y in BOX], shell, 0.8)
     elif kind == "field":
@@ -1160,12 +1058,10 @@ def draw(truth: dict, date: int = 0) -> np.ndarray:
             image = image * (1 - 0.3 * np.clip(soft * 3, 0, 1))[..., None]
             if t["cover"] == "beach":
                 near = soft + 0.05 * c.noise(8)
-                foam = np.clip(1 - np.abs(near - 0.62) / 0.05, 0, 1) + 0.7 * np.clip(
-                    1 - np.abs(near - 0.85) / 0.03, 0, 1
-                )
-                sea = sea * (1 - foam[..., None].clip(0, 0.9)) + np.float32((236, 240, 240)) * foam[..., None].clip(
-                    0, 0.9
-                )
+                foam = np.clip(1 - np.abs(near - 0.62) / 0.05, 0, 1)
+                foam = foam + 0.7 * np.clip(1 - np.abs(near - 0.85) / 0.03, 0, 1)
+                foam = foam[..., None].clip(0, 0.9)
+                sea = sea * (1 - foam) + np.float32((236, 240, 240)) * foam
         image = _under(image, shore, sea)
 
     sheet = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
@@ -1174,16 +1070,12 @@ def draw(truth: dict, date: int = 0) -> np.ndarray:
         _draw_line(c, d, line)
     wooded = t["cover"] in ("forest", "orchard", "farmland", "desert")
     for o in t["objects"]:
-        if (
-            wooded and o["on"] == "land" and o["kind"] in ("building", "tank", "vehicle", "aircraft")
-        ):  # a yard around it
+        if wooded and o["on"] == "land" and o["kind"] in ("building", "tank", "vehicle", "aircraft"):  # in a yard
             d.polygon(corners({k: v * S if k in "xywl" else v for k, v in o.items()}, 4 * c.u), fill=_ink(c.soil, 0.92))
     dark = Image.new("L", sheet.size)
     for o in t["objects"]:  # shadows first: swept footprints, all to the same side
-        height, outline = (
-            KINDS[o["kind"]][5] * _unit(t) * (1.4 if o["kind"] == "building" and o["w"] > 22 * _unit(t) else 1),
-            OUTLINE.get(o["kind"], BOX),
-        )
+        tall = 1.4 if o["kind"] == "building" and o["w"] > 22 * _unit(t) else 1
+        height, outline = KINDS[o["kind"]][5] * _unit(t) * tall, OUTLINE.get(o["kind"], BOX)
         for k in np.linspace(0, 1, 6) if height else []:
             moved = {**o, "x": o["x"] + c.sun[0] * height * k, "y": o["y"] + c.sun[1] * height * k}
             ImageDraw.Draw(dark).polygon(_at(moved, outline), fill=255)
@@ -1226,14 +1118,10 @@ def _draw_line(c: _Canvas, d: ImageDraw.ImageDraw, line: dict):
         if line["kind"] == "runway":  # threshold bars
             for k in np.arange(-0.36, 0.4, 0.12):
                 for s in (14 * u, step[-1] - 34 * u):
-                    (ax, ay), (bx, by) = at(s), at(s + 18 * u)
                     shift = (k * w, 0) if line["axis"] == "ns" else (0, k * w)
                     if abs(k) > 0.08:
-                        d.line(
-                            [(ax + shift[0], ay + shift[1]), (bx + shift[0], by + shift[1])],
-                            fill=(240, 238, 226),
-                            width=max(1, round(1.4 * u)),
-                        )
+                        ends = [(x + shift[0], y + shift[1]) for x, y in (at(s), at(s + 18 * u))]
+                        d.line(ends, fill=(240, 238, 226), width=max(1, round(1.4 * u)))
 
 
 def _sensed(c: _Canvas, image: np.ndarray) -> np.ndarray:
@@ -1259,17 +1147,13 @@ def _sensed(c: _Canvas, image: np.ndarray) -> np.ndarray:
         return np.clip(image * 255, 0, 255).round().astype(np.uint8)
     red, green, blue = np.moveaxis(np.clip(image, 0, 1.2), -1, 0)
     if t["bands"] == 4:  # near infrared: bright where green exceeds the other two, dark on water
-        image = np.stack(
-            [red, green, blue, np.clip(0.7 * green + 2.2 * (green - 0.5 * red - 0.5 * blue), 0.02, 1.2)], -1
-        )
+        infrared = np.clip(0.7 * green + 2.2 * (green - 0.5 * red - 0.5 * blue), 0.02, 1.2)
+        image = np.stack([red, green, blue, infrared], -1)
     numbers = np.clip(rng.uniform(120, 400) + image * rng.uniform(2200, 5200), 1, 65535).round().astype(np.uint16)
     leg = 0.2 * min(t["width"], t["height"])  # the swath ends in a corner that holds no object
     for cx, cy in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        if all(
-            abs(px - cx * t["width"]) + abs(py - cy * t["height"]) > leg + 2
-            for o in t["objects"]
-            for px, py in corners(o, 8)
-        ):
+        points = [point for o in t["objects"] for point in corners(o, 8)]
+        if all(abs(px - cx * t["width"]) + abs(py - cy * t["height"]) > leg + 2 for px, py in points):
             numbers[np.abs(x - cx * (t["width"] - 1)) + np.abs(y - cy * (t["height"] - 1)) < leg] = 0
             break
     return numbers
@@ -1303,12 +1187,8 @@ def _make(job: tuple[str, int, int, bool]) -> dict:
     if pair:
         later, changes = later_truth(t)
         write_geotiff(folder / "images_later" / t["image"], later, draw(later, date=1))
-        out["change"] = {
-            "image": f"images/{t['image']}",
-            "later": f"images_later/{t['image']}",
-            "changed": bool(changes),
-            "changes": changes,
-        }
+        paths = {"image": f"images/{t['image']}", "later": f"images_later/{t['image']}"}
+        out["change"] = paths | {"changed": bool(changes), "changes": changes}
     return out
 
 
@@ -1412,17 +1292,8 @@ def _write_texts(folder: Path, made: list[dict]) -> dict:
                 )
         for q in m["questions"]:
             n = len(asked)
-            asked.append(
-                {
-                    "id": n,
-                    "img_id": t["img_id"],
-                    "type": q["type"],
-                    "question": q["question"],
-                    "answers_ids": [n],
-                    "active": True,
-                    "split": t["split"],
-                }
-            )
+            known = {"answers_ids": [n], "active": True, "split": t["split"]}
+            asked.append({"id": n, "img_id": t["img_id"], "type": q["type"], "question": q["question"]} | known)
             answered.append({"id": n, "question_id": n, "answer": q["answer"], "active": True})
     for split, rows in triplets.items():
         _dump(folder / f"triplets_{split}.json", rows)
