@@ -126,11 +126,11 @@ def write_captions(model, store, paths: list[str], args, streamer=None) -> tuple
         _write_captions(model, store, paths, args, streamer, captions, broken)
     except BaseException:
         if captions and args.output_file:
-            from report import write_atomic
+            from report import write_json
 
             part = f"{args.output_file}.partial"
             rows = [{"image": path, "caption": caption} for path, caption in captions.items()]
-            write_atomic(part, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+            write_json(part, rows)
             print(f"\n{len(captions)} captions so far -> {part}", file=sys.stderr)
         raise
     return captions, broken
@@ -174,7 +174,7 @@ def say_broken(broken: dict[str, str]) -> int:
 
 def generate(args) -> int:
     from model import pixel_store
-    from report import write_atomic
+    from report import write_json
 
     paths = []
     for given in args.image_path:
@@ -189,7 +189,7 @@ def generate(args) -> int:
     if args.output_file:
         rows = [{"image": path, "caption": captions[path]} for path in paths if path in captions]
         rows += [{"image": path, "error": reason} for path, reason in broken.items()]
-        write_atomic(args.output_file, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+        write_json(args.output_file, rows)
         print(f"{len(captions)} captions -> {args.output_file}")
     elif len(paths) == 1 and captions and streamer is None:
         print(captions[paths[0]])
@@ -280,7 +280,6 @@ def evaluate(args) -> int:
     from data import drop_unreadable
     from imagery import ImageSettings, read_image
     from model import pixel_store
-    from trainer import write_json
 
     model = load(args)
     if args.language and not args.prompt:
@@ -324,7 +323,8 @@ def evaluate(args) -> int:
     result = {"model": str(args.model_path), "prompt": prompt, "language": language, "images": len(images)}
     sections, settings = [], ImageSettings.from_dict(model.settings.images)
     output = Path(args.output_file)
-    write_json(output, result | {"captions": rows, "errors": broken})  # the scores are one more thing that may fail
+    # The scores are one more thing that may fail.
+    report.write_json(output, result | {"captions": rows, "errors": broken})
 
     if references:
         truths = [references[image] for image in images]
@@ -349,7 +349,7 @@ def evaluate(args) -> int:
 
     result["captions"] = rows
     result["errors"] = broken
-    write_json(output, result)
+    report.write_json(output, result)
     sections += report.caption_sections(rows, lambda path: read_image(path, settings, max_side=448).rgb)
     page = report.page("Captions", sections, output.with_suffix(".html"), subtitle=f"{args.model_path}: {prompt}")
     print(f"{len(rows)} captions -> {output}, {page}")

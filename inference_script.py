@@ -155,9 +155,9 @@ def main(argv: list[str] | None = None) -> int:
     errors = [result["error"] for result in results if "error" in result]
 
     if args.json_output and args.json_output != "-":
-        from report import write_atomic
+        from report import write_json
 
-        write_atomic(args.json_output, json.dumps(results, ensure_ascii=False, indent=2) + "\n")
+        write_json(args.json_output, results)
         print(f"{len(results) - len(errors)} of {len(results)} rows scored -> {args.json_output}", file=sys.stderr)
     elif args.json_input or args.json_output:
         from report import json_to_print

@@ -54,6 +54,11 @@ def write_atomic(path, data: str | bytes) -> Path:
     return path
 
 
+def write_json(path: str | Path, value) -> None:
+    """Write JSON whole or not at all."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
 def csv_text(rows: list[dict]) -> str:
     """Rows as CSV; the header is the keys of all of them, and what a row lacks stays empty."""
     file = io.StringIO()

@@ -457,8 +457,7 @@ def run_classify(args) -> int:
     limit = filter_of(args)
     out = output_folder(args.out) if args.out else None
     from library import read_classes
-    from report import csv_text, table_text, write_atomic
-    from trainer import write_json
+    from report import csv_text, table_text, write_atomic, write_json
 
     classes = read_classes(args.labels)
     labels = list(classes)
@@ -686,8 +685,7 @@ def run_landuse(args) -> int:
     out = output_folder(args.out)
     from library import geojson, read_classes
     from places import land_use_areas, map_figure, read_regions, shares_figure
-    from report import csv_text, figure_html, page, table_html, table_text, write_atomic
-    from trainer import write_json
+    from report import csv_text, figure_html, page, table_html, table_text, write_atomic, write_json
 
     classes = read_classes(args.classes)
     labels = list(classes)

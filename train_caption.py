@@ -44,7 +44,6 @@ from trainer import (
     parameters_text,
     prepared_tokens,
     read_history,
-    write_json,
 )
 
 # ----------------------------------------------------------------------------------------------------
@@ -229,7 +228,7 @@ class CaptionRun(Run):
         if config.compile_layers:
             self.model.compile_layers()
         if self.main_process:
-            write_json(self.folder / "config.json", self.record)
+            report.write_json(self.folder / "config.json", self.record)
         if config.projector_epochs and (not resume or Path(resume).parent.name == PROJECTOR_STAGE):
             self.train_projector(resume)
             resume = None
@@ -288,7 +287,7 @@ class CaptionRun(Run):
             return results
         results["scores"], rows = self.score()
         results["seconds"] = self.seconds()
-        write_json(self.folder / "results.json", results)
+        report.write_json(self.folder / "results.json", results)
         listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         report.write_atomic(self.folder / "captions.jsonl", "".join(listed))
         settings = ImageSettings.from_dict(self.model.settings.images)

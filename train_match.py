@@ -56,7 +56,6 @@ from trainer import (
     gather_rows,
     parameters_text,
     read_history,
-    write_json,
 )
 
 IDS = ("scene_ids", "scene_texts", "text_ids", "triplets")
@@ -372,7 +371,7 @@ class MatchRun(Run):
                 " new run, or remove it to mine anew"
             )
         if self.main_process:
-            write_json(self.folder / MINED, found)
+            report.write_json(self.folder / MINED, found)
         negatives = found["negatives"]
         for scene, own in zip(scenes, negatives):
             scene.rows = [(text, new or old) for (text, old), new in zip(scene.rows, own)]
@@ -392,7 +391,7 @@ class MatchRun(Run):
             self.say(f"{path}: measured on other rows than these are; the table has no line before training")
             return None
         if self.main_process:
-            write_json(self.folder / UNTRAINED, found)
+            report.write_json(self.folder / UNTRAINED, found)
         return found.get("scores", found)
 
     # -- training and results
@@ -424,7 +423,7 @@ class MatchRun(Run):
             "images": {name: len(scenes) for name, scenes in self.splits.items()},
         }
         if self.main_process:
-            write_json(self.folder / "config.json", trainer.settings)
+            report.write_json(self.folder / "config.json", trainer.settings)
         if untrained := self.untrained_scores():
             results["untrained"] = untrained
         outcome = trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
@@ -437,7 +436,7 @@ class MatchRun(Run):
             results["histogram"] = flat(histogram_baseline(self.splits["train"], held_out, images, self.config.margin))
             results |= {"split": self.tested, "steps": outcome.global_step, "best_step": trainer.kept_step,
                         "seconds": self.seconds()}  # fmt: skip
-            write_json(self.folder / "results.json", results)
+            report.write_json(self.folder / "results.json", results)
             write_report(self.folder, results, held_out, image, text, texts, images)
             print(summary(results, best))
             print(f"report  {self.folder / 'report.html'}")
@@ -518,7 +517,7 @@ def evaluate_only(config: MatchConfig, args, argv: list[str], keep: bool) -> dic
     print(summary(results, config.eval_only))
     if keep:
         run = Path(args.output_dir)
-        write_json(run / "results.json", results)
+        report.write_json(run / "results.json", results)
         write_report(run, results, splits[tested], image, text, texts, store.settings)
         print(f"report  {run / 'report.html'}")
     return results

@@ -71,7 +71,6 @@ from trainer import (
     parameters_text,
     prepared_tokens,
     read_history,
-    write_json,
 )
 
 # ----------------------------------------------------------------------------------------------------
@@ -519,7 +518,7 @@ class AnswerRun(Run):
             self.model.compile_layers()
         trainer = self.trainer_of(self.args)
         if self.main_process:
-            write_json(self.folder / "config.json", trainer.settings)
+            report.write_json(self.folder / "config.json", trainer.settings)
         outcome = trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
         best = trainer.save_best()
         self.results |= {"steps": outcome.global_step, "best_step": trainer.kept_step}
@@ -550,7 +549,7 @@ class AnswerRun(Run):
         self.results["seconds"] = self.seconds()
         text = self.as_text(adapter)
         if self.main_process and keep:
-            write_json(self.folder / "results.json", self.results)
+            report.write_json(self.folder / "results.json", self.results)
             rows = self.rows()
             listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             report.write_atomic(self.folder / "samples.jsonl", "".join(listed))

@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
 from config import InputError
 from data import SceneSampler, digest_of, fitting_workers, rows_digest
-from report import write_atomic
+from report import write_json
 from scenes import load_json
 
 PARTIAL, DOOMED = ".partial", ".deleted"
@@ -473,11 +473,6 @@ def read_history(run: str | Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return rows
-
-
-def write_json(path: str | Path, value) -> None:
-    """Write JSON whole or not at all."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def gather_rows(accelerator, tensor: torch.Tensor, fill: int = 0) -> list[torch.Tensor]:

@@ -1239,7 +1239,7 @@ def rows_of(items: list[Item], questions: list[str], count: int, seed: int) -> l
 
 def write_results(places: dict[str, Path], rows: list[dict], items: list[Item], report: dict) -> None:
     """Write rows, what was put aside, and the report; without rows the output stays as it was. Raises InputError."""
-    from report import write_atomic
+    from report import write_atomic, write_json
 
     aside = [
         {"img": item.name, "captions": item.captions, "answer": item.text,
@@ -1253,7 +1253,7 @@ def write_results(places: dict[str, Path], rows: list[dict], items: list[Item], 
             write_atomic(places["rejected"], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in aside))
         else:
             places["rejected"].unlink(missing_ok=True)
-        write_atomic(places["report"], json.dumps(report, ensure_ascii=False, indent=2) + "\n")
+        write_json(places["report"], report)
         if not rows:
             return
         one_a_line = places["output"].suffix == ".jsonl"

@@ -26,8 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import InputError, user_errors
 from library import CHANGE, Library, match_places
-from report import span_text, table_text
-from trainer import write_json
+from report import span_text, table_text, write_json
 
 QUERIES = {
     "building": "buildings", "vehicle": "vehicles", "aircraft": "aircraft", "ship": "ships", "tank": "storage tanks",

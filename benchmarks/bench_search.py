@@ -667,7 +667,7 @@ def main(argv: list[str] | None = None) -> dict:
         folder = Path(options.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="bench_search_")))
         results = measure(options, argv, folder.resolve())
     if options.json:
-        from trainer import write_json  # imports torch, which the processes of the sides must not
+        from report import write_json
 
         write_json(options.json, results)
         say(f"written: {options.json}")

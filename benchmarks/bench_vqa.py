@@ -66,8 +66,9 @@ import demo_bases
 from config import InputError, VQAConfig, user_errors
 from data import QuestionCollator, QuestionDataset, SceneSampler, pad_rows, row_align
 from model import TREE_KEYS, VQA, SceneTree, pixel_store
+from report import write_json
 from scenes import QuestionScene, read_conversations
-from trainer import PackedTask, SceneTrainer, write_json
+from trainer import PackedTask, SceneTrainer
 
 SEED = 0
 ROOT = Path(__file__).resolve().parent.parent

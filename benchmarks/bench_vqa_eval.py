@@ -27,7 +27,7 @@ from bench_vqa import Bench, RowCollator, check, common_arguments, opening, quie
 from transformers import PrinterCallback
 
 from config import InputError, VQAConfig, user_errors
-from trainer import write_json
+from report import write_json
 
 
 def arguments(argv=None):
