@@ -9,8 +9,6 @@ Questions without an answer or an image, and repeats, are left out and counted b
 """
 
 import argparse
-import csv
-import io
 import json
 import os
 import re
@@ -18,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from config import NO_CHARACTER, InputError, user_errors
+from report import csv_text, write_atomic
 from scenes import load_json
 
 COLUMNS = ("image_path", "question", "answer", "type", "img_id", "split")
@@ -144,7 +143,7 @@ class Table:
 
     def __init__(self, images: dict[str, str]):
         self.images = images
-        self.rows: list[tuple] = []
+        self.rows: list[dict] = []
         self.left_out: Counter = Counter()
         self.first: dict[str, str] = {}
         """{reason: the first question that was left out for it}"""
@@ -188,14 +187,7 @@ class Table:
         if (image, question) in self._answer_to:
             return "duplicate" if self._answer_to[image, question] == answer else "contradicting"
         self._answer_to[image, question] = answer
-        self.rows.append((image, question, answer, kind, img_id, split))
-
-    def csv(self) -> str:
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(self.rows)
-        return text.getvalue()
+        self.rows.append(dict(zip(COLUMNS, (image, question, answer, kind, img_id, split))))
 
     def what_was_left_out(self) -> list[str]:
         return [
@@ -244,17 +236,15 @@ def main(argv: list[str] | None = None) -> None:
         why = "".join(f"\n  {line}" for line in left_out) or "\n  no question in the file"
         raise InputError(f"{pairs[0][0]}: no row remains (images in {images}):{why}")
 
-    from report import write_atomic
-
     try:
-        write_atomic(output, table.csv().encode())
+        write_atomic(output, csv_text(table.rows).encode())
     except (OSError, UnicodeError) as error:
         raise InputError(f"--output {output}: cannot be written: {error}") from None
-    columns = list(zip(*table.rows))
-    print(f"{output}: {len(table.rows)} rows of {len(set(columns[0]))} images")
-    print(f"types: {counts(columns[3])}")
-    if any(columns[5]):
-        print(f"splits: {counts(columns[5])}")
+    pictures, kinds, splits = ([row[name] for row in table.rows] for name in ("image_path", "type", "split"))
+    print(f"{output}: {len(table.rows)} rows of {len(set(pictures))} images")
+    print(f"types: {counts(kinds)}")
+    if any(splits):
+        print(f"splits: {counts(splits)}")
     for line in left_out:
         print(f"left out: {line}")
 
