@@ -16,7 +16,7 @@ from rasterio.errors import CRSError
 from rasterio.features import rasterize
 from rasterio.transform import from_origin
 from shapely.affinity import translate
-from shapely.geometry import mapping, shape
+from shapely.geometry import shape
 
 from config import InputError
 from report import plain, plot_style, save_figure
@@ -162,7 +162,7 @@ def feature_collection(rows: list[dict]) -> dict:
             if len(parts):
                 bounds.append(outline.bounds)
                 whole = parts[0] if len(parts) == 1 else shapely.MultiPolygon(list(parts))
-                geometry = _rounded(mapping(whole))
+                geometry = json.loads(shapely.to_geojson(shapely.transform(whole, lambda at: at.round(7))))
         features.append({"type": "Feature", "geometry": geometry, "properties": row.get("properties", {})})
     made = {"type": "FeatureCollection", "features": features}
     if bounds:
@@ -171,15 +171,6 @@ def feature_collection(rows: list[dict]) -> dict:
         box = (west, bounds[:, 1].min(), east - 360 * (east > 180), bounds[:, 3].max())
         made["bbox"] = [round(float(x), 7) for x in box]
     return made
-
-
-def _rounded(value):
-    """A GeoJSON geometry with lists for tuples and seven decimals."""
-    if isinstance(value, dict):
-        return {key: _rounded(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(v) for v in value]
-    return round(value, 7) if isinstance(value, float) else value
 
 
 def read_regions(path) -> list[tuple[str, shapely.Geometry]]:
