@@ -313,18 +313,13 @@ def run_index(args) -> int:
     for note in report.notes:
         print(note, file=sys.stderr)
     if report.blank:
-        image, told = (
-            record_of(args.store)["image"],
-            f"{report.blank} of {report.added} pictures are all black or white",
-        )
+        image = record_of(args.store)["image"]
+        told = f"{report.blank} of {report.added} pictures are all black or white"
         if report.blank > report.added / 2:
             stretch = f"--stretch {image['stretch']}: give --stretch percentile, or a model trained on such files"
             print(f"{told} under {stretch}", file=sys.stderr)
         elif image["nodata"] is None:
-            print(
-                f"{told}: give --nodata 0 (or 255) if that is where a file holds no data",
-                file=sys.stderr,
-            )
+            print(f"{told}: give --nodata 0 (or 255) if that is where a file holds no data", file=sys.stderr)
     if report.unknown:
         print(
             f"{args.attributes}: {len(report.unknown)} rows name no image there, first {report.unknown[0]!r}",
@@ -376,9 +371,8 @@ def run_query(args) -> int:
     from library import RESULT, geojson, result_row
     from report import contact_sheet, csv_text, json_to_print, table_text
 
-    context = ", ".join(
-        [*([f"in {args.season}"] if args.season else []), *([f"{args.weather} weather"] if args.weather else [])]
-    )
+    context = (args.season and f"in {args.season}", args.weather and f"{args.weather} weather")
+    context = ", ".join(filter(None, context))
     with open_library(args) as library:
         like = [read_image(path, library.settings).rgb for path in args.like]
         asked = [[words] for words in dict.fromkeys(args.words)] if args.each else [args.words]
@@ -397,14 +391,8 @@ def run_query(args) -> int:
         rows = [{"query": title} | result_row(rank, hit) for title, hits in results for rank, hit in enumerate(hits, 1)]
         quiet = "-" in (args.json, args.csv, args.geojson)
         if not quiet:
-            columns = {
-                "rank": "",
-                "score": "score",
-                "path": "image",
-                "window": "window",
-                "where": "lat, lon",
-                "time": "time",
-            }
+            columns = {"rank": "", "score": "score", "path": "image", "window": "window", "where": "lat, lon"}
+            columns["time"] = "time"
             for title, _ in results:
                 mine = [row for row in rows if row["query"] == title]
                 filled = {key: name for key, name in columns.items() if any(row[key] is not None for row in mine)}
@@ -624,12 +612,8 @@ def run_monitor(args) -> int:
         for query in queries:
             top = [row for row in shown if row["query"] == query][: args.k]
             sections.append((query, pairs_html(top, pairs, before, after) if top else "<p>No change.</p>"))
-        page(
-            "Change",
-            sections,
-            out / "index.html",
-            f"{args.before} to {args.after}; numbers are spreads of unchanged places",
-        )
+        under = f"{args.before} to {args.after}; numbers are spreads of unchanged places"
+        page("Change", sections, out / "index.html", under)
     print(f"-> {out / 'index.html'}, changes.csv, changes.geojson", file=sys.stderr)
     return 0
 
@@ -641,17 +625,15 @@ def pairs_html(rows: list[dict], pairs, before, after) -> str:
     cards = []
     for row in rows:
         shown = []
-        for library, payload, when in (
-            (before, pairs.before[row["pair"]], "time_before"),
-            (after, pairs.after[row["pair"]], "time_after"),
-        ):
+        n = row["pair"]
+        for library, payload in ((before, pairs.before[n]), (after, pairs.after[n])):
             rgb = picture_or_none(library, payload)
             image = f'<img src="{thumbnail(rgb)}" alt="{html.escape(label_of(payload))}">' if rgb is not None else ""
-            shown.append(f"<div>{image}<small>{html.escape((row[when] or '')[:10])}</small></div>")
+            shown.append(f"<div>{image}<small>{html.escape((payload['time'] or '')[:10])}</small></div>")
         sign = "more" if row["change"] > 0 else "less"
         cards.append(
             f'<figure class="card pair"><div class="two">{"".join(shown)}</div><figcaption><div class="title">'
-            f"<b>{html.escape(label_of(pairs.before[row['pair']]))}</b>"
+            f"<b>{html.escape(label_of(pairs.before[n]))}</b>"
             f'<span class="badge">{sign}, {row["change"]:+.1f}</span></div>'
             f"score {row['before']:.3f} to {row['after']:.3f}</figcaption></figure>"
         )
@@ -712,15 +694,9 @@ def run_landuse(args) -> int:
         for c, label in enumerate(labels)
     ]  # fmt: skip
     rows.sort(key=lambda row: (-row["km2"], -row["images"]))
-    heads = {
-        "class": "class",
-        "images": "images",
-        "share_of_images": "share",
-        "km2": "km2",
-        "share_of_area": "share of area",
-    }
-    if not placed:
-        heads = dict(list(heads.items())[:3])
+    heads = {"class": "class", "images": "images", "share_of_images": "share"}
+    if placed:
+        heads |= {"km2": "km2", "share_of_area": "share of area"}
     print(table_text(rows, heads))
     notes = [f"{len(payloads)} images or tiles, {total:.3f} km2 of ground"]
     if len(placed) < len(payloads):
@@ -729,12 +705,8 @@ def run_landuse(args) -> int:
         notes.append(f"{partly} tiles hold data on less than 90% of their area, which is counted whole")
     print("; ".join(notes))
     by_region = [
-        {
-            "region": name,
-            **{label: float(land.by_region[r, c]) for c, label in enumerate(labels)},
-            "all": float(land.by_region[r].sum()),
-        }
-        for r, (name, _) in enumerate(regions)
+        {"region": name, **dict(zip(labels, areas.tolist())), "all": float(areas.sum())}
+        for (name, _), areas in zip(regions, land.by_region)
     ]
     used = [row["class"] for row in rows if row["images"]]
     region_heads = {"region": "region", **{label: label for label in used}, "all": "all"}
@@ -744,14 +716,8 @@ def run_landuse(args) -> int:
         print(f"\nkm2 by region\n{table_text(by_region, region_heads)}")
     colours = dict(zip(labels, palette(len(labels))))
     shares = shares_figure(counts, land.areas if placed else None, colours, out / "shares.png")
-    sections = [
-        (
-            "Shares",
-            table_html(rows, heads)
-            + f"<p>{html.escape('; '.join(notes))}</p>"
-            + figure_html(shares.read_bytes(), "shares"),
-        )
-    ]
+    said = f"<p>{html.escape('; '.join(notes))}</p>"
+    sections = [("Shares", table_html(rows, heads) + said + figure_html(shares.read_bytes(), "shares"))]
     if placed:
         drawn = map_figure(polygons, [labels[best[n]] for n in placed], colours, out / "map.png")
         sections.append(("Map", figure_html(drawn.read_bytes(), "map")))

@@ -735,11 +735,8 @@ def build(page: Page):
                 about["model"] = Path(page.library.index.record["model"]).name
                 with put(gr.Tab, {"label": "search"}):
                     described = search_tab()
-                picture_tab(
-                    "match",
-                    page.match,
-                    lambda: put(gr.Textbox, {"label": "texts", "placeholder": "texts_hint"}, lines=5),
-                )
+                texts = {"label": "texts", "placeholder": "texts_hint"}
+                picture_tab("match", page.match, lambda: put(gr.Textbox, texts, lines=5))
                 lists = sorted(path.stem for path in CLASS_LISTS.glob("*.json"))
                 picture_tab(
                     "classify", page.classify,
@@ -748,11 +745,8 @@ def build(page: Page):
                 )  # fmt: skip
             if page.after:
                 with put(gr.Tab, {"label": "monitor"}):
-                    lines, place, out = (
-                        put(gr.Textbox, {"label": "queries", "placeholder": "queries_hint"}, lines=3),
-                        gr.Column(),
-                        gr.HTML(padding=False),
-                    )
+                    lines = put(gr.Textbox, {"label": "queries", "placeholder": "queries_hint"}, lines=3)
+                    place, out = gr.Column(), gr.HTML(padding=False)
                     with place:
                         button("monitor", page.monitor, [lines, choice], out)
             if page.captioner:
@@ -842,16 +836,8 @@ def main(argv: list[str] | None = None) -> int:
     chatter = VQA.from_pretrained(args.from_pretrained, **base, **options) if args.from_pretrained else None
     page = Page(args, library=library, after=after, captioner=captioner, vqa=vqa, chatter=chatter)
     app = build(page)
-    fonts = [
-        "system-ui",
-        "-apple-system",
-        "Segoe UI",
-        "PingFang SC",
-        "Microsoft YaHei",
-        "Noto Sans CJK SC",
-        "sans-serif",
-    ]
-    theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"])
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC"]
+    theme = gr.themes.Default(font=[*fonts, "sans-serif"], font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"])
     try:
         app.launch(
             server_name=args.host, server_port=args.port, share=args.share, max_file_size=f"{args.max_upload_mb}mb",
