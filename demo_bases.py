@@ -29,10 +29,8 @@ SPECIAL = {"qwen2_vl": [f"<|{tag}|>" for tag in TAGS.split()]}  # numbered in th
 SPECIAL["qwen2_5_vl"] = SPECIAL["qwen2_vl"] + PLAIN.split()
 SPECIAL["qwen3"] = SPECIAL["qwen2_5_vl"] + THINK.split()
 SYSTEM = "You are a helpful assistant."
-DESCRIBE = {
-    "en": "Describe the image.",
-    "zh": "描述这幅图像。",
-}  # what a caption answers, unless its row says otherwise
+# What a caption answers, unless its row says otherwise.
+DESCRIBE = {"en": "Describe the image.", "zh": "描述这幅图像。"}
 QWEN_SPLIT = (  # the official pre-tokenizer: words, single digits, punctuation, spaces
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -537,20 +535,9 @@ def _joined(pictures, source):
 
 
 def train_vision(
-    encode,
-    named,
-    scenes: Scenes,
-    seed: int,
-    *,
-    steps,
-    batch,
-    lr,
-    head_lr,
-    muon_lr,
-    zoom=1.0,
-    mosaic=0.0,
+    encode, named, scenes: Scenes, seed: int, *, steps, batch, lr, head_lr, muon_lr, zoom=1.0, mosaic=0.0,
     whole_weight=1.0,
-) -> dict:
+) -> dict:  # fmt: skip
     """Teach a demo vision tower to see, as the real one has been: each token says of the square of the image that it
     stands for the land cover, which objects, lines and clouds lie there, how many, and what share of it they cover, by
     the truth of the training scenes, with turns, flips, changes of light, up to `zoom` times enlarged parts, and, for the
@@ -733,21 +720,8 @@ def _packed_logits(model, scenes: list[dict], states_of):
 
 
 def train_grounding(
-    model,
-    tokenizer,
-    processor,
-    scenes: Scenes,
-    texts: dict,
-    seed: int,
-    *,
-    steps,
-    batch,
-    short,
-    chat,
-    captions,
-    lr,
-    muon_lr,
-):
+    model, tokenizer, processor, scenes: Scenes, texts: dict, seed: int, *, steps, batch, short, chat, captions, lr, muon_lr,
+):  # fmt: skip
     """Teach the demo language model to read the vision tower's tokens, as the real one has been: facts of the training
     scenes, each scene packed once with `short` phrases, `chat` questions and `captions` of `texts` (`demo_texts`)
     drawn anew. Without it LoRA would first have to learn what an image is; without the captions, and some texts of "more"
@@ -863,9 +837,8 @@ def train_reading(
             for i in chosen
         ]
         if alone and more:
-            rows.append(
-                {"prefix": blind.prefix(), "branches": [alone[k] for k in draw.integers(len(alone), size=more)]}
-            )
+            some = [alone[k] for k in draw.integers(len(alone), size=more)]
+            rows.append({"prefix": blind.prefix(), "branches": some})
         return F.cross_entropy(*_packed_logits(model, rows, states_of))
 
     held, learnt = range(count := max(1, len(packed) // 20)), range(count, len(packed))

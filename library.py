@@ -235,9 +235,8 @@ def renamed_files(files: list[PlannedFile], done: dict, found: dict, kept: dict)
     places are new: each path is there still."""
     gone: dict[tuple, list[str]] = {}
 
-    def key(
-        path: str, size: int, mtime_ns: int, digest: str
-    ) -> tuple:  # of a larger file the hash did not see every byte
+    def key(path: str, size: int, mtime_ns: int, digest: str) -> tuple:
+        # Of a larger file the hash did not see every byte.
         return digest.partition(".")[0], size, mtime_ns if size > HASHED else 0, time_in_name(path)
 
     for path, known in done.items():
@@ -293,10 +292,8 @@ class FileChecks:
             windows = windows_of(*size_of_image, *self.cut)
             stands_for_all = len(files) > 1 and not any(file in self.there for file in files[1:])
             if stands_for_all and not is_joined(path, self.settings):
-                what = (
-                    "the files of green and blue beside it are of another grid or type, or have no CRS; join them first"
-                )
-                return Rejected(name, -1, f"{path}: {what}")
+                what = "the files of green and blue beside it are of another grid or type, or have no CRS"
+                return Rejected(name, -1, f"{path}: {what}; join them first")
         except OSError as error:
             return Rejected(name, -1, f"{path}: cannot be read: {error.strerror}")
         except ImageError as error:
@@ -365,14 +362,8 @@ def plan_index(
                 file.windows = [w for w in file.windows if w not in windows] + [next(iter(windows))]
             else:
                 stale.append(file.path)
-    notes = [
-        guessed_bands(images, settings),
-        bands,
-        masks_left_out(masks),
-        places_beside(images, below),
-        passed_over(below),
-    ]
-    notes = [note for note in notes if note]
+    notes = [guessed_bands(images, settings), bands, masks_left_out(masks)]
+    notes = [note for note in (*notes, places_beside(images, below), passed_over(below)) if note]
     unchanged = results.count(None) + len(amended)
     return Plan(files, amended, renamed, sorted(stale), unchanged, rejected, attributes, unknown, notes)
 
@@ -885,11 +876,8 @@ def read_classes(source: str) -> dict[str, list[str]]:
         found = {}
         for label, phrases in content.items() if isinstance(content, dict) else ():
             phrases = [phrases] if isinstance(phrases, str) else phrases
-            if (
-                not isinstance(phrases, list)
-                or not phrases
-                or not all(isinstance(p, str) and p.strip() for p in phrases)
-            ):
+            good = isinstance(phrases, list) and all(isinstance(p, str) and p.strip() for p in phrases)
+            if not good or not phrases:
                 raise InputError(f"{path}: class {label!r}: expected a phrase or a list of phrases, found {phrases!r}")
             found[label] = phrases
     else:
@@ -984,9 +972,8 @@ class Library:
             raise InputError("a query needs words, a picture (--like), or both")
         parts = []
         if words:
-            parts.append(
-                (1 - like_weight if like else 1.0, self.text_vectors(list(words), template=template, context=context))
-            )
+            said = self.text_vectors(list(words), template=template, context=context)
+            parts.append((1 - like_weight if like else 1.0, said))
         if like:
             pictures = np.stack([self.picture_vector(rgb) for rgb in like])
             parts.append((like_weight if words else 1.0, pictures))
@@ -998,14 +985,9 @@ class Library:
         return unit(vector)
 
     def search(
-        self,
-        vector: np.ndarray,
-        k: int = 10,
-        *,
-        filter: Filter | None = None,
-        exact: bool = False,
+        self, vector: np.ndarray, k: int = 10, *, filter: Filter | None = None, exact: bool = False,
         neighbours: bool = False,
-    ) -> list[Hit]:
+    ) -> list[Hit]:  # fmt: skip
         """The k best, best first. A tile that shows the place of a better one, at the same time, is left out unless
         `neighbours`: of overlapping tiles one would do."""
         if neighbours:
