@@ -311,8 +311,7 @@ class MatchRun(Run):
         if not config.cache_dir:
             return {}
         features, size = {}, self.args.eval_batch_size
-        dtype = next(model.parameters()).dtype
-        recipe = f"{model.settings.base_fingerprint} {store.recipe} {config.max_text_tokens} {dtype}"
+        recipe = f"{model.settings.base_fingerprint} {store.recipe} {config.max_text_tokens} {dtype_of(self.args)}"
         if config.image_tower == "frozen":
             compute = partial(model.embed_images, store=store, batch_size=size, pool_only=True)
             kept = FeatureStore(config.cache_dir, f"image {recipe}")

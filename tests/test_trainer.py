@@ -262,6 +262,14 @@ def test_features_are_made_anew_when_an_image_changes(train, tmp_path, drawn):
     assert train(tmp_path / "3", f"{words}{tmp_path / 'kept'}")["untrained"] == fresh != first
 
 
+def test_features_of_another_precision_are_made_anew(train, tmp_path):
+    """The temperature, a model's first parameter, is float32 whatever its towers are in."""
+    words = f"--image_tower frozen --text_tower frozen --max_steps 1 --cache_dir {tmp_path / 'cache'} --bf16 "
+    for bf16 in ("false", "true"):
+        train(tmp_path / bf16, words + bf16)
+    assert len(list((tmp_path / "cache" / "features").iterdir())) == 4
+
+
 def test_two_micro_batches_equal_one_batch(train, tmp_path):
     words = "--max_samples 12 --in_batch_negatives none --lora_dropout 0 --optim sgd --max_grad_norm 0 --margin 1 "
     words += "--learning_rate 0.3 "
