@@ -523,12 +523,12 @@ class DualEncoder(Encoder):
         refuse_other_bases(Path(folder) / SETTINGS, self.settings)
         load_exactly(self, Path(folder) / WEIGHTS)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **_) -> None:
+    def gradient_checkpointing_enable(self, **how) -> None:
         """Recompute activations in the backward pass, in towers that are trained (called by the Trainer)."""
-        for side in ("image", "text"):
-            if getattr(self.settings, f"{side}_tower") != "frozen":
-                tower = getattr(self, f"{side}_tower")
-                tower.gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+        if self.settings.image_tower != "frozen":
+            recompute(self.image_tower, **how)
+        if self.settings.text_tower != "frozen":
+            recompute(self.text_tower, **how)
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """{"image", "text", "head": names of trained parameters}: each may have its own learning rate."""
@@ -756,6 +756,11 @@ def train_in_float32(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def recompute(part: nn.Module, gradient_checkpointing_kwargs: dict | None = None, **how) -> None:
+    """Checkpointing of a transformers model as the Trainer asks for it; torch wants to be told which of its two kinds."""
+    part.gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, **how)
 
 
 def add_lora(tower: nn.Module, targets: str | list[str], settings) -> None:
@@ -1252,10 +1257,9 @@ class VQA(nn.Module):
 
     # -- for the trainer
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **_) -> None:
+    def gradient_checkpointing_enable(self, **how) -> None:
         """Recompute activations in the backward pass (called by the Trainer)."""
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        self.qwen.gradient_checkpointing_enable(options)
+        recompute(self.qwen, **how)
 
     def compile_layers(self, **options) -> None:
         """See `compile_layers`."""
@@ -1774,12 +1778,11 @@ class Captioner(nn.Module):
         refuse_other_bases(Path(folder) / CAPTIONER, self.settings)
         load_exactly(self, Path(folder) / PROJECTOR)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **_) -> None:
+    def gradient_checkpointing_enable(self, **how) -> None:
         """Recompute activations in the backward pass (called by the Trainer)."""
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        self.language.gradient_checkpointing_enable(options)
+        recompute(self.language, **how)
         if not self.settings.freeze_vision_model:
-            self.vision.gradient_checkpointing_enable(options)
+            recompute(self.vision, **how)
 
     def compile_layers(self, **options) -> None:
         """See `compile_layers`."""

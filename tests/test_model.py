@@ -322,6 +322,14 @@ def test_checkpointing_leaves_a_frozen_tower_alone(encoder):
     assert not model.image_tower.is_gradient_checkpointing and model.text_tower.is_gradient_checkpointing
 
 
+def test_every_second_layer_may_be_checkpointed(encoder):
+    """As the Trainer asks, with what --gradient_checkpointing_kwargs says taken apart."""
+    model = encoder(image_tower="frozen", text_tower="lora")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=None, every_n_layers=2, offload=False)
+    chosen = [layer.gradient_checkpointing for layer in model.text_tower.layers]
+    assert chosen == [number % 2 == 0 for number in range(len(chosen))] and len(chosen) > 1
+
+
 def test_bfloat16_base_keeps_lora_in_float32(settings, base):
     config = read_config(base)
     model = DualEncoder.from_base(settings(), dtype=torch.bfloat16)
