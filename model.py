@@ -125,8 +125,7 @@ def fingerprint(folder: str | Path) -> str:
 
     Values are sampled (the first 1 KiB of every tensor), so that a 7 GB base takes a moment, not half a minute.
     """
-    paths = weight_files(folder)
-    return _digest([Path(folder) / "config.json"], paths)
+    return _digest([Path(folder) / "config.json"], weight_files(folder))
 
 
 def _digest(settings: list[Path], weights: list[Path]) -> str:
@@ -180,17 +179,16 @@ def load_tower(folder: str | Path, side: str, config, dtype: torch.dtype = torch
 
     Raises InputError naming every missing or unexpected key.
     """
-    tensors, strangers = _part_of(folder, KEYS[side], [pattern for name, pattern in KEYS.items() if name != side])
     part = config.vision_config if side == "image" else config.text_config
-    tower, info = TOWERS[config.model_type][side == "text"].from_pretrained(
-        None, config=part, state_dict=tensors, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )  # what does not fit is refused below, all of it at once
-    _refuse_keys(folder, info["missing_keys"], [*info["unexpected_keys"], *strangers], info["mismatched_keys"])
-    return tower
+    others = [pattern for name, pattern in KEYS.items() if name != side]
+    return _load_part(TOWERS[config.model_type][side == "text"], part, folder, KEYS[side], others, dtype)
 
 
-def _part_of(folder: str | Path, wanted: re.Pattern, unused: list[re.Pattern]) -> tuple[dict, list[str]]:
-    """({name within the part: tensor}, keys that are neither `wanted` nor `unused`) of a model folder."""
+def _load_part(
+    model_class, config, folder: str | Path, wanted: re.Pattern, unused: list[re.Pattern], dtype: torch.dtype
+) -> nn.Module:
+    """A model of those tensors of a folder whose keys are `wanted`, by their first group. Raises InputError naming every key
+    that is missing, or neither wanted nor `unused`."""
     tensors, strangers = {}, []
     for path in weight_files(folder):
         try:
@@ -204,7 +202,11 @@ def _part_of(folder: str | Path, wanted: re.Pattern, unused: list[re.Pattern]) -
                         strangers.append(key)
         except SafetensorError as error:
             raise InputError(f"{path}: cannot be read ({error}); load the base again") from None
-    return tensors, strangers
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )  # what does not fit is refused below, all of it at once
+    _refuse_keys(folder, info["missing_keys"], [*info["unexpected_keys"], *strangers], info["mismatched_keys"])
+    return model
 
 
 def load_exactly(model: nn.Module, path: Path) -> None:
@@ -363,7 +365,7 @@ class Encoder(nn.Module):
         store = store or pixel_store(self)
         made = []
         for start in _batches(len(images), batch_size, "images", progress):
-            chunk = [images[i] for i in range(start, min(start + batch_size, len(images)))]
+            chunk = images[start : start + batch_size]
             pixels = [store[str(image)] if isinstance(image, (str, Path)) else image for image in chunk]
             features = self.pool_image(**pixel_batch(pixels, self.processor, self.device))
             made.append((features if pool_only else self.project_image(features)).cpu())
@@ -381,12 +383,7 @@ class Encoder(nn.Module):
             batch = token_batch([rows[i] for i in order[start : start + batch_size]], self.tokenizer.pad_token_id)
             features = self.pool_text(**{key: value.to(self.device) for key, value in batch.items()})
             made.append((features if pool_only else self.project_text(features)).cpu())
-        if not made:
-            return torch.zeros(0, self.settings.projection_dim)
-        sorted_rows = torch.cat(made)
-        result = torch.empty_like(sorted_rows)
-        result[torch.tensor(order)] = sorted_rows
-        return result
+        return torch.cat(made)[torch.tensor(order).argsort()] if made else torch.zeros(0, self.settings.projection_dim)
 
 
 class DualEncoder(Encoder):
@@ -487,8 +484,8 @@ class DualEncoder(Encoder):
             }
             if found := [what for mark, what in others.items() if (folder / mark).exists()]:
                 raise InputError(f"{folder}: {found[0]}")
-        if not (folder / SETTINGS).is_file() and (folder / "config.json").is_file():
-            return ClipEncoder.from_pretrained(name, device=device, dtype=dtype)
+            if (folder / "config.json").is_file():
+                return ClipEncoder.from_pretrained(name, device=device, dtype=dtype)
         try:
             settings = DualEncoderSettings(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
         except (FileNotFoundError, NotADirectoryError):
@@ -667,12 +664,9 @@ class ClipEncoder(Encoder):
         if config.model_type not in CLIPS:
             known = f"a matcher's checkpoint ({SETTINGS}) or model_type {', '.join(CLIPS)}"
             raise InputError(f"{folder / 'config.json'}: model_type {config.model_type!r}: expected {known}")
-        tensors, _ = _part_of(folder, re.compile(r"^(.+)$"), [re.compile(r".*\.position_ids$")])  # buffers of old files
         model_class, processor_class, _ = CLIPS[config.model_type]
-        model, info = model_class.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        _refuse_keys(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+        buffers = re.compile(r".*\.position_ids$")  # of old files
+        model = _load_part(model_class, config, folder, re.compile(r"^(.+)$"), [buffers], dtype)
         try:
             processor = processor_class.from_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -795,6 +789,12 @@ def load_processor(folder: str | Path, min_pixels: int | None = None, max_pixels
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise InputError(f"{folder}: the tokenizer names no end-of-text or no padding token")
     return processor, tokenizer
+
+
+def _ends(language, tokenizer) -> list[int]:
+    """The tokens that end what a language model says."""
+    ends = language.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends else [])})
 
 
 def _batches(total: int, size: int, desc: str, progress: bool):
@@ -1003,8 +1003,7 @@ class VQA(nn.Module):
         self.settings, self.peft, self.tokenizer, self.processor = settings, peft_model, tokenizer, processor
         config = self.qwen.config
         self.prompt = ChatPrompt(tokenizer, settings.prompt, config.image_token_id, processor.merge_size)
-        ends = self.qwen.generation_config.eos_token_id
-        self.ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends else [])})
+        self.ends = _ends(self.qwen, tokenizer)
         # A base's file brings sampling and a repetition penalty, which would fill what `chat` and a server leave open:
         # other answers than those that are scored.
         self.qwen.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=tokenizer.pad_token_id)
@@ -1035,10 +1034,11 @@ class VQA(nn.Module):
         from peft import LoraConfig, get_peft_model
 
         settings = VQASettings(
-            base_model=str(config.base_model), base_fingerprint=fingerprint(config.base_model),
-            vision_tower=config.vision_tower, merger=config.merger, prompt=config.prompt,
-            max_answer_tokens=config.max_answer_tokens, images=image_settings(config).to_dict(), answers=answers or {},
-        )  # fmt: skip
+            base_fingerprint=fingerprint(config.base_model),
+            images=image_settings(config).to_dict(),
+            answers=answers or {},
+            **same_fields(VQASettings, config),
+        )
         processor, tokenizer = load_processor(config.base_model, config.min_pixels, config.max_pixels)
         whole_vision = "full" in (config.vision_tower, config.merger)
         base = load_qwen(config.base_model, dtype, config.quantize, device, whole_vision)
@@ -1252,7 +1252,8 @@ class VQA(nn.Module):
             if (base / name).is_file() and not (partial / name).exists():
                 shutil.copy(base / name, partial / name)
         keep_settings_of(base, partial, merged.dtype)
-        folder.rmdir() if folder.is_dir() else None  # the caller saw that it is empty
+        if folder.is_dir():
+            folder.rmdir()  # the caller saw that it is empty
         os.replace(partial, folder)
 
     # -- for the trainer
@@ -1631,12 +1632,9 @@ class Captioner(nn.Module):
         train_in_float32(self)
         self.set_stage(stage)
         self.prompt = CaptionPrompt(tokenizer, self.projector.tokens)
-        ends = language.generation_config.eos_token_id
-        self.ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends else [])})
-        thoughts = {t: tokenizer.convert_tokens_to_ids(t) for t in ("<think>", "</think>")}
-        self.never = [
-            i for t, i in thoughts.items() if i is not None and tokenizer.convert_ids_to_tokens(i) == t
-        ] or None
+        self.ends = _ends(language, tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        self.never = [vocabulary[mark] for mark in ("<think>", "</think>") if mark in vocabulary] or None
 
     @property
     def device(self) -> torch.device:
@@ -1961,11 +1959,7 @@ def load_vision(folder: str | Path, dtype: torch.dtype = torch.float32, processo
         )
     part = getattr(config, "vision_config", config)
     tower_class, processor_class, _ = VISION[kind]
-    tensors, strangers = _part_of(folder, VISION_KEY, [VISION_UNUSED])
-    tower, info = tower_class.from_pretrained(
-        None, config=part, state_dict=tensors, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    _refuse_keys(folder, info["missing_keys"], [*info["unexpected_keys"], *strangers], info["mismatched_keys"])
+    tower = _load_part(tower_class, part, folder, VISION_KEY, [VISION_UNUSED], dtype)
     try:
         processor = processor_class.from_pretrained(processor_from or folder)
     except (OSError, ValueError) as error:
