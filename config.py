@@ -1093,13 +1093,10 @@ def _renamed(word: str, aliases: dict[str, str]) -> str:
 
 
 def flag_value(flag: str, argv: list[str]) -> str | None:
-    """What a command line itself gives `--flag`; None: the flag is not on it."""
-    for i, word in enumerate(argv):
+    """What a command line itself gives `--flag`, the last time as argparse has it; None: the flag is not on it."""
+    for word, after in reversed(list(itertools.zip_longest(argv, argv[1:]))):
         if _flag_in(word) == flag:
-            if "=" in word:
-                return word.partition("=")[2]
-            if i + 1 < len(argv):
-                return argv[i + 1]
+            return word.partition("=")[2] if "=" in word else after
     return None
 
 

@@ -181,6 +181,13 @@ def test_flag_value_is_what_the_command_line_itself_gives(capsys):
     assert "--base_mod" in capsys.readouterr().err
 
 
+def test_the_last_of_two_equal_flags_counts_for_presets_too():
+    words = ["--output_dir=somewhere/new", "--use_cpu=true", "--task=rsvqa", "--preset=demo", "--preset", "full"]
+    config, _, _ = parse(VQAConfig, [*words, "--task=chat"])
+    assert (config.task, config.prompt, config.max_answer_tokens) == ("chat", "{question}", 512)
+    assert config.base_model == VQAConfig.base_model
+
+
 @pytest.mark.parametrize(
     "words",
     ["--val_fraction=1.5", "--max_rejected=2", "--lora_rank=0", "--projection_dim=0", "--texts_per_scene=-1",
