@@ -23,6 +23,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -87,10 +88,6 @@ class _Calls(Dataset):
             return error
 
 
-def _as_it_is(made: list) -> list:
-    return made
-
-
 def each_file(function: Callable, paths: list[str], workers: int | None = None, size: int = 4) -> Iterator:
     """function(path) of each path in turn, or the InputError that it raised; made ahead in processes, `size` paths at a time.
 
@@ -102,7 +99,7 @@ def each_file(function: Callable, paths: list[str], workers: int | None = None, 
         workers = min(16, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     calls = _Calls(function, paths, size)
     workers = min(workers, len(calls) // (2 if multiprocessing.get_start_method() == "fork" else 128))
-    for made in DataLoader(calls, None, num_workers=workers if workers > 1 else 0, collate_fn=_as_it_is):
+    for made in DataLoader(calls, None, num_workers=workers if workers > 1 else 0, collate_fn=list):
         yield from made
 
 
@@ -545,11 +542,10 @@ class MatchDataset(Dataset):
         self, scenes: list[Scene], tokenize, store: PixelStore | None, *, texts_per_scene: int = 0, seed: int = 0
     ):
         self.scenes, self.store, self.seed, self.texts_per_scene = scenes, store, seed, texts_per_scene
-        texts = dict.fromkeys(t for s in scenes for row in s.rows for t in row if t is not None)
-        texts.update(dict.fromkeys(t for s in scenes for t in s.texts))
-        self.text_ids = {text: i for i, text in enumerate(texts)}
-        self.tokens, self.cut = tokenize(list(texts))
-        self.texts = list(texts)
+        listed = [text for scene in scenes for row in scene.rows for text in row if text is not None]
+        self.texts = list(dict.fromkeys([*listed, *(text for scene in scenes for text in scene.texts)]))
+        self.text_ids = {text: i for i, text in enumerate(self.texts)}
+        self.tokens, self.cut = tokenize(self.texts)
         self.scene_texts = [np.array([self.text_ids[t] for t in s.texts]) for s in scenes]
         self.image_features = self.text_features = None  # of frozen towers: (scenes, D), (texts, D)
 
@@ -1028,7 +1024,4 @@ def token_batch(rows: list[np.ndarray], pad_id: int) -> dict[str, torch.Tensor]:
 
 def pad_rows(rows: list[np.ndarray], fill: int) -> torch.Tensor:
     """Integer rows of different lengths -> (N, longest) int64, filled on the right."""
-    table = np.full((len(rows), max(len(row) for row in rows)), fill, dtype=np.int64)
-    for i, row in enumerate(rows):
-        table[i, : len(row)] = row
-    return torch.from_numpy(table)
+    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=fill).long()

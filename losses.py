@@ -206,7 +206,6 @@ def mine_negatives(
     for (scene, kind), numbers in groups.items():
         scores = text @ image[scene]  # (T,)
         positives = scores[[rows[n][1] for n in numbers]]
-        scores = scores.copy()
         scores[scene_texts[scene]] = scores[kinds != kind] = -np.inf
         order = np.argsort(-scores, kind="stable")
         ranked = scores[order]

@@ -20,6 +20,7 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from peft.helpers import disable_input_dtype_casting
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
 from config import InputError
@@ -292,7 +293,7 @@ class SceneTrainer(Trainer):
             self._save_rng_state(str(partial))
         if self.args.should_save:
             for callback in [*self.callback_handler.callbacks, self.control]:
-                if hasattr(callback, "state") and callable(callback.state):
+                if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(partial / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
@@ -458,9 +459,9 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         if state.is_world_process_zero and logs and hasattr(self, "path"):
-            row = {"step": state.global_step, **{key: value for key, value in logs.items() if _is_number(value)}}
+            numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps({"step": state.global_step} | numbers) + "\n")
 
 
 def read_history(run: str | Path) -> list[dict]:
@@ -484,7 +485,3 @@ def gather_rows(accelerator, tensor: torch.Tensor, fill: int = 0) -> list[torch.
         tensor = accelerator.pad_across_processes(tensor.detach(), dim=axis, pad_index=fill)
     parts = accelerator.gather(tensor).split(len(tensor))
     return [part[:size] for part, size in zip(parts, sizes)]
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
