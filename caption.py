@@ -278,7 +278,6 @@ def evaluate(args) -> int:
     import metrics
     import report
     from data import drop_unreadable
-    from imagery import ImageSettings, read_image
     from model import pixel_store
 
     model = load(args)
@@ -321,10 +320,8 @@ def evaluate(args) -> int:
     images = list(captions)
     rows = [{"image": image, "caption": captions[image]} for image in images]
     result = {"model": str(args.model_path), "prompt": prompt, "language": language, "images": len(images)}
-    sections, settings = [], ImageSettings.from_dict(model.settings.images)
-    output = Path(args.output_file)
-    # The scores are one more thing that may fail.
-    report.write_json(output, result | {"captions": rows, "errors": broken})
+    sections, output = [], Path(args.output_file)
+    report.write_json(output, result | {"captions": rows, "errors": broken})  # the scores are one more thing that may fail
 
     if references:
         truths = [references[image] for image in images]
@@ -350,7 +347,7 @@ def evaluate(args) -> int:
     result["captions"] = rows
     result["errors"] = broken
     report.write_json(output, result)
-    sections += report.caption_sections(rows, lambda path: read_image(path, settings, max_side=448).rgb)
+    sections += report.caption_sections(rows, store.picture)
     page = report.page("Captions", sections, output.with_suffix(".html"), subtitle=f"{args.model_path}: {prompt}")
     print(f"{len(rows)} captions -> {output}, {page}")
     return say_broken(broken)

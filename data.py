@@ -292,6 +292,10 @@ class PixelStore:
                 np.save(file, pixels)
         return pixels
 
+    def picture(self, path: str) -> np.ndarray:
+        """A file for a page, by the same bands and stretch, at most 448 pixels a side. Raises ImageError."""
+        return read_image(path, self.settings, max_side=448).rgb
+
     def resized(self, path: str, rgb: np.ndarray) -> np.ndarray:
         """The picture (H, W, 3) of a file as the vision tower takes it. Raises ImageError, naming the file."""
         try:

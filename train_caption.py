@@ -31,7 +31,6 @@ from data import (
     row_align,
     rows_digest,
 )
-from imagery import ImageSettings, read_image
 from model import Captioner, base_folder, pixel_store, weight_files
 from scenes import QuestionScene, captions_as_answers, image_files, load_splits
 from trainer import (
@@ -290,10 +289,9 @@ class CaptionRun(Run):
         report.write_json(self.folder / "results.json", results)
         listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         report.write_atomic(self.folder / "captions.jsonl", "".join(listed))
-        settings = ImageSettings.from_dict(self.model.settings.images)
         caption_scores.write_page(
             self.folder / "report.html", "Captions", results["scores"], rows, read_history(self.folder),
-            lambda path: read_image(path, settings, max_side=448).rgb, subtitle=f"{self.folder}",
+            self.store.picture, subtitle=f"{self.folder}",
         )  # fmt: skip
         print(summary(results, final))
         print(f"report  {self.folder / 'report.html'}")

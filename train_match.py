@@ -436,7 +436,7 @@ class MatchRun(Run):
             results |= {"split": self.tested, "steps": outcome.global_step, "best_step": trainer.kept_step,
                         "seconds": self.seconds()}  # fmt: skip
             report.write_json(self.folder / "results.json", results)
-            write_report(self.folder, results, held_out, image, text, texts, images)
+            write_report(self.folder, results, held_out, image, text, texts, self.store.picture)
             print(summary(results, best))
             print(f"report  {self.folder / 'report.html'}")
         return results
@@ -517,7 +517,7 @@ def evaluate_only(config: MatchConfig, args, argv: list[str], keep: bool) -> dic
     if keep:
         run = Path(args.output_dir)
         report.write_json(run / "results.json", results)
-        write_report(run, results, splits[tested], image, text, texts, store.settings)
+        write_report(run, results, splits[tested], image, text, texts, store.picture)
         print(f"report  {run / 'report.html'}")
     return results
 
@@ -605,8 +605,8 @@ def intervals_line(trained: dict) -> str:
     return "95% intervals by image: " + ", ".join(f"{name} {report.span_text(x)}" for name, x in spans.items() if x)
 
 
-def write_report(run, results, scenes, image, text, texts, settings) -> None:
-    """`report.html`: the table, curves, and the best and worst retrievals with their pictures."""
+def write_report(run, results, scenes, image, text, texts, picture) -> None:
+    """`report.html`: the table, curves, and the best and worst retrievals with their pictures (`picture(path)`)."""
     history = read_history(run)
     row_of = {t: i for i, t in enumerate(texts)}
     pool = list(dict.fromkeys(t for scene in scenes for t in scene.texts))
@@ -625,9 +625,9 @@ def write_report(run, results, scenes, image, text, texts, settings) -> None:
     def gallery(chosen):
         items = []
         for rank, _, i, lines in chosen:
-            picture = report.thumbnail(read_image(scenes[i].image, settings, max_side=448).rgb)
             title = f"{Path(scenes[i].image).name} · first right text at rank {rank + 1} of {len(pool)}"
-            items.append({"image": picture, "title": title, "good": rank == 0, "lines": lines})
+            shown = report.thumbnail(picture(scenes[i].image))
+            items.append({"image": shown, "title": title, "good": rank == 0, "lines": lines})
         return report.gallery_html(items)
 
     columns = {k: v.strip() for k, v in COLUMNS.items()}

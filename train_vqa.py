@@ -17,6 +17,7 @@ import json
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -51,7 +52,6 @@ from data import (
     row_align,
     rows_digest,
 )
-from imagery import ImageSettings, read_image
 from model import VQA, VQA_SETTINGS, load_processor, pixel_store, read_config
 from scenes import (
     Question,
@@ -218,8 +218,8 @@ def summary(results: dict, best) -> str:
     return "\n".join([*lines, f"adapter {best}"])
 
 
-def write_report(run: Path, results: dict, samples: list[dict], settings: ImageSettings) -> None:
-    """`report.html`: the tables, curves, flips by type, and pictures with their answers."""
+def write_report(run: Path, results: dict, samples: list[dict], picture: Callable) -> None:
+    """`report.html`: the tables, curves, flips by type, and pictures with their answers (`picture(path)`)."""
     sections = []
     for protocol in protocols_of(results["after"]):
         rows, columns = table(results, protocol)
@@ -236,10 +236,6 @@ def write_report(run: Path, results: dict, samples: list[dict], settings: ImageS
         figure = report.curves_figure(history, curves)
         sections.append(("Curves", report.figure_html(figure, "training curves")))
     shown = report.varied(samples, 24)
-
-    def picture(path):
-        return read_image(path, settings, max_side=448).rgb
-
     sections.append(("Examples", report.samples_html(shown, picture)))
     report.page("Questions about images", sections, run / "report.html", subtitle=f"{run}")
 
@@ -595,7 +591,7 @@ class Questions(AnswerRun):
         return summary(self.results, adapter)
 
     def write_page(self, rows: list[dict]) -> None:
-        write_report(self.folder, self.results, rows, self.store.settings)
+        write_report(self.folder, self.results, rows, self.store.picture)
 
 
 class Dialogue(AnswerRun):
@@ -639,7 +635,7 @@ class Dialogue(AnswerRun):
     def write_page(self, rows: list[dict]) -> None:
         caption_scores.write_page(
             self.folder / "report.html", "Dialogue", self.results["scores"], rows, read_history(self.folder),
-            lambda path: read_image(path, self.store.settings, max_side=448).rgb, subtitle=f"{self.folder}",
+            self.store.picture, subtitle=f"{self.folder}",
         )  # fmt: skip
 
 
