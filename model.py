@@ -222,6 +222,17 @@ def load_exactly(model: nn.Module, path: Path) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
+def save_trained(folder: Path, tensors: dict[str, torch.Tensor], weights: str, settings, name: str, model) -> None:
+    """What a checkpoint of any model holds: its tensors in the file `weights`, its settings in the file `name`, and the model's
+    tokenizer and image processor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: x.detach().contiguous().cpu() for key, x in tensors.items()}, folder / weights, {"format": "pt"})
+    write_settings(folder / name, settings)
+    open_weights(folder, name)
+    model.tokenizer.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+
+
 def write_settings(path: Path, settings) -> None:
     """A settings dataclass as the JSON file that its `from_pretrained` reads."""
     path.write_text(json.dumps(asdict(settings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -448,18 +459,10 @@ class DualEncoder(Encoder):
 
     def save_pretrained(self, folder: str | Path, state_dict: dict | None = None) -> None:
         """Write the trained tensors and all that use must share with training into `folder`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        names = self.trained_names()
         source = self.state_dict() if state_dict is None else state_dict
-        save_file(
-            {name: source[name].detach().contiguous().cpu() for name in names}, folder / WEIGHTS, {"format": "pt"}
-        )
-        write_settings(folder / SETTINGS, self.settings)
-        open_weights(folder, SETTINGS)
-        self.base_config.save_pretrained(folder / "base_config")
-        self.tokenizer.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        tensors = {name: source[name] for name in self.trained_names()}
+        save_trained(Path(folder), tensors, WEIGHTS, self.settings, SETTINGS, self)
+        self.base_config.save_pretrained(Path(folder) / "base_config")
 
     @classmethod
     def from_pretrained(
@@ -1160,18 +1163,11 @@ class VQA(nn.Module):
 
     def save_pretrained(self, folder: str | Path, state_dict: dict | None = None) -> None:
         """Write the adapter in peft's layout, with settings, tokenizer and image processor."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {key: value.detach().contiguous().cpu() for key, value in self.adapter_state(state_dict).items()}
-        save_file(state, folder / ADAPTER, {"format": "pt"})
+        save_trained(Path(folder), self.adapter_state(state_dict), ADAPTER, self.settings, VQA_SETTINGS, self)
         record = self.peft.peft_config["default"]
         training, record.inference_mode = record.inference_mode, True
         record.save_pretrained(str(folder))
         record.inference_mode = training
-        write_settings(folder / VQA_SETTINGS, self.settings)
-        open_weights(folder, VQA_SETTINGS)
-        self.tokenizer.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
 
     def load_trained(self, folder: str | Path) -> None:
         """Copy a checkpoint's tensors into this model. Raises InputError unless they are the expected ones, of its base."""
@@ -1725,19 +1721,9 @@ class Captioner(nn.Module):
 
     def save_pretrained(self, folder: str | Path, state_dict: dict | None = None) -> None:
         """Write the trained tensors and all that use must share with training; the bases are named, not copied."""
-        self._save(Path(folder), self.settings, self.trained_names(), state_dict)
-
-    def _save(
-        self, folder: Path, settings: CaptionerSettings, names: list[str], state_dict: dict | None = None
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         source = self.state_dict() if state_dict is None else state_dict
-        tensors = {name: source[name].detach().contiguous().cpu() for name in names}
-        save_file(tensors, folder / PROJECTOR, {"format": "pt"})
-        write_settings(folder / CAPTIONER, settings)
-        open_weights(folder, CAPTIONER)
-        self.tokenizer.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        tensors = {name: source[name] for name in self.trained_names()}
+        save_trained(Path(folder), tensors, PROJECTOR, self.settings, CAPTIONER, self)
 
     def save_whole(self, folder: str | Path) -> None:
         """Write a folder that needs no other: vision/ and language/ as plain transformers loads them, LoRA merged, and the
@@ -1765,7 +1751,8 @@ class Captioner(nn.Module):
             freeze_language_model_except_layers=0, stage=2, vision_fingerprint=fingerprint(folder / "vision"),
             language_fingerprint=fingerprint(folder / "language"),
         )  # fmt: skip
-        self._save(folder, settings, [name for name in self.state_dict() if name.startswith("projector.")])
+        tensors = {name: value for name, value in self.state_dict().items() if name.startswith("projector.")}
+        save_trained(folder, tensors, PROJECTOR, settings, CAPTIONER, self)
 
     def trained_names(self) -> list[str]:
         """Names of the tensors a checkpoint holds: the projector's, and whatever else is in training."""
