@@ -820,11 +820,11 @@ class SceneTree:
     """
 
     order: torch.Tensor
-    prefix_rows: torch.Tensor | None = None
-    prefix_lengths: torch.Tensor | None = None
-    branch_rows: torch.Tensor | None = None
-    long_rows: torch.Tensor | None = None
-    branch_lengths: torch.Tensor | None = None
+    prefix_rows: torch.Tensor
+    prefix_lengths: torch.Tensor
+    branch_rows: torch.Tensor
+    branch_lengths: torch.Tensor
+    long_rows: torch.Tensor
     keep: int = 0
     """Free places to leave behind each branch for tokens to come; 0: keep nothing."""
     kept: dict[int, tuple] | None = None
@@ -859,7 +859,7 @@ def scene_attention(module, query, key, value, attention_mask, scaling=None, dro
     )  # what fills a short prefix stands on its right: causality hides it
     out = [out.transpose(1, 2).reshape(scenes * width, *q.shape[1:])]
     for rows in (tree.branch_rows, tree.long_rows):
-        if rows is None or not rows.numel():
+        if not rows.numel():
             continue
         bq, bk, bv = (_rows(x, rows) for x in (q, k, v))  # (S, Q, T, H, D)
         bk, bv = (x.permute(0, 3, 1, 2, 4) for x in (bk, bv))  # (S, K, Q, T, D)
