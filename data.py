@@ -252,8 +252,10 @@ def _kept(entry: Path, what: str):
         yield temporary
         os.replace(temporary, entry)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{entry.parent}: cannot keep {what}: {error}; see --cache_dir") from None
+    finally:
+        with contextlib.suppress(OSError):  # it has become the entry, or its folder is none
+            temporary.unlink()
 
 
 def identity_of(path: str, bands: str) -> str:
@@ -282,10 +284,9 @@ class PixelStore:
         """(H, W, 3) uint8. Raises ImageError."""
         entry = self._entry(path)
         if entry is not None:
-            try:
+            # Else it is not there yet, or was cut short by a full disk: it is made anew.
+            with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):
                 return np.load(entry)
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-                entry.unlink(missing_ok=True)  # cut short by a full disk: make it anew
         pixels = self.resized(path, read_image(path, self.settings).rgb)
         if entry is not None:
             with _kept(entry, "resized images") as temporary, open(temporary, "wb") as file:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,20 @@ def test_prepare_reads_each_image_once_and_reports(folder, monkeypatch):
     assert list(bad) == [str(folder / "a1.png"), paths[-1]] and all(Path(path).name in bad[path] for path in bad)
     monkeypatch.setattr(data, "read_image", None)  # all is kept: nothing is read again
     assert store.prepare([path for path in paths[:-1] if path not in bad]) == {}
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_nothing_half_stays(folder, monkeypatch):
+    store = PixelStore(lambda_resize(), ImageSettings(), str(folder / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store[str(folder / "a0.png")]
+    assert not [path for path in (folder / "cache").rglob("*") if path.is_file()]
+    shutil.rmtree(folder / "cache")
+    (folder / "cache").mkdir()
+    (folder / "cache" / "pixels").write_text("a file")
+    with pytest.raises(InputError, match="cannot keep resized images"):
+        store[str(folder / "a0.png")]
 
 
 def test_many_files_are_read_in_processes(folder):
