@@ -13,6 +13,7 @@ use sees what training saw.
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -549,10 +550,14 @@ def band_files(path, bands: str) -> list[str]:
 
 
 def file_state(path, bands: str = "auto") -> tuple[int, int]:
-    """(bytes, time of change in ns) of a file, or the sums over all that make its picture: a band may be replaced by an older
-    file. Raises OSError."""
+    """(bytes, time of change in ns) of a file; of several that make its picture the sum, and a number made of all of theirs: a
+    band may be replaced by an older file, or change places with another. Raises OSError."""
     stats = [os.stat(file) for file in band_files(path, bands)]
-    return sum(stat.st_size for stat in stats), sum(stat.st_mtime_ns for stat in stats)
+    if len(stats) == 1:
+        return stats[0].st_size, stats[0].st_mtime_ns
+    all_of_them = repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode()
+    number = int.from_bytes(hashlib.blake2b(all_of_them, digest_size=7).digest(), "big")
+    return sum(stat.st_size for stat in stats), number
 
 
 def _virtual(files: list[str]) -> str | None:
@@ -623,8 +628,8 @@ def join_bands(paths: list, settings: ImageSettings) -> tuple[list, str | None]:
     if not reds:
         apart = [files[0] for files in scenes.values() if len(files) >= 3 and not settings.bands[0].isdigit()]
         note = (
-            f"scenes with a file for each band: {len(apart)}, such as {apart[0]}, each a grey picture by itself; join three"
-            " first, `rio stack -f GTiff B04.tif B03.tif B02.tif -o rgb.tif`"
+            f"scenes with a file for each band: {len(apart)}, such as {apart[0]}, each a grey picture by itself; `--bands"
+            " sentinel2` (or landsat8, ...) makes one of B4, B3 and B2; others join first, `rio stack -f GTiff B04.tif B03.tif B02.tif -o rgb.tif`"
         ) if apart else None  # fmt: skip
         return paths, note
     others = {path for scene, red in reds.items() for path in scenes[scene] if path != red}

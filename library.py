@@ -35,6 +35,7 @@ import store
 from config import InputError
 from data import fitting_workers, is_blank, normalised, over_files, stacked
 from imagery import (
+    ONE_BAND,
     RENDERING,
     ImageError,
     ImageSettings,
@@ -82,12 +83,13 @@ REFERENCE = {
 # What is said of every hit, beside its attributes.
 RESULT = ("query", "rank", "score", "path", "window", "where", "time")
 OTHER_RASTERS = {
-    ".img", ".vrt", ".nc", ".hdf", ".h5", ".ecw", ".sid", ".ntf", ".bil", ".zip", ".tar", ".tgz", ".gz", ".7z",
+    ".img", ".vrt", ".nc", ".hdf", ".h5", ".ecw", ".sid", ".ntf", ".bil", ".gpkg", ".mbtiles", ".zip",
+    ".tar", ".tgz", ".gz", ".7z",
 }  # fmt: skip
 MASK = re.compile(  # and previews, beside the pictures of Planet, Landsat, HLS and Sentinel-2
     r"^MSK_.*|(?:^|[._])(?:udm2?|B?QA(?:_PIXEL|_RADSAT|_AEROSOL)?|SCL|AOT|WVP|Fmask|CLD(?:PRB)?|SNW(?:PRB)?|PVI|S[AZ]A|V[AZ]A"
     r"|ST_(?:ATRAN|CDIST|DRAD|EMIS|EMSD|TRAD|URAD)|SR_ATMOS_OPACITY)(?:_\d+m)?(?:_clip)?\.(?:tiff?|jp2)$"
-    r"|^S2.*-ql\.jpg$|^L[A-Z]\d\d_.*_thumb_(?:large|small)\.jpe?g$",
+    r"|^(?:GF|ZY|CB|HJ|SV)\d.*-(?:MSS|PAN|MUX|PMS|NAD|FWD|BWD)\d*(?:_thumb)?\.jpe?g$|^S2.*-ql\.jpg$|^L[A-Z]\d\d_.*_thumb_(?:large|small)\.jpe?g$",
     re.IGNORECASE,
 )
 SAFE_PAGE = re.compile(r"\.SAFE/(?:HTML|preview)/", re.IGNORECASE)  # what a Sentinel product shows of itself
@@ -166,6 +168,8 @@ def time_in_name(path: str) -> str | None:
     """The date that a file's name holds, as 2020-06-30: names of Sentinel and Landsat scenes begin with theirs; those of MODIS,
     HLS and old Landsat scenes hold the day of the year. One that is still to come is a number like any other."""
     name, found = Path(path).name, []
+    if ONE_BAND.match(name):  # of a folder that is the scene: S2A_32TLT_20220715_0_L2A/B04.tif
+        name = Path(path).parent.name
     dates = [(year, month, day) for year, _, month, day in DATE_IN_NAME.findall(name)]
     for year, month, day in dates + DATE_IN_CHINESE.findall(name):
         with contextlib.suppress(ValueError):
@@ -309,10 +313,13 @@ def plan_index(
     `only`: patterns of which a file's name, or its path below `root`, matches one. `attributes` None: files keep those they
     have. Raises InputError: no image below `root`, attributes of an image that is not there."""
     below = files_below(root)
-    images = [path for path in image_files(root, below) if any(_matches(path, root, pattern) for pattern in only)]
+    every = image_files(root, below)
+    groups = [{path for path in every if _matches(path, root, pattern)} for pattern in only]
+    images = [path for path in every if any(path in group for group in groups)]
     if not images:
         raise InputError(f"{root}: no image in it has a name such as {' or '.join(only)} (--only)")
-    masks = set(filter(_is_mask, images)) if [*only] == ["*"] else set()
+    named = {path for group in groups if all(map(_is_mask, group)) for path in group}  # by a pattern of their own
+    masks = set(filter(_is_mask, images)) - named
     if len(masks) < len(images):
         images = [path for path in images if path not in masks]
     else:

@@ -1140,6 +1140,10 @@ def test_a_scene_with_a_file_for_each_band(tmp_path, names, bands):
     assert note.startswith("scenes with a file for each band: 1;") and str(red) in note and "3 files" in note
     assert imagery.join_bands(paths, ImageSettings(bands="1")) == (paths, None)
 
+    green, state = tmp_path / names.format(codes[1]), imagery.file_state(red, bands)
+    for first, second in ((red, tmp_path / "x"), (green, red), (tmp_path / "x", green)):
+        first.rename(second)
+    assert imagery.file_state(red, bands) != state, "bands changed places: another picture"
     size, time = imagery.file_state(red, bands)
     os.utime(tmp_path / names.format(codes[1]), ns=(10**9,) * 2)  # older than red's
     assert imagery.file_state(red, bands) != (size, time) and size > 2 * red.stat().st_size

@@ -114,9 +114,8 @@ def text_files(source: str) -> list[str]:
             continue
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
-        mode = name in ("open", "fdopen") and any(
-            text[:1] in ("r", "w", "a", "x") and "b" not in text for text in texts
-        )
+        ours = name in ("open", "fdopen") and not ast.unparse(node.func).startswith("rasterio.")
+        mode = ours and any(text[:1] in ("r", "w", "a", "x") and "b" not in text for text in texts)
         if (name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute)) or mode:
             found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found

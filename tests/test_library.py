@@ -121,7 +121,7 @@ def test_masks_beside_the_pictures_are_left_out(folder):
              "HLS.S30.T32TQM.2020166.v2.0.Fmask.tif", "LC08_L2SP_1_ST_EMIS.TIF", "AOT.tif",
              "T33UUP_20200615T101559_PVI.jp2",
              "S2A_MSIL2A_20200615T101559_N0214_R022_T33UUP_20200615T130153-ql.jpg",
-             "LC08_L2SP_1_02_T1_thumb_large.jpeg"]  # fmt: skip
+             "LC08_L2SP_1_02_T1_thumb_large.jpeg", "GF2_PMS1_E113.8_N22.5_20200615_L1A0004530123-MSS1_thumb.jpg"]  # fmt: skip
     for name in [*masks, "scl.png", "aqua_1.tif"]:
         write_tif(folder / "farm" / name, 60, 60)
     (page := folder / "farm/S2A_MSIL2A_20200615T101559_N0214_R022_T33UUP_20200615T130153.SAFE/HTML").mkdir(parents=True)
@@ -133,15 +133,20 @@ def test_masks_beside_the_pictures_are_left_out(folder):
 
     names, notes = planned()
     assert names & {f"farm/{name}" for name in [*masks, "scl.png", "aqua_1.tif"]} == {"farm/scl.png", "farm/aqua_1.tif"}
-    assert [note for note in notes if note.startswith("masks, quality layers and previews left out: 11, such as")]
+    assert [note for note in notes if note.startswith("masks, quality layers and previews left out: 12, such as")]
     assert not any("banner" in name for name in names)
     shutil.rmtree(page.parent)
     assert planned("*_SCL_20m.jp2") == ({"farm/T33UUP_20200615_SCL_20m.jp2"}, [])
+    write_tif(folder / "farm/T33UUP_20200615.tif", 60, 60)
+    names, notes = planned("*20200615*")
+    assert names == {"farm/T33UUP_20200615.tif"} and "previews left out" in notes[0], "a date names no mask"
+    both = planned("*20200615*", "*_SCL_20m.jp2")[0]
+    assert both == names | {"farm/T33UUP_20200615_SCL_20m.jp2"}
     for path in folder.rglob("*.*"):
         if path.name not in masks:
             path.unlink()
     names, notes = planned()
-    assert len(names) == 10 and notes == [], "a folder of masks is meant"
+    assert len(names) == 11 and notes == [], "a folder of masks is meant"
 
 
 def test_cells_that_are_numbered_like_bands_all_come_in(folder):
@@ -198,6 +203,8 @@ def test_small_pieces(tmp_path):
     clocks = ("IMG_PHR1A_PMS_202006301028190_ORT_1.TIF", "DJI_202006301230_001.JPG", "DJI_20200630123000_1.JPG")
     for name in ("影像_2020年06月30日.tif", "影像2020年6月30日.tif", "x_2020.06.30.tif", *clocks):
         assert time_in_name(name) == "2020-06-30"
+    for name in ("S2A_32TLT_20200630_0_L2A/B04.tif", "20190101/LC08_L2SP_195026_20200630_20200823_02_T1/SR_B4.TIF"):
+        assert time_in_name(name) == "2020-06-30", "a band's name says nothing of its scene"
     assert time_in_name("x_2019-02-28.png") == "2019-02-28" and time_in_name("1999_12_31/a.png") is None
     for name in (
         "LC81930242020182LGN00_B4.TIF",
