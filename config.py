@@ -25,6 +25,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
@@ -423,9 +424,7 @@ class CaptionConfig(DataConfig):
     """Validation images captioned at each evaluation during training (a fixed sample); the final test uses all."""
 
 
-WHOLE_MODELS = (
-    "every GPU holds a whole model (accelerate/ddp.yaml); LoRA, --quantize 4 and --gradient_checkpointing save memory"
-)
+WHOLE_MODELS = "every GPU holds a whole model (accelerate/ddp.yaml); LoRA, --gradient_checkpointing and train_vqa.py's --quantize 4 save memory"
 # Flags of TrainingArguments that would change nothing here, or break.
 USELESS = {
     "neftune_noise_alpha": "these models' losses know nothing of it",
@@ -437,6 +436,7 @@ USELESS = {
     "dataloader_drop_last": "an epoch of scenes is filled up to whole batches",
     "fsdp": WHOLE_MODELS,
     "deepspeed": WHOLE_MODELS,
+    "save_on_each_node": "checkpoints are written once, into an --output_dir that all machines see",
     "push_to_hub": "nothing is uploaded while training; afterwards: hf upload NAME RUN/best_model",
 }
 # TrainingArguments whose default we change, with the reason.
@@ -788,6 +788,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         from accelerate.utils import broadcast_object_list
 
         (training_args.output_dir,) = broadcast_object_list([training_args.output_dir])  # each has its own clock
+    if writes and training_args.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", training_args.world_size)):
+        refuse_apart(Path(training_args.output_dir))
     if getattr(config, "early_stopping_patience", 0) and not training_args.load_best_model_at_end:
         raise InputError("--early_stopping_patience: needs evaluations and --load_best_model_at_end")
     if resume:
@@ -806,6 +808,29 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
             )
     check(config)
     return config, training_args, changed
+
+
+def refuse_apart(folder: Path, patience: float = 60) -> None:
+    """Raises InputError, on all machines of a run, where one of them does not see what the first writes into the run's folder:
+    it could load no checkpoint, and that would be found after the training. patience: seconds that a network disk has to show it."""
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    first = os.environ.get("RANK", "0") == "0"
+    (name,) = broadcast_object_list([f".seen_by_all_{os.getpid()}_{time.time_ns()}"])
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    until = time.monotonic() + patience
+    broadcast_object_list([None])  # it is written now
+    while not (seen := (folder / name).exists()) and time.monotonic() < until:
+        time.sleep(1)
+    all_see = all(gather_object([seen]))
+    if first:
+        (folder / name).unlink()
+    if not all_see:
+        raise InputError(
+            f"--output_dir {folder}: not the same folder on all machines of this run; give one on a disk that they share"
+        )
 
 
 def refuse_schedule(args) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from peft.helpers import disable_input_dtype_casting
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -121,9 +121,16 @@ class SceneTrainer(Trainer):
         self.args.dataloader_pin_memory &= self.args.device.type == "cuda"  # torch warns of pages that it cannot lock
         world, per_step = self.args.world_size, self.args.train_batch_size * self.args.world_size
         if world > 1 and len(train_dataset) < per_step:
+            remedy = "start fewer processes" if len(train_dataset) < world else "lower --per_device_train_batch_size"
             raise InputError(
-                f"{len(train_dataset)} training scenes do not fill one batch of {per_step} on {world} processes;"
-                " lower --per_device_train_batch_size"
+                f"{len(train_dataset)} training scenes do not fill one batch of {per_step} on {world} processes; {remedy}"
+            )
+        # Losses take scenes and texts of all processes by their numbers: a picture that one machine could not read shifts them.
+        rows = gather_object([rows_digest(train_dataset.scenes)]) if world > 1 else []
+        if other := [n for n, digest in enumerate(rows) if digest != rows[0]]:
+            raise InputError(
+                f"process {other[0]} has other training rows than process 0: the data, or what can be read of it, differs between"
+                " the machines; copy it again"
             )
 
     # -- data and optimizer
@@ -332,6 +339,27 @@ class SceneTrainer(Trainer):
             )
         self.accelerator.unwrap_model(model or self.model).load_trained(resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """A checkpoint brings the rates and the decay that it was made with; what this run asks for goes before."""
+        groups = self.optimizer.param_groups if checkpoint else []
+        asked = [(group.get("initial_lr"), group["weight_decay"]) for group in groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise InputError(
+                f"{checkpoint}: cannot resume, its optimizer was made for other groups of parameters ({error}); resume with the"
+                " --weight_decay that the run began with, or begin a new run"
+            ) from None
+        for group, (rate, decay) in zip(self.optimizer.param_groups, asked):
+            group["weight_decay"] = decay
+            if rate is not None and group["initial_lr"]:  # a schedule that follows the loss has no first rate
+                group["lr"] *= rate / group["initial_lr"]
+                group["initial_lr"] = rate
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if asked and hasattr(schedule, "base_lrs"):
+            schedule.base_lrs = [rate for rate, _ in asked]
+            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
     def _load_best_model(self):
         self.accelerator.unwrap_model(self.model).load_trained(self.state.best_model_checkpoint)
 
@@ -410,11 +438,14 @@ def parameters_text(model) -> str:
 def prepared_tokens(model, store, paths: list[str], cache_dir: str, args):
     """The model's `TokenStore` below `cache_dir`, with what its frozen vision tower makes of these images: every process
     encodes its share of those that are not in it yet."""
-    tokens = model.token_store(cache_dir, store)
-    share = list(dict.fromkeys(paths))[args.process_index :: args.world_size]
-    model.prepare_tokens(tokens, store, share, args.eval_batch_size)
-    if args.world_size > 1:
-        torch.distributed.barrier()
+    tokens, images = model.token_store(cache_dir, store), list(dict.fromkeys(paths))
+    shares = [(args.process_index, args.world_size)]
+    if args.world_size > (local := int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))):
+        shares.append((args.local_process_index, local))  # what another machine made may lie in a cache of its own
+    for first, step in shares:
+        model.prepare_tokens(tokens, store, images[first::step], args.eval_batch_size)
+        if args.world_size > 1:
+            torch.distributed.barrier()
     return tokens
 
 

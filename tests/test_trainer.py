@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import losses
 import train_match
 import trainer as trainer_module
-from config import InputError, resolve_checkpoint
+from config import InputError, record_of, resolve_checkpoint
 from imagery import ImageSettings
 from model import DualEncoder
 from scenes import Scene, is_chinese
@@ -494,6 +494,24 @@ def test_resume_from_an_earlier_checkpoint_replaces_later_ones(train, tmp_path):
     assert distance(before, weights(tmp_path / "run" / "checkpoint-8")) > 1e-4
 
 
+def test_a_resume_takes_the_rates_and_the_decay_that_it_is_asked_for(train, tmp_path):
+    every = "--save_strategy steps --eval_strategy steps --save_steps 2 --eval_steps 2 --logging_steps 1 --max_steps 6 --save_total_limit 9"
+    train(tmp_path / "run", f"{every} --weight_decay 0.1 --text_learning_rate 2e-3")
+    before = [row["learning_rate"] for row in read_history(tmp_path / "run") if "learning_rate" in row]
+    resume = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2")]
+    settings = record_of(tmp_path / "run")["settings"]
+    slower = settings["learning_rate"] / 100
+    asked = [f"--learning_rate={slower}", "--weight_decay=0.2", "--text_learning_rate=1e-5"]
+    train_match.main([*resume, f"--output_dir={tmp_path / 'slow'}", *asked])
+    after = [row["learning_rate"] for row in read_history(tmp_path / "slow") if "learning_rate" in row]
+    assert after[-4:] == pytest.approx([rate / 100 for rate in before[-4:]], rel=1e-6)
+    kept = torch.load(tmp_path / "slow" / "checkpoint-4" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert {group["weight_decay"] for group in kept} == {0.0, 0.2}
+    assert {slower, 1e-5} <= (rates := {group["initial_lr"] for group in kept}) and 2e-3 not in rates
+    with pytest.raises(InputError, match=r"checkpoint-2: cannot resume, its optimizer .*--weight_decay"):
+        train_match.main([*resume, f"--output_dir={tmp_path / 'none'}", "--weight_decay=0"])
+
+
 def test_a_branch_that_was_left_is_not_resumed(train, tmp_path):
     every = "--save_strategy steps --eval_strategy steps --save_steps 2 --eval_steps 2 --save_total_limit 9"
     train(tmp_path / "run", f"--max_steps 6 {every}")
@@ -728,6 +746,39 @@ def test_two_processes_equal_one_with_twice_the_batch(train, flags, tmp_path):
         curves = [[row["loss"] for row in read_history(run) if "loss" in row] for run in (one, two)]
         assert curves[0] == pytest.approx(curves[1], abs=2e-4) and len(curves[0]) == 8
     assert_identical(*(weights(tmp_path / "two" / name / "checkpoint-8") for name in ("infonce", "resumed")))
+
+
+APART = """
+import os
+import pytest
+import config
+import train_match
+
+config.refuse_apart.__defaults__ = (1,)  # seconds
+
+def main(_):
+    rank = int(os.environ["RANK"])
+    with pytest.raises(config.InputError, match="process 1 has other training rows than process 0"):
+        train_match.main([*{flags!r}, "--output_dir={out}", f"--train_file={{{files!r}[rank]}}"])
+    os.environ["LOCAL_WORLD_SIZE"] = "1"  # each on a machine of its own, and then in a folder of its own
+    os.mkdir(f"{out}{{rank}}")
+    os.chdir(f"{out}{{rank}}")
+    with pytest.raises(config.InputError, match="--output_dir run: not the same folder on all machines"):
+        train_match.main([*{flags!r}, "--output_dir=run"])
+    train_match.main([*{flags!r}, "--output_dir={out}", "--max_steps=1"])
+"""
+
+
+def test_machines_that_see_other_rows_or_other_folders_are_refused(flags, drawn, tmp_path):
+    given = next(Path(word.partition("=")[2]) for word in flags if word.startswith("--train_file="))
+    rows = json.loads(given.read_text())
+    shorter = given.with_name("shorter.json")
+    shorter.write_text(json.dumps(rows[:-1]))
+    out = tmp_path / "run"
+    script = tmp_path / "apart.py"
+    script.write_text(APART.format(flags=[*flags, "--ddp_backend=gloo"], files=[str(given), str(shorter)], out=out))
+    run_forked(script)
+    assert (out / "best_model").is_dir() and not list(out.glob(".seen_by_all*"))
 
 
 def test_gathered_rows_without_processes():
