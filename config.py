@@ -424,7 +424,10 @@ class CaptionConfig(DataConfig):
     """Validation images captioned at each evaluation during training (a fixed sample); the final test uses all."""
 
 
-WHOLE_MODELS = "every GPU holds a whole model (accelerate/ddp.yaml); LoRA, --gradient_checkpointing and train_vqa.py's --quantize 4 save memory"
+WHOLE_MODELS = (
+    "every GPU holds a whole model (accelerate/ddp.yaml); LoRA, --gradient_checkpointing and, of train_vqa.py, --quantize 4 save"
+    " memory"
+)
 # Flags of TrainingArguments that would change nothing here, or break.
 USELESS = {
     "neftune_noise_alpha": "these models' losses know nothing of it",
@@ -812,7 +815,7 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
 
 def refuse_apart(folder: Path, patience: float = 60) -> None:
     """Raises InputError, on all machines of a run, where one of them does not see what the first writes into the run's folder:
-    it could load no checkpoint, and that would be found after the training. patience: seconds that a network disk has to show it."""
+    it could load no checkpoint, which would come out after the training. patience: seconds until a network disk shows it."""
     from accelerate.utils import broadcast_object_list, gather_object
 
     first = os.environ.get("RANK", "0") == "0"

@@ -1008,12 +1008,13 @@ def normalised(
     batch: dict[str, torch.Tensor], processor, device: str | torch.device = "cpu"
 ) -> dict[str, torch.Tensor]:
     """The second half of `pixel_batch`: bring to the device, and scale squares there as their processor would."""
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    cuda = torch.device(device).type == "cuda"  # mps would read pages that are free by then (pytorch/pytorch#139550)
+    batch = {name: value.to(device, non_blocking=cuda) for name, value in batch.items()}
     if batch["pixel_values"].dtype == torch.uint8:
         # What the processor makes of black and of white says it all: a line for each channel.
         ends = [np.full((2, 2, 3), value, np.uint8) for value in (0, 255)]
         made = processor(images=ends, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
-        low, high = made[..., :1, :1].to(device, non_blocking=True)  # (3, 1, 1) each; waiting would empty a GPU's queue
+        low, high = made[..., :1, :1].to(device, non_blocking=cuda)  # (3, 1, 1) each; waiting would empty a GPU's queue
         pixels = batch["pixel_values"].permute(0, 3, 1, 2).contiguous().float()
         batch["pixel_values"] = pixels.mul_((high - low) / 255).add_(low)
     return batch

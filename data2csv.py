@@ -227,7 +227,10 @@ def main(argv: list[str] | None = None) -> None:
     base = output.absolute().parent
     found = {name: Path(os.path.abspath(path)) for name, path in list_images(images).items()}
     table = Table(
-        {name: str(path.relative_to(base) if path.is_relative_to(base) else path) for name, path in found.items()}
+        {
+            name: (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
+            for name, path in found.items()
+        }
     )
     for questions, answers in pairs:
         table.add_file(questions, answers)

@@ -1178,8 +1178,12 @@ def _make(job: tuple[str, int, int, bool]) -> dict:
     folder, seed, index, pair = Path(job[0]), *job[1:]
     t = scene_truth(seed, index)
     write_geotiff(folder / "images" / t["image"], t, draw(t))
-    # A symbolic link, so that what is kept of the picture (`data.PixelStore`) is kept once.
-    (folder / "rsvqa_images" / f"{index}.tif").symlink_to(Path("..", "images", t["image"]))
+    # A symbolic link, so that what is kept of the picture (`data.PixelStore`) is kept once; not every system has them.
+    link = folder / "rsvqa_images" / f"{index}.tif"
+    try:
+        link.symlink_to(Path("..", "images", t["image"]))
+    except OSError:
+        shutil.copyfile(folder / "images" / t["image"], link)
     out = {"truth": t, "questions": questions(t)}
     for language in ("en", "zh"):
         out[language] = list(zip(captions(t, language), negatives(t, language)))

@@ -486,7 +486,7 @@ class TileBatches(torch.utils.data.Dataset):
         """Those of the first batch; leaves no file open, which processes to come would share."""
         made = self[0].pixels
         self.file.close()
-        self.current = -1
+        self.current, self.read = -1, None  # processes that are spawned get a copy of this
         return made
 
     def _file(self, number: int):

@@ -133,13 +133,17 @@ class RandomState:
 
     def __init__(self, *tensors):
         self.cpu = torch.get_rng_state()
-        self.devices, self.states = get_device_states(*tensors)
+        # torch asks for torch.mps.device, which there is not.
+        self.devices, self.states = get_device_states(*[tensor for tensor in tensors if tensor.is_cuda])
+        self.mps = torch.mps.get_rng_state() if any(tensor.is_mps for tensor in tensors) else None
 
     def __enter__(self):
         self.fork = torch.random.fork_rng(devices=self.devices, enabled=True)
         self.fork.__enter__()
         torch.set_rng_state(self.cpu)
         set_device_states(self.devices, self.states)
+        if self.mps is not None:
+            torch.mps.set_rng_state(self.mps)
 
     def __exit__(self, *error):
         self.fork.__exit__(*error)

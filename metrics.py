@@ -604,7 +604,8 @@ def object_mentions(captions, present, words: dict[str, list[str]], ignore=(), *
     def share(total):
         if not total.sum():
             return None, None
-        drawn = right[draw].sum(1) / np.maximum(total[draw].sum(1), 1)
+        counted = total[draw].sum(1)
+        drawn = right[draw].sum(1)[counted > 0] / counted[counted > 0]  # a draw that counts nothing says nothing
         return float(right.sum() / total.sum()), _percentiles(drawn, 0.95)
 
     (precision, precision_interval), (recall, recall_interval) = share(named), share(there)

@@ -649,14 +649,15 @@ class ClipEncoder(Encoder):
     `pool_image` and `pool_text` end behind the model's own projections: `project_*` only normalises.
     """
 
-    def __init__(self, settings: ClipSettings, model, tokenizer, processor):
+    def __init__(self, settings: ClipSettings, model, tokenizer, processor, dtype=torch.float32):
         super().__init__()
         self.settings, self.tokenizer, self.processor = settings, tokenizer, processor
-        self.model = model.requires_grad_(False)
         self.fixed_length = CLIPS[model.config.model_type][2]
-        self.logit_scale = model.logit_scale
+        self.logit_scale = nn.Parameter(model.logit_scale.float().clone(), requires_grad=False)
         bias = getattr(model, "logit_bias", None)
-        self.logit_bias = nn.Parameter(torch.zeros(1), requires_grad=False) if bias is None else bias
+        self.logit_bias = nn.Parameter(torch.zeros(1) if bias is None else bias.float().clone(), requires_grad=False)
+        # Only now: rounded to 16 bits, SigLIP's bias moves a probability by 5 points.
+        self.model = model.requires_grad_(False).to(dtype)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device="cpu", dtype=torch.float32) -> "ClipEncoder":
@@ -669,7 +670,7 @@ class ClipEncoder(Encoder):
             raise InputError(f"{folder / 'config.json'}: model_type {config.model_type!r}: expected {known}")
         model_class, processor_class, _ = CLIPS[config.model_type]
         buffers = re.compile(r".*\.position_ids$")  # of old files
-        model = _load_part(model_class, config, folder, re.compile(r"^(.+)$"), [buffers], dtype)
+        model = _load_part(model_class, config, folder, re.compile(r"^(.+)$"), [buffers], torch.float32)
         try:
             processor = processor_class.from_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -686,7 +687,7 @@ class ClipEncoder(Encoder):
             loss="sigmoid" if config.model_type == "siglip" else "softmax",
             images=ImageSettings().to_dict(),
         )
-        made = cls(settings, model, tokenizer, processor)
+        made = cls(settings, model, tokenizer, processor, dtype)
         # Of the processor's, transformers writes the last where it saves a whole one.
         names = ("config.json", "preprocessor_config.json", "processor_config.json")
         settings_files = [path for file in names if (path := folder / file).is_file()]
@@ -742,9 +743,10 @@ def length_groups(lengths: list[int], fill: float = 0.8, least: int = 16) -> lis
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model with its parameters in `dtype`; buffers stay: rotary frequencies in bf16 are wrong by some percent of a score
-    at a distance of 200 tokens."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    at a distance of 200 tokens. So do a matcher's scale and bias, as in `ClipEncoder`."""
+    for name, parameter in model.named_parameters():
+        if name not in ("logit_scale", "logit_bias"):
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -1065,6 +1067,7 @@ class VQA(nn.Module):
                 raise InputError(f"{config.base_model}: LoRA cannot be added: {str(error).splitlines()[0]}") from None
             model = cls(settings, adapted, tokenizer, processor)
         train_in_float32(model)  # peft sees to LoRA alone: a merger or tower in training is a copy in the base's dtype
+        model._measure_magnitudes()
         return model.to(device) if config.quantize == "none" else model
 
     @classmethod
@@ -1221,11 +1224,18 @@ class VQA(nn.Module):
             for module in self.peft.modules():
                 if hasattr(module, "reset_lora_parameters"):
                     module.reset_lora_parameters("default", True)
-                    if "default" in module.lora_variant:  # DoRA's magnitudes
-                        module.lora_variant["default"].init(module, "default")
                 if type(module).__name__ == "ModulesToSaveWrapper":
                     module.modules_to_save["default"].load_state_dict(module.original_module.state_dict())
         train_in_float32(self)
+        self._measure_magnitudes()
+
+    @torch.no_grad()
+    def _measure_magnitudes(self) -> None:
+        """DoRA's, of weights in float32: peft's are rounded to the base's dtype, and a model with them does not begin as its
+        base."""
+        for module in self.peft.modules():
+            if "default" in getattr(module, "lora_variant", {}):
+                module.lora_variant["default"].init(module, "default")
 
     def merge(self, folder: str | Path, dtype: torch.dtype | None = None, settings: bool = True) -> None:
         """Write base and adapter as one model in the layout of the base, which plain transformers and vLLM load, with the

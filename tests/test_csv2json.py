@@ -269,6 +269,13 @@ def test_one_percent_is_still_allowed(here, call):
     assert "1 of 1 rows cannot be used" in call("--max_rejected", 1)[2]
 
 
+def test_paths_that_windows_wrote(here, call):
+    path = write(here / "rsvqa-dataset.csv", [(f"tiles\\{i}.tif", "Q?", "yes") for i in range(10)])
+    code, _, err = call("--csv", path)
+    assert code == 0, err
+    assert {image_of(row) for row in load(here / "data_vl.json")} == {str(here / f"tiles/{i}.tif") for i in range(10)}
+
+
 def test_images_beside_the_csv(here, call, monkeypatch):
     ten(here)
     (here / "else" / "tiles").mkdir(parents=True)

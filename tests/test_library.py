@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -442,6 +443,16 @@ def test_what_cannot_be_written_ends_the_run(model, folder, tmp_path, monkeypatc
     monkeypatch.undo()
     assert len(contents(tmp_path / "x")) == calls[0]
     assert index_library(model, folder, tmp_path / "x", **SMALL).total == 4 + 12
+
+
+def test_what_workers_get_can_be_sent_to_them(model, folder):
+    """Where processes are spawned, as on macOS and, from Python 3.14, on Linux; also once the first batch was read."""
+    settings = ImageSettings()
+    plan = module.plan_index(folder, None, tile=64, stride=48, settings=settings)
+    batches = module.TileBatches(folder, plan.files, 4, model, settings, slice(None))
+    first = batches.first_pixels()["pixel_values"]
+    again = pickle.loads(pickle.dumps(batches))[0].pixels["pixel_values"]
+    assert torch.equal(first, again)
 
 
 def test_two_processes_share_the_work(matcher, model, folder, tmp_path):

@@ -510,6 +510,19 @@ def test_a_clip_scores_as_transformers_does(tmp_path, family):
     assert model.embed_images([]).shape == (0, peer.get_image_features(pixels).pooler_output.shape[1])
 
 
+def test_the_probabilities_of_a_tower_in_16_bits_are_those_of_the_whole(tmp_path):
+    folder = write_clip(tmp_path / "towers", "siglip")
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {"logit_scale": torch.tensor([4.7654]), "logit_bias": torch.tensor([-12.932])}  # as trained ones lie
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    cosines = torch.tensor([[0.08, 0.10, 0.11, 0.12, 0.14]])
+    whole = torch.sigmoid(cosines * np.exp(4.7654) - 12.932)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = DualEncoder.from_pretrained(folder, dtype=dtype)
+        assert torch.allclose(model.probabilities(cosines), whole, atol=1e-4), dtype
+        assert model.model.dtype == dtype
+
+
 def test_a_clip_folder_is_strict(tmp_path):
     folder = write_clip(tmp_path / "towers")
     before = DualEncoder.from_pretrained(folder).fingerprint

@@ -495,8 +495,10 @@ def test_resume_from_an_earlier_checkpoint_replaces_later_ones(train, tmp_path):
 
 
 def test_a_resume_takes_the_rates_and_the_decay_that_it_is_asked_for(train, tmp_path):
-    every = "--save_strategy steps --eval_strategy steps --save_steps 2 --eval_steps 2 --logging_steps 1 --max_steps 6 --save_total_limit 9"
-    train(tmp_path / "run", f"{every} --weight_decay 0.1 --text_learning_rate 2e-3")
+    every = (
+        "--save_strategy steps --eval_strategy steps --save_steps 2 --eval_steps 2 --max_steps 6 --save_total_limit 9"
+    )
+    train(tmp_path / "run", f"{every} --loss infonce --weight_decay 0.1 --text_learning_rate 2e-3")
     before = [row["learning_rate"] for row in read_history(tmp_path / "run") if "learning_rate" in row]
     resume = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2")]
     settings = record_of(tmp_path / "run")["settings"]

@@ -515,6 +515,15 @@ def test_reset_makes_doras_magnitudes_new(answerer, vqa_settings):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
+def test_doras_magnitudes_are_measured_in_float32(vqa_settings):
+    model = VQA.from_base(vqa_settings(use_dora=True), seed=2, dtype=torch.bfloat16)
+    before = {name: value.clone() for name, value in model.adapter_state().items() if "magnitude" in name}
+    model.reset_adapter(3)  # B is zero: the base's own norms again
+    assert before and all(
+        torch.equal(value, before[name]) for name, value in model.adapter_state().items() if name in before
+    )
+
+
 def test_marks_in_an_answer_are_no_images(answerer, scenes):
     branch, targets = answerer().prompt.branches(["a?"], ["<|image_pad|>"])[0]
     assert answerer().prompt.image_token not in branch and targets >= 1
