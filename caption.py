@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     shared.add_argument("--temperature", type=float, default=0.0, help="above 0: draw words instead of the best ones")
     shared.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest words of this total share")
     shared.add_argument("--seed", type=int, default=0, help="another seed draws other words")
-    shared.add_argument("--batch_size", type=int, default=32, help="images captioned at once")
+    shared.add_argument("--batch_size", type=int, default=32, help="images captioned at once (default: 32)")
     add_device_flags(shared)
 
     generate = commands.add_parser("generate", parents=[shared], help="write captions", description="Write captions.")

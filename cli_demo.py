@@ -48,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--base_model", help="folder of the base, if it is not where it was in training")
     parser.add_argument("--quant", choices=["4", "8"], help="load the base in 4 or 8 bits (CUDA and bitsandbytes)")
-    parser.add_argument("--language", choices=["zh", "en"], default="zh", help="language of the program's own words")
+    parser.add_argument(
+        "--language", choices=["zh", "en"], default="zh", help="language of the program's own words (default: zh)"
+    )
     parser.add_argument("--image_path", help="the first image")
     parser.add_argument("--max_length", type=int, default=512, help="most tokens of an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0: draw words; 0: the likeliest ones")

@@ -674,15 +674,6 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         for action in parser._actions:
             if action.dest == name:
                 action.help = text.replace("%", "%%")
-    if wants_help:
-        parser.epilog = (
-            "Every flag of transformers.TrainingArguments works too (--learning_rate, --num_train_epochs, "
-            "--per_device_train_batch_size, --resume_from_checkpoint, --output_dir, --report_to ...): --help_all lists them."
-            + "".join(f" {short} is short for {flag}." for short, flag in aliases.items())
-        )
-        parser.print_help()
-        raise SystemExit(0)
-
     parser.set_defaults(**TRAINING_DEFAULTS)
     preset = flag_value("--preset", argv) or "full"
     defaults = PRESETS[config_class.__name__].get(preset, {}) | {"preset": preset}
@@ -693,6 +684,15 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     if flag_value("--train_file", argv):  # the preset's own data does not go with the user's
         defaults = {k: v for k, v in defaults.items() if k not in ("val_file", "test_file", "image_root")}
     parser.set_defaults(**defaults)
+    if wants_help:
+        parser.epilog = (
+            "Every flag of transformers.TrainingArguments works too (--learning_rate, --num_train_epochs, "
+            "--per_device_train_batch_size, --resume_from_checkpoint, --output_dir, --report_to ...): --help_all lists them."
+            + "".join(f" {short} is short for {flag}." for short, flag in aliases.items())
+        )
+        parser.print_help()
+        raise SystemExit(0)
+
     resume = flag_value("--resume_from_checkpoint", argv)
     if resume:
         checkpoint = resolve_checkpoint(resume)

@@ -32,7 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--base_model", help="folder of the base, if it is not where it was in training")
     add_device_flags(parser)
-    parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once; texts: four times as many")
+    parser.add_argument(
+        "--batch_size", type=int, default=32, help="images encoded at once (32); texts: four times as many"
+    )
     return parser
 
 

@@ -120,21 +120,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="image's path below the library first, then columns to filter by; a later run without it keeps them",
     )
     make.add_argument("--workers", type=int, help="processes that read ahead (default: all cores but one, at most 16)")
-    make.add_argument("--batch_size", type=int, default=32, help="tiles encoded at once")
+    make.add_argument("--batch_size", type=int, default=32, help="tiles encoded at once (default: 32)")
     make.add_argument("--moved", action="store_true", help="the library is the same as before in another place")
 
     ask = command("query", run_query, "find images by words, by a picture, or both")
     ask.add_argument("words", nargs="*", help="what to look for; several ways to say it are averaged")
-    ask.add_argument("-k", type=int, default=10, help="how many to find")
+    ask.add_argument("-k", type=int, default=10, help="how many to find (default: 10)")
     ask.add_argument("--each", action="store_true", help="each of the words is a query of its own")
     ask.add_argument(
         "--not", dest="without", nargs="+", action="extend", default=[], metavar="WORDS", help="what it should not look like",
     )  # fmt: skip
-    ask.add_argument("--not_weight", type=float, default=0.5, help="how much that counts")
+    ask.add_argument("--not_weight", type=float, default=0.5, help="how much that counts (default: 0.5)")
     ask.add_argument(
         "--like", nargs="+", action="extend", default=[], metavar="IMAGE", help="pictures of what to look for"
     )
-    ask.add_argument("--like_weight", type=float, default=0.5, help="0: words alone, 1: pictures alone")
+    ask.add_argument("--like_weight", type=float, default=0.5, help="0: words alone, 1: pictures alone (default: 0.5)")
     ask.add_argument("--template", help='prompt around the words, such as "a satellite image of {}" (default: several)')
     ask.add_argument("--season", choices=["spring", "summer", "autumn", "winter"], help="added to the words")
     ask.add_argument("--weather", choices=["clear", "cloudy", "hazy", "snowy"], help="added to the words")
@@ -159,9 +159,11 @@ def build_parser() -> argparse.ArgumentParser:
     watch.add_argument("--after", help="index of the later images, by the same model")
     watch.add_argument("--queries", help="text file, what to watch for, one a line")
     watch.add_argument("--out", help="folder for changes.csv, changes.geojson and a page with pictures")
-    watch.add_argument("-k", type=int, default=8, help="places shown for each query")
+    watch.add_argument("-k", type=int, default=8, help="places shown for each query (default: 8)")
     watch.add_argument("--threshold", type=float, help="spreads of the unchanged that make a change (default: 3)")
-    watch.add_argument("--alike", type=int, default=32, help="like places by which a change is judged (0: all places)")
+    watch.add_argument(
+        "--alike", type=int, default=32, help="like places that judge a change (default: 32; 0: all places)"
+    )
     watch.add_argument(
         "--no_reference", action="store_true",
         help="judge the whole change of a query's score, not what exceeds the mean change of 21 other words (airport, beach ...)",
@@ -176,9 +178,9 @@ def build_parser() -> argparse.ArgumentParser:
     limits(use)
 
     check = command("recall", run_recall, "how much the graph finds of what is there")
-    check.add_argument("-k", type=int, default=10, help="how many nearest are compared")
+    check.add_argument("-k", type=int, default=10, help="how many nearest are compared (default: 10)")
     check.add_argument("--queries", help="text file of queries, one a line (default: pictures of the index)")
-    check.add_argument("--number", type=int, default=200, help="pictures tried")
+    check.add_argument("--number", type=int, default=200, help="pictures tried (default: 200)")
     return parser
 
 
@@ -753,6 +755,8 @@ def run_recall(args) -> int:
     else:
         with store.open(args.store) as index:
             names = [name for name, _ in index.scroll(payload=["path"])]
+            if not names:
+                raise InputError(f"{args.store}: no image is in this index yet; run `python search.py index` again")
             chosen = np.random.default_rng(0).permutation(len(names))[: args.number]
             vectors = index.vectors([names[n] for n in chosen])
             value = index.recall(vectors, args.k)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
-from config import InputError
+from config import PROJECTOR_STAGE, InputError, whole_checkpoints
 from data import SceneSampler, digest_of, fitting_workers, rows_digest
 from report import write_json
 from scenes import load_json
@@ -198,6 +199,17 @@ class SceneTrainer(Trainer):
                     self._load_best_model()
                 self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
                 return TrainOutput(self.state.global_step, 0.0, {})
+            except KeyboardInterrupt:
+                self._say_what_is_kept()
+                raise
+
+    def _say_what_is_kept(self) -> None:
+        folder = Path(self.args.output_dir)
+        run = folder.parent if folder.name in (PROJECTOR_STAGE, "blind") else folder  # stages of a run
+        kept = whole_checkpoints(folder) or whole_checkpoints(run)
+        if self.args.process_index == 0:
+            newest = kept and f"{kept[max(kept)]} is kept: --resume_from_checkpoint {run} goes on"
+            print(f"\n{newest or 'no checkpoint is saved yet'}", file=sys.stderr)
 
     def _find_best(self, resumed) -> None:
         """Where the best checkpoint lies now: the run may have been moved, or end in another folder. Raises InputError."""

@@ -185,11 +185,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--library", help="folder of the index's images, if it has moved")
     add_device_flags(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines")
-    parser.add_argument("--port", type=int, default=7860, help="port of the page")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="default: 127.0.0.1; 0.0.0.0: reachable from other machines"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
     parser.add_argument("--language", default="auto", choices=["auto", "en", "zh"], help="auto: the browser's")
     parser.add_argument("--tile_url", help="map tiles, such as https://host/{z}/{x}/{y}.png (default: a plain grid)")
-    parser.add_argument("--max_upload_mb", type=int, default=64, help="largest file a visitor may give")
+    parser.add_argument("--max_upload_mb", type=int, default=64, help="largest file a visitor may give (default: 64)")
     parser.add_argument("--max_pixels", type=int, default=2**25, help="most pixels of it that are decoded")
     parser.add_argument("--share", action="store_true", help="a public address for 72 hours, through gradio's servers")
     return parser

@@ -11,6 +11,7 @@ import shapely
 from PIL import Image
 
 import search
+import store
 from imagery import RENDERING
 from library import IndexReport, index_library
 from model import DualEncoder
@@ -320,6 +321,9 @@ def test_landuse_says_what_it_counts_and_draws(ask, matcher, tmp_path):
 
 
 def test_recall(ask, tmp_path):
+    store.create(tmp_path / "empty.index", record={"model": "m"}, dim=8).close()
+    code, out, err = ask("recall", store=tmp_path / "empty.index")
+    assert code == 2 and "no image is in this index yet" in err and not out
     code, out, _ = ask("recall", "-k", 3)
     assert code == 0 and "recall@3" in out and "1.0000 over 10 queries" in out
     (tmp_path / "q.txt").write_text("a farm\na harbour\n")

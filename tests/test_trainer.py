@@ -485,6 +485,24 @@ def test_resumed_run_is_bit_identical(train, uninterrupted, tmp_path, monkeypatc
     assert_same_run(uninterrupted, tmp_path / "run", 12)
 
 
+def test_ctrl_c_says_what_is_kept(train, tmp_path, monkeypatch, capsys):
+    step, run = SceneTrainer.training_step, tmp_path / "run"
+    for last, said in (
+        (0, "no checkpoint is saved yet"),
+        (5, f"checkpoint-4 is kept: --resume_from_checkpoint {run} goes on"),
+    ):
+
+        def training_step(self, *given, last=last):
+            if self.state.global_step == last:
+                raise KeyboardInterrupt
+            return step(self, *given)
+
+        monkeypatch.setattr(SceneTrainer, "training_step", training_step)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+        assert said in capsys.readouterr().err
+
+
 def test_resume_from_an_earlier_checkpoint_replaces_later_ones(train, tmp_path):
     """Other settings give other weights: a folder of that number from before must not stand for them."""
     train(tmp_path / "run", "--num_train_epochs 2")
