@@ -321,9 +321,8 @@ def evaluate(args) -> int:
     rows = [{"image": image, "caption": captions[image]} for image in images]
     result = {"model": str(args.model_path), "prompt": prompt, "language": language, "images": len(images)}
     sections, output = [], Path(args.output_file)
-    report.write_json(
-        output, result | {"captions": rows, "errors": broken}
-    )  # the scores are one more thing that may fail
+    # Written before the scores, too, which are one more thing that may fail.
+    report.write_json(output, result | {"captions": rows, "errors": broken})
 
     if references:
         truths = [references[image] for image in images]
