@@ -508,6 +508,8 @@ def facts(picture) -> dict:
             "crs": place.crs, "bounds": list(place.bounds), "polygon": [list(corner) for corner in place.polygon],
             "pixel_size_m": list(place.pixel_size_m),
         }  # fmt: skip
+    if picture.window and picture.limits:  # of a tile: the whole scene's
+        extra["limits"] = [[float(end) for end in ends] for ends in picture.limits]
     box = place and place.lonlat_bounds
     return {"footprint": box, "time": picture.acquired, "written": picture.written, "extra": extra}
 
@@ -1130,6 +1132,8 @@ PAIR_NOTES = {
     "settings": "the two indexes differ in how they show pictures ({listed}): part of the change may be that",
     "resolution": "{n} of {all} places differ in resolution (a median of {first:.2f} m and {second:.2f} m a pixel): part of"
     " their change may be that",
+    "stretch": "{n} of {all} places were stretched by other values on the two dates, as a cloud anywhere in a large scene brings"
+    " about: part of their change may be that; index both with --stretch reflectance",
     "few": "only {n} places match, too few to tell what is usual: compare the scores themselves",
     "grid": "matched tiles overlap by {share:.0%} on average: index both dates on one grid for better results",
 }
@@ -1230,6 +1234,8 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
     if other := [name for name in ours if name != "max_pixels" and ours[name] != theirs[name]]:
         listed = ", ".join(f"{name} {ours[name]} and {theirs[name]}" for name in other)
         notes.append(PairNote("settings", listed=listed))
+    elif apart := _stretched_apart([first[n] for n in i], [second[n] for n in j]):
+        notes.append(PairNote("stretch", n=apart, all=len(i)))
     if len(found) < FEW:
         notes.append(PairNote("few", n=len(found)))
     if by_place:
@@ -1240,6 +1246,21 @@ def match_places(before: Library, after: Library, min_overlap: float = 0.5) -> P
 def _metres(payloads: list[dict]) -> np.ndarray:
     """(N,): the side of a pixel of each, the root mean square of its two."""
     return np.array([np.hypot(*payload["extra"]["pixel_size_m"]) for payload in payloads]) / 2**0.5
+
+
+def _stretched_apart(before: list[dict], after: list[dict]) -> int:
+    """Of how many places a black or a white differs by more than a tenth of what lies between them. Tiles alone bring the
+    values of their scene; a whole picture's are its own, and even out a season."""
+    apart = 0
+    for one, two in zip(before, after):
+        if (
+            (first := one["extra"].get("limits"))
+            and (second := two["extra"].get("limits"))
+            and len(first) == len(second)
+        ):
+            first, second = np.array(first), np.array(second)  # (bands, 2)
+            apart += bool((abs(first - second).max(1) > 0.1 * np.maximum(np.ptp(first, 1), np.ptp(second, 1))).any())
+    return apart
 
 
 def _grid_notes(before: list[dict], after: list[dict], overlaps: list[float]) -> list[PairNote]:

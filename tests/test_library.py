@@ -921,6 +921,30 @@ def test_places_of_two_dates_are_matched(model, tmp_path):
         library.index.close()
 
 
+def test_tiles_that_a_cloud_elsewhere_in_their_scene_changed_are_told_of(model, tmp_path):
+    land = np.random.default_rng(0).integers(500, 1500, (3, 128, 128))
+    for date, cloudy in (("before", False), ("after", True)):
+        (tmp_path / date).mkdir()
+        for n in range(2):
+            data = land.copy()
+            if cloudy and n:
+                data[:, :64, :64] = 9000
+            with rasterio.open(
+                tmp_path / date / f"{n}.tif", "w", driver="GTiff", width=128, height=128, count=3, dtype="uint16",
+                crs="EPSG:32633", transform=from_origin(500000 + 3000 * n, 4600000, 10, 10),
+            ) as file:  # fmt: skip
+                file.write(data.astype(np.uint16))
+        for stretch in ("auto", "reflectance"):
+            how = {"settings": ImageSettings(stretch=stretch)}
+            index_library(model, tmp_path / date, tmp_path / f"{date}_{stretch}", tile=64, stride=64, workers=0, **how)
+    for stretch, told_of in (("auto", ["4 of 8 places were stretched by other values"]), ("reflectance", [])):
+        opened = [Library.open(tmp_path / f"{date}_{stretch}", encoder=model) for date in ("before", "after")]
+        notes = [note for note in match_places(*opened).notes if note.key == "stretch"]
+        assert [note[: len(said)] for note, said in zip(notes, told_of)] == told_of and len(notes) == len(told_of)
+        for library in opened:
+            library.index.close()
+
+
 def test_places_without_a_georeference_are_matched_by_name(model, tmp_path):
     """LEVIR-CD, SECOND, S2Looking and others: A/ and B/ (or im1/ and im2/) of pictures with the same names."""
     sizes = {
