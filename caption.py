@@ -118,12 +118,14 @@ def load(args):
     return model
 
 
-def write_captions(model, store, paths: list[str], args, streamer=None) -> tuple[dict[str, str], dict[str, str]]:
-    """({image: caption}, {image: why it has none}) of images whose pixels `store` (`data.PixelStore`) reads. What is written
-    before an error or Ctrl-C is left beside the output file."""
+def write_captions(
+    model, store, paths: list[str], args, streamer=None, tokens=None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """({image: caption}, {image: why it has none}) of images whose pixels `store` (`data.PixelStore`) reads, some of which
+    `tokens` (`data.TokenStore`) may hold encoded. What is written before an error or Ctrl-C is left beside the output file."""
     captions, broken = {}, {}
     try:
-        _write_captions(model, store, paths, args, streamer, captions, broken)
+        _write_captions(model, store, paths, args, streamer, tokens, captions, broken)
     except BaseException:
         if captions and args.output_file:
             from report import write_json
@@ -136,7 +138,7 @@ def write_captions(model, store, paths: list[str], args, streamer=None) -> tuple
     return captions, broken
 
 
-def _write_captions(model, store, paths, args, streamer, captions: dict[str, str], broken: dict[str, str]) -> None:
+def _write_captions(model, store, paths, args, streamer, tokens, captions: dict, broken: dict) -> None:
     from imagery import ImageError
 
     for start in range(0, len(paths), args.batch_size):
@@ -151,6 +153,7 @@ def _write_captions(model, store, paths, args, streamer, captions: dict[str, str
             made = model.caption(
                 whole, prompt=args.prompt, store=pixels, batch_size=args.batch_size, max_tokens=args.max_length,
                 num_beams=args.num_beams, temperature=args.temperature, top_p=args.top_p, streamer=streamer,
+                tokens=tokens,
             )  # fmt: skip
             captions |= dict(zip(whole, made))
         if len(paths) > args.batch_size and sys.stderr.isatty():
@@ -314,7 +317,8 @@ def evaluate(args) -> int:
                 f"warning: {len(leaks)} of these images are in the training split of {args.training}, first {leaks[0][2]}"
             )
         known = drop_unreadable({"train": known}, store, args.max_rejected)["train"]
-    captions, broken = write_captions(model, store, images, args)
+    tokens = model.token_store(args.cache_dir, store) if args.cache_dir else None
+    captions, broken = write_captions(model, store, images, args, tokens=tokens)
     if not captions:
         raise InputError(f"{args.test_dir}: no image could be read; {next(iter(broken.values()))}")
     images = list(captions)
@@ -328,7 +332,8 @@ def evaluate(args) -> int:
         truths = [references[image] for image in images]
         made, texts = {"captioner": [captions[image] for image in images]}, [scene.listed for scene in known]
         if known:
-            pooled = [model.embed_images(paths, store) for paths in (images, [scene.image for scene in known])]
+            both = images, [scene.image for scene in known]
+            pooled = [model.embed_images(paths, store, tokens=tokens) for paths in both]
             made = caption_scores.baselines(*pooled, texts) | made
         found = caption_scores.compare(made, truths, texts, language=language)
         for row, truth, scores in zip(rows, truths, caption_scores.per_image(found["captioner"])):

@@ -473,8 +473,8 @@ class FeatureStore:
 
 
 class TokenStore:
-    """Image tokens (N, D) of a frozen vision tower, one file per image, in one folder per `recipe` (the tower's
-    fingerprint and the pixel recipe). N may differ from image to image. bands: as in `ImageSettings`."""
+    """What a frozen vision tower makes of an image, its tokens (N, D) and perhaps more, one file per image, in one folder per
+    `recipe` (the tower's fingerprint and the pixel recipe). N may differ from image to image. bands: as in `ImageSettings`."""
 
     def __init__(self, cache_dir: str, recipe: str, bands: str = "auto"):
         self.bands, self.folder = bands, Path(cache_dir) / "tokens" / digest_of(recipe)
@@ -491,14 +491,20 @@ class TokenStore:
             raise KeyError(path) from None
         return stored["tokens"], tuple(stored["grid"].tolist())
 
+    def more(self, path: str, name: str) -> torch.Tensor | None:
+        """What is kept of an image beside its tokens; None where it is not, or by a version that did not keep it."""
+        with contextlib.suppress(OSError, SafetensorError), safe_open(self._entry(path), framework="pt") as file:
+            return file.get_tensor(name)
+
     def prepare(self, paths: list[str], encode, batch: int = 32) -> None:
-        """Make what is missing: `encode(list of paths)` -> [(tokens (N, D), grid)]. Files cut short are made anew."""
+        """Make what is missing: `encode(list of paths)` -> [{"tokens": (N, D), "grid": (3,), ...}]. Files cut short are made
+        anew."""
         missing = [path for path in dict.fromkeys(paths) if not _whole_safetensors(self._entry(path))]
         for start in tqdm(range(0, len(missing), batch), desc="encoding images", disable=not missing, leave=False):
             chunk = missing[start : start + batch]
-            for path, (tokens, grid) in zip(chunk, encode(chunk)):
+            for path, made in zip(chunk, encode(chunk)):
                 with _kept(self._entry(path), "image tokens") as temporary:
-                    save_file({"tokens": tokens.contiguous().cpu(), "grid": torch.tensor(grid)}, temporary)
+                    save_file({name: value.contiguous().cpu() for name, value in made.items()}, temporary)
 
 
 def _whole_safetensors(path: Path) -> bool:

@@ -1309,7 +1309,8 @@ class VQA(nn.Module):
 
         def encode(chunk):
             batch = pixel_batch([store[path] for path in chunk], self.processor, self.device)
-            return list(zip(self.encode_images(**batch), batch["image_grid_thw"].tolist()))
+            grids = batch["image_grid_thw"]
+            return [{"tokens": row, "grid": grid} for row, grid in zip(self.encode_images(**batch), grids)]
 
         with self.before():
             tokens.prepare(paths, encode, batch_size)
@@ -1567,6 +1568,9 @@ class CaptionerSettings:
     """`ImageSettings` of training: bands and stretch."""
     stage: int = 2
     """1 in a checkpoint of the first stage, which holds the projector alone."""
+    vision_kept_as: str = ""
+    """Of final/, which has a fingerprint of its own for weights that are its base's: by which fingerprint and dtype training
+    kept what the encoder makes of an image. Empty where the encoder was trained."""
 
 
 class Projector(nn.Module):
@@ -1756,10 +1760,12 @@ class Captioner(nn.Module):
         self.language.save_pretrained(folder / "language", state_dict=state)
         self.tokenizer.save_pretrained(folder / "language")
         keep_settings_of(base_folder(self.settings.language_model), folder / "language", self.language.dtype)
+        kept_as = f"{self.settings.vision_fingerprint} {next(self.vision.parameters()).dtype}"
+        kept_as = kept_as if self.settings.freeze_vision_model else ""
         settings = replace(
             self.settings, vision_model="vision", language_model="language", lora_rank=0, freeze_vision_model=True,
             freeze_language_model_except_layers=0, stage=2, vision_fingerprint=fingerprint(folder / "vision"),
-            language_fingerprint=fingerprint(folder / "language"),
+            language_fingerprint=fingerprint(folder / "language"), vision_kept_as=kept_as,
         )  # fmt: skip
         tensors = {name: value for name, value in self.state_dict().items() if name.startswith("projector.")}
         save_trained(folder, tensors, PROJECTOR, settings, CAPTIONER, self)
@@ -1795,30 +1801,48 @@ class Captioner(nn.Module):
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) -> patch features (B, N, V) of layer `vision_layer`, without the class token."""
+        return self._see(pixel_values)[0]
+
+    def _see(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what `encode_images` gives, the encoder's pooled output (B, V): CLIP's class token)"""
         train = not self.settings.freeze_vision_model and torch.is_grad_enabled()
         with torch.set_grad_enabled(train):
             weight = next(self.vision.parameters())
-            states = self.vision(pixel_values.to(weight.dtype), output_hidden_states=True).hidden_states
+            seen = self.vision(pixel_values.to(weight.dtype), output_hidden_states=True)
             skip = VISION[self.vision.config.model_type.removesuffix("_vision_model")][2]
-            return states[self.settings.vision_layer][:, skip:]
+            return seen.hidden_states[self.settings.vision_layer][:, skip:], seen.pooler_output
+
+    def _features(self, paths: list[str], store: PixelStore, tokens: TokenStore | None) -> torch.Tensor:
+        """Patch features (B, N, V) of images; from `tokens` where they are kept."""
+        kept = {}
+        for path in paths if tokens is not None else ():
+            with contextlib.suppress(KeyError):
+                kept[path] = tokens[path][0]
+        if missing := [path for path in dict.fromkeys(paths) if path not in kept]:
+            batch = pixel_batch([store[path] for path in missing], self.processor, self.device)
+            kept |= zip(missing, self.encode_images(batch["pixel_values"]))
+        return torch.stack([kept[path].to(self.device) for path in paths])
 
     @torch.inference_mode()
-    def embed_images(self, paths: list[str], store: PixelStore, batch_size: int = 32) -> np.ndarray:
-        """(N, V) float32: the vision encoder's pooled output of each image (CLIP: its class token), of unit length."""
-        made = []
-        for start in range(0, len(paths), batch_size):
-            pixels = [store[path] for path in paths[start : start + batch_size]]
-            batch = pixel_batch(pixels, self.processor, self.device)
-            weight = next(self.vision.parameters())
-            pooled = self.vision(batch["pixel_values"].to(weight.dtype)).pooler_output
-            made.append(F.normalize(pooled.float(), dim=-1).cpu().numpy())
-        return np.concatenate(made)
+    def embed_images(
+        self, paths: list[str], store: PixelStore, batch_size: int = 32, tokens: TokenStore | None = None
+    ) -> np.ndarray:
+        """(N, V) float32: the vision encoder's pooled output of each image, of unit length; from `tokens` where it is kept."""
+        kept = {path: tokens.more(path, "pooled") for path in paths} if tokens is not None else {}
+        missing = [path for path in dict.fromkeys(paths) if kept.get(path) is None]
+        for start in range(0, len(missing), batch_size):
+            chunk = missing[start : start + batch_size]
+            batch = pixel_batch([store[path] for path in chunk], self.processor, self.device)
+            kept |= zip(chunk, self._see(batch["pixel_values"])[1].cpu())
+        return F.normalize(torch.stack([kept[path].float() for path in paths]), dim=-1).numpy()
 
     def token_store(self, cache_dir: str, store: PixelStore) -> TokenStore:
-        """Where the patch features of this model's vision encoder are kept."""
-        weight = next(self.vision.parameters())
-        parts = (self.settings.vision_fingerprint, self.settings.vision_layer, store.recipe, weight.dtype)
-        return TokenStore(cache_dir, " ".join(map(str, parts)), store.settings.bands)
+        """Where the patch features and the pooled output of this model's vision encoder are kept."""
+        dtype = next(self.vision.parameters()).dtype
+        source, _, made_in = self.settings.vision_kept_as.partition(" ")
+        source = source if made_in == str(dtype) else self.settings.vision_fingerprint
+        recipe = f"{source} {self.settings.vision_layer} {store.recipe} {dtype}"
+        return TokenStore(cache_dir, recipe, store.settings.bands)
 
     @torch.no_grad()
     def prepare_tokens(self, tokens: TokenStore, store: PixelStore, paths: list[str], batch_size: int = 32) -> None:
@@ -1826,7 +1850,11 @@ class Captioner(nn.Module):
 
         def encode(chunk):
             batch = pixel_batch([store[path] for path in chunk], self.processor, self.device)
-            return [(row, (1, 1, 1)) for row in self.encode_images(batch["pixel_values"])]
+            grid = torch.tensor((1, 1, 1))
+            return [
+                {"tokens": row, "pooled": pooled, "grid": grid}
+                for row, pooled in zip(*self._see(batch["pixel_values"]))
+            ]
 
         tokens.prepare(paths, encode, batch_size)
 
@@ -1926,11 +1954,7 @@ class Captioner(nn.Module):
             self.language.generation_config = plain  # what the base's file says about sampling is not ours
             for start in _batches(len(images), batch_size, "captions", progress):
                 chunk = [str(image) for image in images[start : start + batch_size]]
-                if tokens is not None:
-                    features = torch.stack([tokens[path][0] for path in chunk]).to(self.device)
-                else:
-                    batch = pixel_batch([store[path] for path in chunk], self.processor, self.device)
-                    features = self.encode_images(batch["pixel_values"])
+                features = self._features(chunk, store, tokens)
                 rows = torch.from_numpy(np.tile(ids, (len(chunk), 1))).to(self.device)
                 with self.mixed():
                     said = self.language.generate(

@@ -259,7 +259,7 @@ class CaptionRun(Run):
         """({language: the captioner's and the baselines' scores}, a row for every image)"""
         scores, rows, held_out = {}, [], self.splits[self.tested]
         paths = [scene.image for scene in (*self.splits["train"], *held_out)]
-        pooled = dict(zip(paths, self.model.embed_images(paths, self.store, self.args.eval_batch_size)))
+        pooled = dict(zip(paths, self.model.embed_images(paths, self.store, self.args.eval_batch_size, self.tokens)))
         for language, prompt in self.prompts.items():
             images, references = in_language(held_out, language)
             if not images:

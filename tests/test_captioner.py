@@ -103,6 +103,13 @@ def test_cached_features_and_checkpointing_change_nothing(captioner, scenes, tmp
     model.prepare_tokens(tokens, store, [scene.image for scene in scenes], batch_size=2)
     cached = examples_of(model, scenes, share=True, tokens=tokens)
     assert "pixel_values" not in cached[0] and cached[0]["tokens"].shape == (16, 32)
+    paths = [scene.image for scene in scenes]
+    pooled, said = model.embed_images(paths, store), model.caption(paths, store=store, max_tokens=6)
+    assert np.allclose(model.embed_images(paths, {}, tokens=tokens), pooled, atol=1e-6), "no picture is read"
+    some = model.token_store(str(tmp_path / "some"), store)
+    model.prepare_tokens(some, store, paths[1:])
+    assert np.allclose(model.embed_images(paths, store, tokens=some), pooled, atol=1e-6)
+    assert model.caption(paths, store=store, tokens=some, max_tokens=6) == said
     again = loss_and_gradient(model, cached, packing=True)
     model.gradient_checkpointing_enable()
     third = loss_and_gradient(model, cached, packing=True)

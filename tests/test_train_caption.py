@@ -272,6 +272,25 @@ def test_eval_without_and_with_references(trained, drawn, tmp_path, capsys):
     assert chinese["language"] == "zh" and all("图像" in r for row in chinese["captions"] for r in row["references"])
 
 
+def test_every_image_is_seen_once(run, drawn, tmp_path, monkeypatch):
+    """By the training with its scores, and not again by an eval over the same images."""
+    seen = []
+    see = Captioner._see
+    monkeypatch.setattr(Captioner, "_see", lambda model, pixels: seen.append(len(pixels)) or see(model, pixels))
+    run("--language=en", f"--image_root={drawn.images}")
+    assert sum(seen) == 25, "13 + 6 + 6 images"
+    whole = ["--test_dir", str(drawn.images), "--output_file", str(tmp_path / "r.json")]
+    given = ["--references", str(drawn.captions), "--training", str(drawn.captions), "--max_rejected", "0.2"]
+    for kept, again in ((tmp_path / "cache", 25), (tmp_path / "other", 25 + 6 + 6 + 13)):
+        caption.main(["eval", "--model_path", str(tmp_path / "run/final"), *whole, *given, "--cache_dir", str(kept)])
+        assert sum(seen) == again, kept
+    (tmp_path / "run/final/captioner.json").write_text(
+        (tmp_path / "run/final/captioner.json").read_text().replace("torch.float32", "torch.bfloat16")
+    )
+    caption.main(["eval", "--model_path", str(tmp_path / "run/final"), *whole, "--cache_dir", str(tmp_path / "cache")])
+    assert sum(seen) > again, "of weights rounded to 16 bits it would be something else"
+
+
 def test_references_are_found_by_file_name_and_others_passed_over(trained, drawn, tmp_path, capsys):
     """The folder of the README: captions of all images, named below the file's folder, and a folder of some images."""
     run, _ = trained
