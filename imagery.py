@@ -627,10 +627,12 @@ def join_bands(paths: list, settings: ImageSettings) -> tuple[list, str | None]:
                 del reds[scene]
     if not reds:
         apart = [files[0] for files in scenes.values() if len(files) >= 3 and not settings.bands[0].isdigit()]
+        named = (
+            "`--bands sentinel2` (or landsat8, ...) makes one of B4, B3 and B2 that have one grid and a CRS; others "
+        )
         note = (
-            f"scenes with a file for each band: {len(apart)}, such as {apart[0]}, each a grey picture by itself; `--bands"
-            " sentinel2` (or landsat8, ...) makes one of B4, B3 and B2; others join first,"
-            " `rio stack -f GTiff B04.tif B03.tif B02.tif -o rgb.tif`"
+            f"scenes with a file for each band: {len(apart)}, such as {apart[0]}, each a grey picture by itself;"
+            f" {named if settings.bands == 'auto' else ''}join first, `rio stack -f GTiff B04.tif B03.tif B02.tif -o rgb.tif`"
         ) if apart else None  # fmt: skip
         return paths, note
     others = {path for scene, red in reds.items() for path in scenes[scene] if path != red}

@@ -477,6 +477,12 @@ def _roots(image_root: str | None) -> list[Path]:
     return [Path(root) for root in (image_root or "").split(os.pathsep) if root]
 
 
+@functools.cache
+def _read_header(path: str, size: int, mtime_ns: int) -> None:
+    """Once, where references, training data and a list of objects are about the same images. Raises ImageError."""
+    image_size(path)
+
+
 def _look_for(name: str, roots: list[Path], found: dict[str, str | ImageError], find) -> None:
     """Note in `found` where the image of a name is, once for all of its rows. Raises ImageError: it is not there or cannot be
     read."""
@@ -484,7 +490,8 @@ def _look_for(name: str, roots: list[Path], found: dict[str, str | ImageError], 
         try:
             found[name] = find(name, roots)
             if found[name] != _Among.OTHER:
-                image_size(found[name])
+                state = os.stat(found[name])
+                _read_header(found[name], state.st_size, state.st_mtime_ns)
         except ImageError as error:
             found[name] = error
     if isinstance(found[name], ImageError):

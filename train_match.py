@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 import metrics
@@ -311,7 +312,10 @@ class MatchRun(Run):
         if not config.cache_dir:
             return {}
         features, size = {}, self.args.eval_batch_size
-        recipe = f"{model.settings.base_fingerprint} {store.recipe} {config.max_text_tokens} {dtype_of(self.args)}"
+        # "towers": without it, features of bf16 towers lie in caches under the name of float32.
+        recipe = (
+            f"{model.settings.base_fingerprint} {store.recipe} {config.max_text_tokens} towers {dtype_of(self.args)}"
+        )
         if config.image_tower == "frozen":
             compute = partial(model.embed_images, store=store, batch_size=size, pool_only=True)
             kept = FeatureStore(config.cache_dir, f"image {recipe}")
@@ -361,6 +365,8 @@ class MatchRun(Run):
         if found is None:
             self.start_white()
             found = {"rows": rows, "negatives": mined_negatives(self.model, scenes, self.config, self.args)}
+            if self.args.world_size > 1:  # another kind of processor may order equals otherwise
+                (found,) = broadcast_object_list([found])
         elif isinstance(found, list):  # of an earlier version, which did not say what it was mined for
             fits = [len(row) for row in found] == [len(scene.rows) for scene in scenes]
             found = {"rows": rows if fits else None, "negatives": found}

@@ -160,9 +160,9 @@ class SceneTrainer(Trainer):
                 for decay in (True, False):
                     chosen = [named[name] for name in names if (name in decayed) == decay]
                     if chosen:
-                        groups.append(
-                            {"params": chosen, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
-                        )
+                        kept = self.args.weight_decay if decay else 0.0
+                        # initial_lr, too: of a schedule that follows the loss torch keeps none, and a resume asks for it.
+                        groups.append({"params": chosen, "lr": rate, "initial_lr": rate, "weight_decay": kept})
             if not groups:
                 raise InputError("nothing to train: every tower is frozen and there is no head")
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -205,8 +205,9 @@ class SceneTrainer(Trainer):
 
     def _say_what_is_kept(self) -> None:
         folder = Path(self.args.output_dir)
-        run = folder.parent if folder.name in (PROJECTOR_STAGE, "blind") else folder  # stages of a run
-        kept = whole_checkpoints(folder) or whole_checkpoints(run)
+        stage = folder.name in (PROJECTOR_STAGE, "blind") and (folder.parent / "config.json").is_file()  # of a run
+        run = folder.parent if stage else folder
+        kept = whole_checkpoints(folder) or whole_checkpoints(run) or whole_checkpoints(run / PROJECTOR_STAGE)
         if self.args.process_index == 0:
             newest = kept and f"{kept[max(kept)]} is kept: --resume_from_checkpoint {run} goes on"
             print(f"\n{newest or 'no checkpoint is saved yet'}", file=sys.stderr)
@@ -354,7 +355,7 @@ class SceneTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         """A checkpoint brings the rates and the decay that it was made with; what this run asks for goes before."""
         groups = self.optimizer.param_groups if checkpoint else []
-        asked = [(group.get("initial_lr"), group["weight_decay"]) for group in groups]
+        asked = [(group["initial_lr"], group["weight_decay"]) for group in groups]
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:
@@ -362,9 +363,14 @@ class SceneTrainer(Trainer):
                 f"{checkpoint}: cannot resume, its optimizer was made for other groups of parameters ({error}); resume with the"
                 " --weight_decay that the run began with, or begin a new run"
             ) from None
+        except KeyError as error:
+            raise InputError(
+                f"{checkpoint}: cannot resume, its schedule of rates was of another kind ({error} is missing); resume with the"
+                " --lr_scheduler_type that the run began with"
+            ) from None
         for group, (rate, decay) in zip(self.optimizer.param_groups, asked):
             group["weight_decay"] = decay
-            if rate is not None and group["initial_lr"]:  # a schedule that follows the loss has no first rate
+            if group.get("initial_lr"):  # checkpoints of before kept none with a schedule that follows the loss
                 group["lr"] *= rate / group["initial_lr"]
                 group["initial_lr"] = rate
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)

@@ -530,6 +530,13 @@ def test_a_resume_takes_the_rates_and_the_decay_that_it_is_asked_for(train, tmp_
     assert {slower, 1e-5} <= (rates := {group["initial_lr"] for group in kept}) and 2e-3 not in rates
     with pytest.raises(InputError, match=r"checkpoint-2: cannot resume, its optimizer .*--weight_decay"):
         train_match.main([*resume, f"--output_dir={tmp_path / 'none'}", "--weight_decay=0"])
+    train(tmp_path / "plateau", f"{every} --lr_scheduler_type reduce_lr_on_plateau")
+    resume = ["--resume_from_checkpoint", str(tmp_path / "plateau" / "checkpoint-2")]
+    train_match.main([*resume, f"--output_dir={tmp_path / 'again'}", f"--learning_rate={slower}"])
+    after = [row["learning_rate"] for row in read_history(tmp_path / "again") if "learning_rate" in row]
+    assert after[-1] == pytest.approx(slower), "a schedule that keeps no first rates"
+    with pytest.raises(InputError, match="its schedule of rates was of another kind"):
+        train_match.main([*resume, f"--output_dir={tmp_path / 'other'}", "--lr_scheduler_type=cosine"])
 
 
 def test_a_branch_that_was_left_is_not_resumed(train, tmp_path):
