@@ -41,6 +41,13 @@ class InputError(ValueError):
     expected and what to do. Scripts print it without a traceback and exit with code 2."""
 
 
+def _leave_group() -> None:
+    """Where this was one of several processes: else its threads may end it with SIGABRT, all done, on its way out."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 @contextlib.contextmanager
 def user_errors():
     """Wrap a script's `main()`: an `InputError` becomes one readable line and exit code 2."""
@@ -50,6 +57,11 @@ def user_errors():
     atexit.register(gc.freeze)  # or the last collection looks through all that torch and transformers made, for 1.5 s
     try:
         yield
+        _leave_group()
+    except SystemExit as ending:
+        if ending.code in (None, 0, 1):
+            _leave_group()
+        raise
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

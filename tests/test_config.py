@@ -213,6 +213,21 @@ def test_unknown_values_end_with_code_2(words, capsys):
     assert stop.value.code == 2 and words.split("=")[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("code", "left"), [(0, True), (1, True), (2, False)])
+def test_a_process_of_several_leaves_its_group_when_all_is_done(tmp_path, code, left):
+    """Its threads ended an index run with SIGABRT, once in many; where a run fails others may wait, and it just ends."""
+    import torch.distributed as distributed
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        with pytest.raises(SystemExit), user_errors():
+            sys.exit(code)
+        assert distributed.is_initialized() is not left
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
 def test_user_errors_are_one_line(capsys):
     for error, code in ((InputError("a.json: no such file"), 2), (KeyboardInterrupt(), 130), (BrokenPipeError(), 141)):
         with pytest.raises(SystemExit) as stop, user_errors():
