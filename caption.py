@@ -332,8 +332,8 @@ def evaluate(args) -> int:
         truths = [references[image] for image in images]
         made, texts = {"captioner": [captions[image] for image in images]}, [scene.listed for scene in known]
         if known:
-            both = images, [scene.image for scene in known]
-            pooled = [model.embed_images(paths, store, tokens=tokens) for paths in both]
+            taught = [scene.image for scene in known]
+            pooled = [model.embed_images(paths, store, tokens=tokens) for paths in (images, taught)]
             made = caption_scores.baselines(*pooled, texts) | made
         found = caption_scores.compare(made, truths, texts, language=language)
         for row, truth, scores in zip(rows, truths, caption_scores.per_image(found["captioner"])):

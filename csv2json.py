@@ -91,9 +91,8 @@ def take_usable(path: Path, rows: list[dict], max_rejected: float) -> tuple[dict
         name = path_of(row["image_path"])
         if name not in places:  # 100 questions ask about one image
             # Beside the CSV first, where data2csv.py means them: another data set here may have a picture of that name.
-            names = dict.fromkeys([name, name.replace("\\", "/")])  # Windows writes rsvqa_images\1.tif
-            places_of = [place for name in names for place in (str(path.parent / name), name)]
-            found = [place for place in places_of if os.path.isfile(place)]
+            forms = (name, name.replace("\\", "/"))  # Windows writes rsvqa_images\1.tif
+            found = [place for form in forms for place in (str(path.parent / form), form) if os.path.isfile(place)]
             places[name] = os.path.abspath(found[0]) if found else None
         if reason := reason_against(row) or (None if places[name] else f"no such image: {name}"):
             rejected.append({"file": str(path), "row": number, "reason": reason})

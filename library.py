@@ -89,7 +89,8 @@ OTHER_RASTERS = {
 MASK = re.compile(  # and previews, beside the pictures of Planet, Landsat, HLS and Sentinel-2
     r"^MSK_.*|(?:^|[._])(?:udm2?|B?QA(?:_PIXEL|_RADSAT|_AEROSOL)?|SCL|AOT|WVP|Fmask|CLD(?:PRB)?|SNW(?:PRB)?|PVI|S[AZ]A|V[AZ]A"
     r"|ST_(?:ATRAN|CDIST|DRAD|EMIS|EMSD|TRAD|URAD)|SR_ATMOS_OPACITY)(?:_\d+m)?(?:_clip)?\.(?:tiff?|jp2)$"
-    r"|^(?:GF|ZY|CB|HJ|SV)\d.*-(?:MSS|PAN|MUX|PMS|NAD|FWD|BWD)\d*(?:_thumb)?\.jpe?g$|^S2.*-ql\.jpg$|^L[A-Z]\d\d_.*_thumb_(?:large|small)\.jpe?g$",
+    r"|^(?:GF|ZY|CB|HJ|SV)\d.*-(?:MSS|PAN|MUX|PMS|NAD|FWD|BWD)\d*(?:_thumb)?\.jpe?g$"
+    r"|^S2.*-ql\.jpg$|^L[A-Z]\d\d_.*_thumb_(?:large|small)\.jpe?g$",
     re.IGNORECASE,
 )
 SAFE_PAGE = re.compile(r"\.SAFE/(?:HTML|preview)/", re.IGNORECASE)  # what a Sentinel product shows of itself
@@ -369,8 +370,14 @@ def plan_index(
                 file.windows = [w for w in file.windows if w not in windows] + [next(iter(windows))]
             else:
                 stale.append(file.path)
-    notes = [guessed_bands(images, settings), bands, masks_left_out(masks)]
-    notes = [note for note in (*notes, places_beside(images, below), passed_over(below)) if note]
+    told = (
+        guessed_bands(images, settings),
+        bands,
+        masks_left_out(masks),
+        places_beside(images, below),
+        passed_over(below),
+    )
+    notes = [note for note in told if note]
     unchanged = results.count(None) + len(amended)
     return Plan(files, amended, renamed, sorted(stale), unchanged, rejected, attributes, unknown, notes)
 
@@ -1253,13 +1260,12 @@ def _stretched_apart(before: list[dict], after: list[dict]) -> int:
     values of their scene; a whole picture's are its own, and even out a season."""
     apart = 0
     for one, two in zip(before, after):
-        if (
-            (first := one["extra"].get("limits"))
-            and (second := two["extra"].get("limits"))
-            and len(first) == len(second)
-        ):
-            first, second = np.array(first), np.array(second)  # (bands, 2)
-            apart += bool((abs(first - second).max(1) > 0.1 * np.maximum(np.ptp(first, 1), np.ptp(second, 1))).any())
+        first, second = (payload["extra"].get("limits", ()) for payload in (one, two))
+        if len(first) == len(second):
+            apart += any(
+                max(abs(low - low2), abs(high - high2)) > 0.1 * max(high - low, high2 - low2)
+                for (low, high), (low2, high2) in zip(first, second)
+            )
     return apart
 
 

@@ -393,8 +393,9 @@ def run_query(args) -> int:
         rows = [{"query": title} | result_row(rank, hit) for title, hits in results for rank, hit in enumerate(hits, 1)]
         quiet = "-" in (args.json, args.csv, args.geojson)
         if not quiet:
-            columns = {"rank": "", "score": "score", "path": "image", "window": "window", "where": "lat, lon"}
-            columns["time"] = "time"
+            columns = {
+                "rank": "", "score": "score", "path": "image", "window": "window", "where": "lat, lon", "time": "time",
+            }  # fmt: skip
             for title, _ in results:
                 mine = [row for row in rows if row["query"] == title]
                 filled = {key: name for key, name in columns.items() if any(row[key] is not None for row in mine)}

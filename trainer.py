@@ -24,7 +24,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
-from config import PROJECTOR_STAGE, InputError, whole_checkpoints
+from config import PROJECTOR_STAGE, InputError, resolve_checkpoint
 from data import SceneSampler, digest_of, fitting_workers, rows_digest
 from report import write_json
 from scenes import load_json
@@ -207,10 +207,12 @@ class SceneTrainer(Trainer):
         folder = Path(self.args.output_dir)
         stage = folder.name in (PROJECTOR_STAGE, "blind") and (folder.parent / "config.json").is_file()  # of a run
         run = folder.parent if stage else folder
-        kept = whole_checkpoints(folder) or whole_checkpoints(run) or whole_checkpoints(run / PROJECTOR_STAGE)
+        try:
+            said = f"{resolve_checkpoint(run)} is kept: --resume_from_checkpoint {run} goes on"
+        except InputError:
+            said = "no checkpoint is saved yet"
         if self.args.process_index == 0:
-            newest = kept and f"{kept[max(kept)]} is kept: --resume_from_checkpoint {run} goes on"
-            print(f"\n{newest or 'no checkpoint is saved yet'}", file=sys.stderr)
+            print(f"\n{said}", file=sys.stderr)
 
     def _find_best(self, resumed) -> None:
         """Where the best checkpoint lies now: the run may have been moved, or end in another folder. Raises InputError."""

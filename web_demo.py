@@ -840,8 +840,10 @@ def main(argv: list[str] | None = None) -> int:
     chatter = VQA.from_pretrained(args.from_pretrained, **base, **options) if args.from_pretrained else None
     page = Page(args, library=library, after=after, captioner=captioner, vqa=vqa, chatter=chatter)
     app = build(page)
-    fonts = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC"]
-    theme = gr.themes.Default(font=[*fonts, "sans-serif"], font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"])
+    fonts = [
+        "system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif",
+    ]  # fmt: skip
+    theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"])
     try:
         app.launch(
             server_name=args.host, server_port=args.port, share=args.share, max_file_size=f"{args.max_upload_mb}mb",
