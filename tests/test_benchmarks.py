@@ -56,6 +56,19 @@ def load_benchmark(monkeypatch):
     return importlib.import_module
 
 
+@pytest.fixture
+def run_here(load_benchmark, monkeypatch, capsys):
+    """run_here(name, *words): what the benchmark prints, without a process of its own (its children have theirs)."""
+
+    def run_here(name: str, *words: str) -> str:
+        bench = load_benchmark(name)
+        monkeypatch.setattr(bench, "quiet", lambda options: None)
+        bench.main(list(words))
+        return capsys.readouterr().out
+
+    return run_here
+
+
 @pytest.mark.skipif(has_peer(), reason="sentence-transformers is installed")
 def test_match_names_the_missing_peer(load_benchmark):
     with pytest.raises(
@@ -109,12 +122,11 @@ def tiny_questions(tmp_path_factory) -> list[str]:
     return ["--data", str(folder / "questions.json"), "--base", str(folder / "base"), *sizes]
 
 
-def test_vqa_training_compares_equal_work(tiny_questions, tmp_path):
+def test_vqa_training_compares_equal_work(tiny_questions, tmp_path, run_here):
     out = tmp_path / "result.json"
     sizes = ["--steps", "1", "--our_steps", "2", "--scenes", "2", "--texts", "3", "--rows", "2", "4", "6"]
     race = ["--target_accuracy", "0", "--sweep", "1x3", "--seeds", "1", "--limit", "12", "--peer_limit", "12"]
-    done = run(*tiny_questions, *sizes, *race, "--json", str(out), script=FOLDER / "bench_vqa.py")
-    assert done.returncode == 0, done.stderr
+    said = run_here("bench_vqa", *tiny_questions, *sizes, *race, "--json", str(out))
     found = json.loads(out.read_text())
     for side in ("ours", "tower"):
         assert found["equal"][side]["loss_difference"] <= 1e-4
@@ -135,7 +147,7 @@ def test_vqa_training_compares_equal_work(tiny_questions, tmp_path):
         "peak memory, rows",
         "fastest of ours",
     ):
-        assert line in done.stdout, line
+        assert line in said, line
 
 
 def test_vqa_answers_are_the_same(tiny_questions, tmp_path):
@@ -150,23 +162,22 @@ def test_vqa_answers_are_the_same(tiny_questions, tmp_path):
     assert "same answers to 8 questions of 2 images" in done.stdout
 
 
-def test_dialogue_training_compares_equal_work(tiny_questions, tmp_path, load_benchmark, monkeypatch, capsys):
+def test_dialogue_training_compares_equal_work(tiny_questions, tmp_path, run_here, load_benchmark):
     out, bench = tmp_path / "result.json", load_benchmark("bench_dialogue")
-    monkeypatch.setattr(bench, "quiet", lambda options: None)
     sizes = ["--scenes", "2", "--texts", "4", "--turns", "2", "--rows", "2", "--our_steps", "2", "--json", str(out)]
-    bench.main([*tiny_questions, *sizes])
+    said = run_here("bench_dialogue", *tiny_questions, *sizes)
     found = json.loads(out.read_text())
     for side in ("ours", "turns"):
         assert found["equal"][side]["loss_difference"] <= 1e-4
         assert 0 < found["equal"][side]["gradient_difference"] <= 1e-4
     assert set(found["rates"]) == {"ours", "turns", "dialogues"} and set(found["ratios"]) == {"turns", "dialogues"}
-    assert "times as fast" in capsys.readouterr().out
+    assert "times as fast" in said
     with pytest.raises(InputError, match="no multiple of --turns 3"):
         bench.main([*tiny_questions, "--texts", "4", "--turns", "3"])
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_caption_training_compares_equal_work(frozen, tmp_path):
+def test_caption_training_compares_equal_work(frozen, tmp_path, run_here):
     random = np.random.default_rng(0)
     rows = []
     for i in range(6):
@@ -180,8 +191,7 @@ def test_caption_training_compares_equal_work(frozen, tmp_path):
     sizes = ["--captions", "3", "--rows", "2", "6", "--rounds", "1", "--our_steps", "2", "--threads", "1"]
     sizes += ["--parts"] if frozen else ["--no_freeze_vision_model", "--projector", "pixel_shuffle", "--no_memory"]
     race = ["--target_loss", "0", "--limit", "0", "--eval_every", "1", "--sweep", "3x2"]
-    done = run(*files, *sizes, *race, script=FOLDER / "bench_caption.py")
-    assert done.returncode == 0, done.stderr
+    said = run_here("bench_caption", *files, *sizes, *race)
     found = json.loads(out.read_text())
     sides = {"ours", "rows"} | (set() if frozen else {"rows, head"})
     assert set(found["equal"]) == set(found["compare"]["rates"]) == sides
@@ -193,7 +203,7 @@ def test_caption_training_compares_equal_work(frozen, tmp_path):
     assert list(found["race"]) == ["ours 2x3", "ours 3x2", "rows"]
     assert all(side["step"] == 1 and not side["reached"] for side in found["race"].values())
     for line in ("same work: loss", "captions/s by rows a micro-batch", "ours / it", "not reached in 0 s"):
-        assert line in done.stdout, line
+        assert line in said, line
 
 
 @pytest.mark.parametrize("name", ["bench_vqa", "bench_vqa_eval"])
