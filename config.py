@@ -653,6 +653,137 @@ def field_help(cls: type) -> dict[str, str]:
     return help_of
 
 
+def _parser(classes: list[type], description: str):
+    """-> (a parser of the classes' fields, {setting: its library's default})."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        classes, description=description, usage="%(prog)s [--setting value ...]",
+        allow_abbrev=False,  # `flag_value` would miss a flag cut short
+    )  # fmt: skip
+    base, help_of = {}, field_help(classes[0])
+    for action in parser._actions:  # a flag's `--no_` twin follows it with another default: the first is meant
+        base.setdefault(action.dest, action.default)
+        if action.dest in help_of:
+            action.help = help_of[action.dest].replace("%", "%%")
+    base.pop("help", None)
+    return parser, base
+
+
+def _defaults(config_class: type, argv: list[str]) -> dict:
+    """What holds where the command line says nothing, by preset and task."""
+    preset = flag_value("--preset", argv) or "full"
+    defaults = TRAINING_DEFAULTS | PRESETS[config_class.__name__].get(preset, {}) | {"preset": preset}
+    if flag_value("--task", argv) == "chat":
+        defaults |= CHAT_DEFAULTS
+        if not flag_value("--train_file", argv):
+            defaults |= CHAT_PRESETS.get(preset, {})
+    if flag_value("--train_file", argv):  # the preset's own data does not go with the user's
+        defaults = {k: v for k, v in defaults.items() if k not in ("val_file", "test_file", "image_root")}
+    return defaults
+
+
+class _Begun:
+    """The run that `--resume_from_checkpoint` names. Raises InputError.
+
+    checkpoint: the folder to go on from, `step` its optimizer step; recorded: the settings of its config.json;
+    run: the folder of the whole run; own: that of the checkpoint's stage.
+    """
+
+    def __init__(self, given: str, config_class: type):
+        checkpoint = resolve_checkpoint(given)
+        self.checkpoint = checkpoint if checkpoint.parent.name else checkpoint.absolute()  # "." has no parent
+        try:
+            state, record = (
+                json.loads((checkpoint / name).read_text(encoding="utf-8"))
+                for name in ("trainer_state.json", "config.json")
+            )
+            self.step, self.recorded, script = (
+                state.get("global_step"),
+                record["settings"],
+                SCRIPTS.get(record.get("task")),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"{checkpoint}: cannot resume, not a whole checkpoint ({reason}); give an earlier one"
+            ) from None
+        if script and script[0] != config_class.__name__:
+            raise InputError(f"{given}: a run of {script[1]}, which goes on with it")
+        self.own = self.checkpoint.parent
+        self.run = self.own.parent if self.own.name == PROJECTOR_STAGE else self.own
+
+    def say_changes(self, changed: dict, base: dict, run: Path) -> None:
+        """What is not as it was; and what will be gone, where the run stays in its folder."""
+        for key in sorted((set(self.recorded) | set(changed)) - {"resume_from_checkpoint", "output_dir", "preset"}):
+            before, now = (values.get(key, base.get(key)) for values in (self.recorded, changed))
+            if before != now:
+                print(f"resumed with a change: {key} {before} -> {now}")
+        own = run / PROJECTOR_STAGE if self.own.name == PROJECTOR_STAGE else run
+        there = whole_checkpoints(own) if own == self.own else {}
+        if later := [
+            path.name for number, path in sorted(there.items()) if self.step is not None and number > self.step
+        ]:
+            print(
+                f"resumed from {self.checkpoint.name}: {', '.join(later)} will be removed when the first new checkpoint is saved"
+            )
+
+
+def _leave_out_useless(values, base: dict, argv: list[str]) -> None:
+    """Flags of transformers that would do nothing, or harm, are refused. Raises InputError."""
+    for name, reason in USELESS.items():
+        plain = TRAINING_DEFAULTS.get(name, base[name])
+        if getattr(values, name) != plain and flag_given(f"--{name}", argv):
+            raise InputError(f"--{name}: {reason}; leave it out")
+        setattr(values, name, plain)  # of a resumed run that an earlier version let begin with it
+
+
+def _choose_precision(values, argv: list[str]) -> None:
+    """bf16 and TF32 where the card has them and nothing else is asked for."""
+    import torch
+
+    cuda = torch.cuda.is_available() and not values.use_cpu
+    if not flag_given("--bf16", argv) and not values.fp16:
+        # bf16 products are several times slower than fp32 on a CPU, so they are for CUDA alone.
+        values.bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if not flag_given("--tf32", argv):
+        values.tf32 = True if cuda and torch.cuda.get_device_capability()[0] >= 8 else None
+
+
+def _refuse_run_folder(values, resumes: bool, writes: bool) -> None:
+    run = Path(values.output_dir)
+    if run.name == PROJECTOR_STAGE and not resumes:
+        raise InputError(
+            f"--output_dir {run}: {PROJECTOR_STAGE} is what a captioner's first stage is called; give another"
+        )
+    if writes and not resumes and holds_run(run):
+        raise InputError(
+            f"{run}: holds a run already; go on with it by --resume_from_checkpoint {run}, or give another --output_dir"
+        )
+    if writes and os.environ.get("RANK", "0") == "0":
+        refuse_unwritable(run, "--output_dir")
+
+
+def _refuse_values(values, argv: list[str]) -> None:
+    many = (1, 10**9)
+    refuse_outside(
+        values, learning_rate=(0, 1e3), num_train_epochs=(0, 10**6), per_device_train_batch_size=many,
+        per_device_eval_batch_size=many, gradient_accumulation_steps=many, seed=(0, 2**32 - 1),
+        dataloader_num_workers=(0, 1024), weight_decay=(0, 1e3), max_grad_norm=(0, 1e9), data_seed=(0, 2**32 - 1),
+        adam_beta1=(0, 0.9999), adam_beta2=(0, 0.99999), adam_epsilon=(0, 1), dataloader_prefetch_factor=many,
+    )  # fmt: skip
+    if values.max_steps == 0:
+        raise InputError("--max_steps 0: nothing would be trained")
+    if values.fp16 and flag_given("--fp16", argv):
+        import torch
+
+        if values.use_cpu or not torch.cuda.is_available():
+            raise InputError("--fp16: needs a CUDA device, and there is none; leave it out")
+    trains = values.max_steps > 0 or values.num_train_epochs or getattr(values, "projector_epochs", 0)
+    if not trains and not getattr(values, "eval_only", None):
+        raise InputError("--num_train_epochs 0: nothing would be trained")
+
+
 def parse(config_class: type, argv: list[str] | None = None, description: str = ""):
     """Read a training script's command line.
 
@@ -666,36 +797,14 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our DataLoader workers fork
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    from transformers import HfArgumentParser
 
-    classes = [config_class]
-    wants_help = {"-h", "--help", "--help_all"} & set(argv)
+    classes, wants_help = [config_class], {"-h", "--help", "--help_all"} & set(argv)
     if "--help_all" in argv or not wants_help:
         from transformers import TrainingArguments
 
         classes.append(TrainingArguments)
-    parser = HfArgumentParser(
-        classes, description=description, usage="%(prog)s [--setting value ...]",
-        allow_abbrev=False,  # `flag_value` would miss a flag cut short
-    )  # fmt: skip
-    base = {}
-    for action in parser._actions:  # a flag's `--no_` twin follows it with another default: the first is meant
-        base.setdefault(action.dest, action.default)
-    base.pop("help", None)
-    for name, text in field_help(config_class).items():
-        for action in parser._actions:
-            if action.dest == name:
-                action.help = text.replace("%", "%%")
-    parser.set_defaults(**TRAINING_DEFAULTS)
-    preset = flag_value("--preset", argv) or "full"
-    defaults = PRESETS[config_class.__name__].get(preset, {}) | {"preset": preset}
-    if flag_value("--task", argv) == "chat":
-        defaults |= CHAT_DEFAULTS
-        if not flag_value("--train_file", argv):
-            defaults |= CHAT_PRESETS.get(preset, {})
-    if flag_value("--train_file", argv):  # the preset's own data does not go with the user's
-        defaults = {k: v for k, v in defaults.items() if k not in ("val_file", "test_file", "image_root")}
-    parser.set_defaults(**defaults)
+    parser, base = _parser(classes, description)
+    parser.set_defaults(**_defaults(config_class, argv))
     if wants_help:
         parser.epilog = (
             "Every flag of transformers.TrainingArguments works too (--learning_rate, --num_train_epochs, "
@@ -705,101 +814,53 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         parser.print_help()
         raise SystemExit(0)
 
-    resume = flag_value("--resume_from_checkpoint", argv)
-    if resume:
-        checkpoint = resolve_checkpoint(resume)
-        checkpoint = checkpoint if checkpoint.parent.name else checkpoint.absolute()  # "." has no parent
-        try:
-            step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")).get("global_step")
-            record = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-            recorded, script = record["settings"], SCRIPTS.get(record.get("task"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(
-                f"{checkpoint}: cannot resume, not a whole checkpoint ({reason}); give an earlier one"
-            ) from None
-        if script and script[0] != config_class.__name__:
-            raise InputError(f"{resume}: a run of {script[1]}, which goes on with it")
-        known = {key: value for key, value in recorded.items() if key in base}
+    given, begun = flag_value("--resume_from_checkpoint", argv), None
+    if given:
+        begun = _Begun(given, config_class)
+        known = {key: value for key, value in begun.recorded.items() if key in base}
         # What a run does not record had the library's default, whatever the presets say.
-        run = checkpoint.parent.parent if checkpoint.parent.name == PROJECTOR_STAGE else checkpoint.parent
-        parser.set_defaults(**(base | known | {"output_dir": str(run)}))
-    namespace = parser.parse_args(argv)
-    for name, reason in USELESS.items():
-        plain = TRAINING_DEFAULTS.get(name, base[name])
-        if getattr(namespace, name) != plain and flag_given(f"--{name}", argv):
-            raise InputError(f"--{name}: {reason}; leave it out")
-        setattr(namespace, name, plain)  # of a resumed run that an earlier version let begin with it
-    if flag_given("--temperature", argv) and namespace.temperature < 0.01:
-        raise InputError(f"--temperature {namespace.temperature}: expected 0.01 or more, where the loss cuts it off")
-    if resume:
-        if getattr(namespace, "task", None) != known.get("task", base.get("task")):
-            raise InputError(f"{resume}: a run of --task {known.get('task', base['task'])}, which it goes on with")
-        namespace.resume_from_checkpoint = str(checkpoint)
-    if namespace.output_dir is None:
+        parser.set_defaults(**(base | known | {"output_dir": str(begun.run)}))
+    values = parser.parse_args(argv)
+    _leave_out_useless(values, base, argv)
+    if flag_given("--temperature", argv) and values.temperature < 0.01:
+        raise InputError(f"--temperature {values.temperature}: expected 0.01 or more, where the loss cuts it off")
+    if begun:
+        if getattr(values, "task", None) != known.get("task", base.get("task")):
+            raise InputError(f"{given}: a run of --task {known.get('task', base['task'])}, which it goes on with")
+        values.resume_from_checkpoint = str(begun.checkpoint)
+    if values.output_dir is None:
         from datetime import datetime
 
         # With the process, since the runs of a sweep may begin in one second.
-        namespace.output_dir = f"output/training_{datetime.now():%Y%m%d_%H%M%S}_{os.getpid()}"
-    run = Path(namespace.output_dir)
-    if run.name == PROJECTOR_STAGE and not resume:
-        raise InputError(
-            f"--output_dir {run}: {PROJECTOR_STAGE} is what a captioner's first stage is called; give another"
-        )
-    writes = not getattr(namespace, "eval_only", None) or keeps_scores(argv)
-    if writes and not resume and holds_run(run):
-        raise InputError(
-            f"{run}: holds a run already; go on with it by --resume_from_checkpoint {run}, or give another --output_dir"
-        )
-    if writes and os.environ.get("RANK", "0") == "0":
-        refuse_unwritable(run, "--output_dir")
-    if preset == "full" and not resume:
-        import torch
-
-        cuda = torch.cuda.is_available() and not namespace.use_cpu
-        if not flag_given("--bf16", argv) and not namespace.fp16:
-            # bf16 products are several times slower than fp32 on a CPU, so they are for CUDA alone.
-            namespace.bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        if not flag_given("--tf32", argv):
-            namespace.tf32 = True if cuda and torch.cuda.get_device_capability()[0] >= 8 else None
-    many = (1, 10**9)
-    refuse_outside(
-        namespace, learning_rate=(0, 1e3), num_train_epochs=(0, 10**6), per_device_train_batch_size=many,
-        per_device_eval_batch_size=many, gradient_accumulation_steps=many, seed=(0, 2**32 - 1),
-        dataloader_num_workers=(0, 1024), weight_decay=(0, 1e3), max_grad_norm=(0, 1e9), data_seed=(0, 2**32 - 1),
-        adam_beta1=(0, 0.9999), adam_beta2=(0, 0.99999), adam_epsilon=(0, 1), dataloader_prefetch_factor=many,
-    )  # fmt: skip
-    if namespace.max_steps == 0:
-        raise InputError("--max_steps 0: nothing would be trained")
-    if namespace.fp16 and flag_given("--fp16", argv):
-        import torch
-
-        if namespace.use_cpu or not torch.cuda.is_available():
-            raise InputError("--fp16: needs a CUDA device, and there is none; leave it out")
-    trains = namespace.max_steps > 0 or namespace.num_train_epochs or getattr(namespace, "projector_epochs", 0)
-    if not trains and not getattr(namespace, "eval_only", None):
-        raise InputError("--num_train_epochs 0: nothing would be trained")
-    if isinstance(namespace.report_to, str) and "," in namespace.report_to:
-        namespace.report_to = [name.strip() for name in namespace.report_to.split(",")]
-    refuse_unknown_trackers(namespace.report_to)
-    changed = {key: value for key, value in vars(namespace).items() if key in base and value != base[key]}
+        values.output_dir = f"output/training_{datetime.now():%Y%m%d_%H%M%S}_{os.getpid()}"
+    eval_only = getattr(values, "eval_only", None)
+    writes = not eval_only or keeps_scores(argv)
+    _refuse_run_folder(values, bool(begun), writes)
+    if values.preset == "full" and not begun:
+        _choose_precision(values, argv)
+    _refuse_values(values, argv)
+    if isinstance(values.report_to, str) and "," in values.report_to:
+        values.report_to = [name.strip() for name in values.report_to.split(",")]
+    refuse_unknown_trackers(values.report_to)
+    changed = {key: value for key, value in vars(values).items() if key in base and value != base[key]}
     changed = {key: value for key, value in changed.items() if not key.endswith("_token")}  # runs are given to others
+
     if "LOCAL_RANK" not in os.environ:  # one process, which may go on with a run of several, has no group to make
-        namespace.ddp_backend = None
-    if not getattr(namespace, "eval_only", None):
-        refuse_other_parallelism(namespace)
+        values.ddp_backend = None
+    if not eval_only:
+        refuse_other_parallelism(values)
     parts = []
     for cls in classes:
         names = {field.name for field in dataclasses.fields(cls) if field.init}
         try:
-            parts.append(cls(**{key: value for key, value in vars(namespace).items() if key in names}))
+            parts.append(cls(**{key: value for key, value in vars(values).items() if key in names}))
         # NotImplementedError is accelerate's, for GPUs that need an NCCL setting; ImportError of packages that are not there.
         except (ValueError, NotImplementedError, ImportError) as error:
             raise InputError(f"these settings do not go together: {error}") from None
     config, training_args = parts
-    if not getattr(config, "eval_only", None):
+    if not eval_only:
         refuse_schedule(training_args)
-    if training_args.world_size > 1 and not resume and not flag_value("--output_dir", argv):
+    if training_args.world_size > 1 and not begun and not flag_value("--output_dir", argv):
         from accelerate.utils import broadcast_object_list
 
         (training_args.output_dir,) = broadcast_object_list([training_args.output_dir])  # each has its own clock
@@ -807,20 +868,8 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         refuse_apart(Path(training_args.output_dir))
     if getattr(config, "early_stopping_patience", 0) and not training_args.load_best_model_at_end:
         raise InputError("--early_stopping_patience: needs evaluations and --load_best_model_at_end")
-    if resume:
-        for key in sorted(set(recorded) | set(changed)):
-            if key in ("resume_from_checkpoint", "output_dir", "preset"):
-                continue
-            if recorded.get(key, base.get(key)) != changed.get(key, base.get(key)):
-                print(
-                    f"resumed with a change: {key} {recorded.get(key, base.get(key))} -> {changed.get(key, base.get(key))}"
-                )
-        own = run / PROJECTOR_STAGE if checkpoint.parent.name == PROJECTOR_STAGE else run
-        there = whole_checkpoints(own) if own == checkpoint.parent else {}  # in another folder nothing goes
-        if later := [folder.name for number, folder in sorted(there.items()) if step is not None and number > step]:
-            print(
-                f"resumed from {checkpoint.name}: {', '.join(later)} will be removed when the first new checkpoint is saved"
-            )
+    if begun:
+        begun.say_changes(changed, base, Path(values.output_dir))
     check(config)
     return config, training_args, changed
 
