@@ -240,7 +240,7 @@ def read_objects(path: str, images: list[str]) -> tuple[dict, list, dict[str, li
     words, listed, ignore = content["words"], content["images"], content.get("ignore", [])
     lists = [("words", *item) for item in words.items()] + [("images", *item) for item in listed.items()]
     for field, name, value in [*lists, ("ignore", "it", ignore)]:
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
             raise InputError(
                 f"{path}: field {field!r}: {name}: expected a list of texts, found {json.dumps(value)[:60]}"
             )

@@ -36,7 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--test_fraction", type=float, default=0.2, help="share of images held out for the test (default: 0.2)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same split (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same split of the same file (default: 0)"
+    )
     parser.add_argument(
         "--max_rejected", type=float, default=0.01, help="share of rows that may be unusable (default: 0.01)"
     )

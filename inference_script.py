@@ -10,7 +10,6 @@ back with "error" instead, the others are scored, and the exit code is 1 (0: eve
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -114,16 +113,14 @@ def row_error(row) -> str | None:
 
 def read_rows(source: str):
     """Rows of a JSON, CSV or TSV file, or of JSON from standard input. Raises InputError with line and column."""
-    from scenes import load_rows
+    from scenes import load_rows, parse_json
 
     if source != "-":
         return load_rows(Path(source))
     try:
-        return json.loads(sys.stdin.buffer.read().decode("utf-8-sig"))
+        return parse_json(sys.stdin.buffer.read().decode("utf-8-sig"), "standard input")
     except UnicodeDecodeError as error:
         raise InputError(f"standard input: not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"standard input: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -266,7 +266,9 @@ _TO_TWENTY = (
 )
 _WORDS = {word: str(n) for n, word in enumerate(_TO_TWENTY.split())}
 _LARGE = re.compile("(?:thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|[mb]illion|dozen|half|percent")
-_LIMIT = re.compile("than|over|under|above|below|upto|least|most|exceed(?:s|ing)|no|not")  # "more than 4" is not 4
+_LIMIT = re.compile(
+    "than|over|under|above|below|upto|least|most|exceed(?:s|ing)|no|not|minus|[<>≤≥]=?"
+)  # "more than 4" is not 4
 _QUOTES = " \"'`*“”‘’«»"
 # What NFKC would misread: 10² as 102, № and nº as "no".
 _MISREAD = {ord(c): f"^{n}" for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")} | {0x2116: "#", 0xBA: "°"}
@@ -311,7 +313,7 @@ def _only_number(text: str, unit: str) -> str | None:
         match = re.fullmatch(rf"([0-9]+)(\.[0-9]+)?{unit}", word if unit else _WORDS.get(word, word))
         if match:
             whole, part = match[1].lstrip("0") or "0", (match[2] or "").rstrip("0").rstrip(".")
-            if _LIMIT.fullmatch(before) or after == "or" or (part and not unit):  # a count is whole
+            if _LIMIT.fullmatch(before) or after in ("or", "+", "plus") or (part and not unit):  # a count is whole
                 return None
             said.add(whole + part + unit)
         elif any(c.isdigit() for c in word) or any(w in _WORDS or _LARGE.fullmatch(w) for w in word.split("-")):
@@ -596,7 +598,7 @@ def object_mentions(captions, present, words: dict[str, list[str]], ignore=(), *
     dropped, wanted = pattern(ignore), pattern(owner)
     counts = []  # right, named, present of each image
     for text, there in zip(captions, present):
-        named = {owner[word.lower()] for word in wanted.findall(dropped.sub(" | ", text))}
+        named = {owner.get(word.lower()) for word in wanted.findall(dropped.sub(" | ", text))} - {None}  # None: "shıps"
         counts.append((len(named & set(there)), len(named), len(set(there))))
     right, named, there = np.array(counts, dtype=float).reshape(-1, 3).T
     draw = np.random.default_rng(seed).integers(0, len(counts), (samples, len(counts)))

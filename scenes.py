@@ -74,7 +74,7 @@ class SceneFile:
     duplicates: int = 0
     rows: int = 0
     left_out: list[Rejected] = field(default_factory=list)
-    """Single texts that say nothing, of rows that have others: listed, but no reason to stop."""
+    """Single texts that say nothing, of rows that have others, or belong to no image: listed, but no reason to stop."""
     elsewhere: dict[str, str | None] = field(default_factory=dict)
     """{image as the file calls it: split} of those that are not among the images asked for."""
 
@@ -102,16 +102,21 @@ def load_json(path: str | Path):
         rows = []
         for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 inside a text
             if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}: not JSON: line {number}, column {error.colno}: {error.msg}") from None
+                rows.append(parse_json(line, str(path), number))
         return rows
+    kinds = "" if path.suffix.lower() == ".json" else "; what is read are .json, .jsonl, .csv and .tsv files"
+    return parse_json(text, str(path), more=kinds)
+
+
+def parse_json(text: str, source: str, line: int | None = None, more: str = ""):
+    """json.loads; raises InputError with the place. line: of the source, where the text is one of its lines."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        kinds = "" if path.suffix.lower() == ".json" else "; what is read are .json, .jsonl, .csv and .tsv files"
-        raise InputError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}{kinds}") from None
+        at = f"line {line or error.lineno}, column {error.colno}: {error.msg}"
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists in lists
+        at = f"line {line}: {error}" if line else str(error)
+    raise InputError(f"{source}: not JSON: {at}{more}")
 
 
 IMAGE_COLUMNS = (
@@ -228,8 +233,9 @@ def read_scenes(
     content = load_rows(path)
     roots = _roots(image_root) or [path.parent, path.parent / "images", *map(Path, more_roots)]
     look = functools.partial(_find_image, before={} if image_root else None)
-    form, entries, fields = _form_of(path, content, roots)
-    result = SceneFile([], [], rows=len(entries))
+    result = SceneFile([], [])
+    form, entries, fields = _form_of(path, content, roots, result.left_out)
+    result.rows = len(entries)
     scenes: dict[str, Scene] = {}
     found: dict[str, str | ImageError] = {}  # image name -> path, or why there is none
     seen: dict[tuple, int] = {}  # (image, text, negative) -> its row
@@ -319,17 +325,26 @@ def _refuse_rejected(path: Path, result: SceneFile, max_rejected: float) -> None
         )
 
 
-def _form_of(path: Path, content, roots: list[Path]) -> tuple[str, list, tuple[str, str]]:
-    """The form of a file, its entries, one for each row or image, and the fields of image and texts in them."""
+NO_IMAGE = "field 'image_id': no image of that id in 'images'"
+
+
+def _form_of(path: Path, content, roots: list[Path], left_out: list[Rejected]) -> tuple[str, list, tuple[str, str]]:
+    """The form of a file, its entries, one for each row or image, and the fields of image and texts in them. Texts of no image
+    of the file are added to `left_out`."""
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         if not isinstance(content.get("annotations"), list):
             return "karpathy", content["images"], ("filename", "sentences")
-        captions: dict[str, list] = {}
-        for row in content["annotations"]:
-            if isinstance(row, dict):
-                captions.setdefault(str(row.get("image_id")), []).append(row.get("caption"))
-        images = [image if isinstance(image, dict) else {} for image in content["images"]]
-        entries = [{**image, "captions": captions.get(str(image.get("id")), [])} for image in images]
+        entries = [{**(image if isinstance(image, dict) else {}), "captions": []} for image in content["images"]]
+        named = Counter(str(entry["id"]) for entry in entries if "id" in entry)
+        if twice := [number for number, count in named.items() if count > 1]:
+            raise InputError(f"{path}: field 'images': id {twice[0]} stands for {named[twice[0]]} images")
+        captions = {str(entry["id"]): entry["captions"] for entry in entries if "id" in entry}
+        for number, row in enumerate(content["annotations"]):
+            known = captions.get(str(row.get("image_id"))) if isinstance(row, dict) else None
+            if known is None:
+                left_out.append(Rejected(str(path), number, NO_IMAGE))
+            else:
+                known.append(row.get("caption"))
         return "coco", entries, ("file_name", "captions")
     if isinstance(content, dict) and content and all(map(_is_nwpu, content.values())):
         entries = []
@@ -391,9 +406,9 @@ def _gathered(rows: list) -> list:
         return rows
     gathered = []
     for row, found in zip(rows, columns):
-        if names := [column[0] for column in found if column[1] == base]:
+        if names := [column[0] for column in found if column[1] == base or column[0] == "captions"]:
             listed = [value if isinstance(value, list) else [value] for value in (row[name] for name in names)]
-            texts = [text for part in listed for text in part if text is not None and not _says_nothing(text)]
+            texts = [text for part in listed for text in part if text is not None and str(text).strip()]
             row = {name: value for name, value in row.items() if name not in names} | {"captions": texts}
         gathered.append(row)
     return gathered
@@ -423,8 +438,8 @@ def _rows_of(form: str, entry, fields: tuple[str, str]) -> tuple[str, list[tuple
         return name, [(positive, negative) for negative in negatives], split, 0
     texts = entry.get(field)
     if form == "captions" and not isinstance(texts, list):
-        name, text = _text(entry, image), _text(entry, field)
-        return (name, [(text, None)], split, 0) if has_word(text) else (name, [], split, 1)
+        name, text, more = _text(entry, image), _text(entry, field), _chinese_beside(entry)
+        return name, [(one, None) for one in (text, *more) if has_word(one)], split, int(not has_word(text))
     if not isinstance(texts, list) or (form == "karpathy" and not texts):
         raise InputError(f'field {field!r}: expected a list with at least one {{"raw": text}}')
     texts = [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in texts]
@@ -433,13 +448,19 @@ def _rows_of(form: str, entry, fields: tuple[str, str]) -> tuple[str, list[tuple
         name = str(Path(entry["filepath"]) / name)
     said = [_text({field: text}, field) for text in texts if not _says_nothing(text)]
     empty = len(texts) - len(said)
-    if form == "captions" and isinstance(entry.get("zh_answer"), str) and not _says_nothing(entry["zh_answer"]):
-        said.append(_text(entry, "zh_answer"))
+    if form == "captions":
+        said += _chinese_beside(entry)
     if not said:
         raise InputError(
             f"field {field!r}: none of them holds a word" if texts else f"field {field!r}: there is no text"
         )
     return name, [(text, None) for text in said], split, empty
+
+
+def _chinese_beside(entry: dict) -> list[str]:
+    """The `zh_answer` of a row of captions, where it has one with words."""
+    own = isinstance(entry.get("zh_answer"), str) and not _says_nothing(entry["zh_answer"])
+    return [_text(entry, "zh_answer")] if own else []
 
 
 def _split_in(entry: dict):
@@ -676,7 +697,12 @@ def read_chat(path: str | Path, **options) -> SceneFile:
     `read_scenes`, as answers to their own prompts or to a request for a description. options: those of both."""
     rows = _listed(load_rows(Path(path))) if Path(path).is_file() else None
     first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
-    one = _field(first, QUESTION_FIELDS) and _field(first, ANSWER_FIELDS) and not _field(first, ("caption", "captions"))
+    asked, answered = _field(first, QUESTION_FIELDS), _field(first, ANSWER_FIELDS)  # a label beside captions is a class
+    one = (
+        asked
+        and answered
+        and ({asked, answered} == {"question", "answer"} or not _field(first, ("caption", "captions")))
+    )
     if one or any(form[0] in first for form in CONVERSATIONS):
         found = read_conversations(path, **options)
         for scene in found.scenes:
@@ -948,7 +974,8 @@ def load_splits(
         splits["train"] = [scene for scene in scenes if content[scene.image] not in held]
         if not splits["train"]:
             raise InputError(
-                f"{config.train_file}: {len(splits['val'])} image is too few to hold one out for validation"
+                f"{config.train_file}: --val_fraction {config.val_fraction:g} of {len(splits['val'])} images leaves none to"
+                " train on"
             )
     leaks = find_leaks(splits, content)
     if leaks:
@@ -967,10 +994,13 @@ def load_splits(
         print(
             f"data: images of other test splits are left out ({found}); --test_split {next(iter(others))} scores those"
         )
-    if left_out:
-        print(
-            f"data: texts without a word left out of {len(left_out)} rows" + (f", listed in {report}" if report else "")
-        )
+    lost = sum(one.reason == NO_IMAGE for one in left_out)
+    for what, count in (
+        ("texts without a word", len(left_out) - lost),
+        ("texts of images that are not in the file", lost),
+    ):
+        if count:
+            print(f"data: {what} left out of {count} rows" + (f", listed in {report}" if report else ""))
     if rejected or duplicates:
         where = f", listed in {report}" if report and rejected else ""
         print(f"data: {len(rejected)} bad rows left out{where}; {duplicates} duplicate rows dropped")

@@ -251,7 +251,7 @@ NOUN_ENDS = re.compile(
     "of|in|on|at|near|next|with|and|or|are|is|was|were|to|by|from|along|beside|between|behind|around|that|which|has|have"
     "|there|this|it|surrounded|parked|arranged|located|lined|while|as|for|into|under|over|above|below"
 )
-IMPLIED = {2: r"\b(both|pair|couple|double|dual|twin|two)\b", 3: r"\b(triang|triple|tri-|three)",
+IMPLIED = {2: r"\b(both|pair|couple|double|dual|twin|two|second)\b", 3: r"\b(triang|triple|tri-|three)",
            4: r"\b(square|four|corner|quadrup)", 5: r"\b(star\b|pentag|quintup)", 6: r"\b(half a dozen|hexag)", 8: r"\boctag",
            12: r"\bdozen", 100: r"\bhundred", 1000: r"\bthousand", 10: r"\b(cross|ten\b|intersect)"}  # fmt: skip
 MANY = re.compile(r"[上成][百千万]|成[荫片]|多|大量|不少|无数|若干|成群|少量|少数|林立|遍布|覆盖|大片|些|[密茂满几数]")
@@ -272,7 +272,7 @@ CLASSIFIERS = set(
     "扇顶丛簇团圈串束滴套批队对双号英码节户格畦具副瓣次年月日度米公厘毫亩平顷倍吨元分秒小时圆方点车跑泊轨线字体者大小长短整余多来几人%mkch"
 )
 IDIOM = re.compile(
-    r"四面八方|四通八达|四四方方|十字|四[周面处方边角通]|两[侧边旁岸端者头]|两两|三三|三角|五颜六色|[五六八][边角]|七彩|百货|二手|三面|第[一二三四五六七八九十]+"
+    r"四面八方|四通八达|四四方方|十字|四[周面处方边角通]|两[侧边旁岸端者头]|两两|三三|三角|五颜六色|[五六八][边角]|七彩|百货|二手|三面|[两三四五六七]种颜色|第[一二三四五六七八九十]+"
 )
 
 
@@ -280,7 +280,9 @@ def english_numbers(text: str) -> list[tuple[float | str, str]]:
     """[(value or "many", the noun it counts)] of one caption."""
     text, found = AND_A_HALF.sub(lambda m: f"{WORDS[m[1]]}.5", FRACTION.sub(" ", text.lower())), []
     for match in ENGLISH_NUMBER.finditer(text):
-        if re.match(r"(?:st|nd|rd|th)\b|-way\b", text[match.end() :]):  # the 2nd, a four-way crossing
+        if re.match(
+            r"(?:st|nd|rd|th|s)\b|-(?:way|leaf)\b", text[match.end() :]
+        ):  # the 2nd, the 1990s, a four-way crossing
             continue
         if match["vague"]:
             value = "many"
@@ -327,13 +329,13 @@ def numeral(token: str) -> float:
 def chinese_numbers(text: str) -> list[tuple[set[float], bool, bool]]:
     """[(values it may stand for, is a classifier or unit behind it, is it only about so many)] of a Chinese text."""
     text, found = text.replace("千米", "公里").replace("平方", "平"), []
-    text = re.sub("十分(?!之|钟|米)", "很", text)
+    text = re.sub("十分(?!之|钟|米)", "很", text).replace("一些", "些")
     text = re.sub(  # 三点五米, 百分之三十; a fraction (三分之二) is no count
         f"({NUMERAL})点([{''.join(DIGIT)}]+)",
         lambda m: f"{numeral(m[1]):g}.{''.join(str(DIGIT[c]) for c in m[2])}", text,
     )  # fmt: skip
     text = re.sub(rf"百分之(?:({NUMERAL})|([\d.]+))", lambda m: f"{numeral(m[1]):g}%" if m[1] else f"{m[2]}%", text)
-    text = re.sub(rf"(?:{NUMERAL}|\d+)分之(?:{NUMERAL}|\d+)", "", text)
+    text = re.sub(rf"(?:{NUMERAL}|\d+)(?:分之(?:{NUMERAL}|\d+)|世纪|年代)", "", text)
     for match in CHINESE_NUMBER.finditer(text):
         token, more = match[0], RANGE.match(text, match.end())
         counted = re.search(r"(?:数量?|数目|总数|数字|编号|号码)[为是：:]?$", text[: match.start()]) is not None
@@ -388,9 +390,11 @@ def check_numbers(captions: list[str], text: str) -> list[tuple[str, str]]:
         named = "或".join(shown(value) for value in sorted(wanted, key=str))
         if "many" in wanted and MANY.search(text):
             continue
-        if 2 in wanted and re.search("双|俩|一对|成对", text):
+        if 2 in wanted and re.search("双|俩|一对|成对|一分为二", text):
             continue
         if 1 in wanted and re.search("[单独唯]", text):
+            continue
+        if 50 in wanted and "半" in text and any(re.search(r"\b50 ?(?:%|percent)", caption) for caption in captions):
             continue
         if 0 in wanted and re.search("[没无未]", text):
             continue
@@ -424,7 +428,7 @@ DIRECTIONS = {
     "centre": ("中央|中[心间部段轴线]|[正居当海湖河水林田]中|央|之间",
                "".join(rf"(?<!{kind} )" for kind in CENTRES) + r"cent(?:er|re|ers|res|ral)|middle"),
     "left": ("左", r"(?:(?<=the )|(?<=upper )|(?<=lower )|(?<=top )|(?<=bottom ))left\w*"
-             r"|(?<!is )(?<!are )(?<!was )(?<!were )left(?! over| behind| empty| by| an?\b| some\b| its\b| trac)\w*"),
+             r"|(?<!is )(?<!are )(?<!was )(?<!were )left(?! over| behind| empty| by| for\b| an?\b| some\b| its\b| trac)\w*"),
     "right": ("右", r"right(?! next| beside| behind|[ -]angled?| now| at| by| in the| above| below)(?:most|-hand)?"),
     "top": ("上|顶", r"(?:top|upper)(?![- ](?:view|down))\w*"), "bottom": ("下|底", r"(?:bottom|lower)\w*"),
 }  # fmt: skip
@@ -450,7 +454,7 @@ def check_directions(captions: list[str], text: str) -> list[tuple[str, str]]:
     named = "".join(f"|{name}" for name, pinyin in PROVINCES.items() if pinyin in english)
     rest = re.sub(f"东西(?![侧部边方面端向两走])|左右|[西南冬]瓜|{PLACES}{named}", "", text)
     for letter, name in LETTER_OF.items():
-        if letter in rest and name not in english:
+        if letter in rest and not re.search(rf"\b(?:(?:north|south)[- ]?)?{name}", english):  # "at least" is not east
             wrong.append(("direction added", f"原文没有方位“{letter}”"))
     return wrong
 
@@ -463,7 +467,8 @@ COLOURS = {
 COLOUR_OF = {  # what an English text must say for a Chinese one to name the colour
     "红": "red|pink|maroon|crimson|brick|brown", "橙": "orange",
     "黄": "yellow|gold|beige|tan|sand|khaki|brown|orange|wither|straw|dry|dried",
-    "绿": "green|lush|verdant|grass|lawn|meadow|vegetat|tree|forest|plant|turquoise|emerald|crop|farm|field|park|teal",
+    "绿": r"green|evergreen|lush|verdant|grass|lawn|meadow|vegetat|tree|forest|plant|turquoise|emerald|crop|farm"
+          r"|\w*field|park|teal",
     "蓝": "blue|azure|cyan|turquoise|navy|teal", "紫": "purple|violet", "粉": "pink", "棕": "brown|tan",
     "褐": "brown|tan|maroon|chestnut|rust",
     "灰": "gr[ae]y|ash|silver|concrete|cement|dark", "黑": "black|dark", "白": "white|snow|pale|bright|light|cream|ivory|beige",
@@ -480,7 +485,7 @@ def check_colours(captions: list[str], text: str) -> list[tuple[str, str]]:
             wrong.append(("colour missing", f"缺少颜色“{accepted.split('|')[0]}”（{name}）"))
     rest = COLOUR_IDIOM.sub("", text)
     for letter, said in COLOUR_OF.items():
-        if letter in rest and not re.search(said, english):
+        if letter in rest and not re.search(rf"\b(?:{said})", english):  # "covered" is not red
             wrong.append(("colour added", f"原文没有颜色“{letter}”"))
     return wrong
 
@@ -500,7 +505,8 @@ def terms_in(captions: list[str], glossary: dict[str, list[str]]) -> dict[str, l
     return found
 
 
-DENIED = re.compile(r"\b(?:no|without)(?: any)? (\w+)")
+DENIED = re.compile(r"\b(?:no|without|0|zero)(?: any)? (\w+)")
+OTHER_DENIAL = re.compile(r"\b(?:not|none|never|hardly|empty|few|free of|lack\w*|absen\w+|devoid)\b|n't\b")
 STREAMS = re.compile(r"\bstreams?(?= (?:along|past|through|down|by|into)\b)")  # traffic does
 
 
@@ -515,6 +521,13 @@ def check_glossary(captions: list[str], text: str, glossary: dict[str, list[str]
         for term, accepted in said.items()
         if not any(one in text for one in accepted)
     ]
+    if not OTHER_DENIAL.search(" ".join(captions)):
+        parts = re.split("[,.;:!?，。；：！？、]", text)
+        for term, accepted in said.items():
+            at = [part for part in parts if any(one in part for one in accepted)]
+            one_of = "|".join(map(re.escape, accepted))
+            if at and term not in denied and all(re.search(f"没有?.{{0,4}}(?:{one_of})", part) for part in at):
+                wrong.append(("negation added", f"原文没有说没有{accepted[0]}（{term}）"))
     for accepted in sorted((one for several in said.values() for one in several), key=len, reverse=True):
         text = text.replace(accepted, " ")  # a car park is no car
     clauses = [clause for clause in re.split("[,.;:!?，。；：！？、]", text) if not re.search("[没无未不非]", clause)]

@@ -245,6 +245,7 @@ def test_objects_named_by_captions():
     low, high = loose["precision_interval"]
     assert 0 <= low <= loose["precision"] <= high <= 1
     assert object_mentions(["nothing"], [["ship"]], words)["precision"] is None
+    assert object_mentions(["two shıps, ſhips"], [["ship"]], words)["named"] == 0  # equal but for case to re alone
     rare = object_mentions(["a ship"] * 3 + ["nothing"] * 97, [["ship"]] * 100, words)
     assert rare["precision_interval"] == (1.0, 1.0), "a draw of images in which none is named has no precision"
     with pytest.raises(ValueError, match="no words for"):

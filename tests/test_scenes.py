@@ -11,6 +11,7 @@ import pytest
 
 from config import DataConfig, InputError
 from scenes import (
+    NO_IMAGE,
     Scene,
     by_content,
     captions_as_answers,
@@ -250,7 +251,7 @@ def test_captions_by_image_and_in_numbered_columns(folder):
     beside = {"image": "a0.png", "text": "a harbour", "caption_1": "a note"}
     assert read("rows.json", [beside]) == [("a0.png", ["a harbour"], None)]
     rows[1] |= {"caption_1": "", "caption_2": "."}
-    refused(lambda: read("rows.json", rows), "row 1", "there is no text")
+    refused(lambda: read("rows.json", rows), "row 1", "none of them holds a word")
     alone = {"image": "a1.png", "caption": "three", "split": "test"}  # beside rows of several
     assert read("rows.json", [rows[0], alone]) == want
     assert read("rows.json", [alone, rows[0]]) == want[::-1]
@@ -727,6 +728,43 @@ def test_a_split_that_is_no_text(folder, read, value):
     rows = [{"image": f"a{i}.png", "caption": "x", "question": "a?", "answer": "b", "split": "train"} for i in range(4)]
     rows[1]["split"] = value
     refused(lambda: read(save(folder / "rows.json", rows)), "row 1", "field 'split': expected a text")
+
+
+def test_coco_annotations_of_no_image(folder, capsys):
+    images = [{"id": 1, "file_name": "a0.png"}, {"file_name": "a1.png"}]
+    said = [{"image_id": 1, "caption": "one"}, {"image_id": 2, "caption": "two"}, {"caption": "three"}, None]
+    found = read_scenes(save(folder / "coco.json", {"images": images, "annotations": said}), max_rejected=0.5)
+    assert [scene.texts for scene in found.scenes] == [["one"]] and [bad.row for bad in found.rejected] == [1]
+    assert [(left.row, left.reason) for left in found.left_out] == [(row, NO_IMAGE) for row in (1, 2, 3)]
+    images[1]["id"] = 1
+    twice = save(folder / "twice.json", {"images": images, "annotations": said})
+    refused(lambda: read_scenes(twice), "field 'images': id 1 stands for 2 images")
+    alone = [{"id": n, "file_name": f"a{n}.png"} for n in range(4)]
+    coco = {"images": alone, "annotations": [{"image_id": n, "caption": f"{n} ships"} for n in (0, 1, 2, 3, 9)]}
+    load_splits(DataConfig(train_file=str(save(folder / "other.json", coco)), val_fraction=0.5))
+    assert "texts of images that are not in the file left out of 1 rows" in capsys.readouterr().out
+
+
+def test_every_text_of_a_row_is_read(folder):
+    rows = [
+        {"image": "a0.png", "caption": "two ships", "zh_answer": "两艘船"},
+        {"image": "a1.png", "captions": ["x one", "y two"], "caption_1": "three", "caption_2": "...", "caption_3": ""},
+    ]
+    found = read_scenes(save(folder / "rows.json", rows[:1]))
+    assert found.scenes[0].texts == ["two ships", "两艘船"]
+    found = read_scenes(save(folder / "rows.json", rows[1:]))
+    assert found.scenes[0].texts == ["x one", "y two", "three"] and len(found.left_out) == 1
+    row = {"image": "a0.png", "question": "What is it?", "answer": "a pier", "caption": "two ships"}
+    assert [(q.text, q.answer) for q in read_chat(save(folder / "rows.json", [row])).scenes[0].questions] == [
+        ("What is it?", "a pier")
+    ]
+
+
+@pytest.mark.parametrize("text", ['[{"image": "a0.png", "caption": "x", "id": ' + "1" * 5000 + "}]", "[" * 10**5])
+def test_json_that_python_does_not_read(folder, text):
+    for name in ("rows.json", "rows.jsonl"):
+        (folder / name).write_text(text)
+        refused(lambda name=name: read_scenes(folder / name), name, "not JSON")
 
 
 @pytest.mark.parametrize("read", [read_scenes, read_conversations])

@@ -1009,6 +1009,16 @@ FAITHFUL = {
     "a building is on the left of a road": "道路左侧有一栋建筑物。",
     "twenty-one ships in a harbor": "港口里有二十一艘船。",
     "one hundred and two trucks in a parking lot": "停车场里有一百零二辆卡车。",
+    "forest covers 50% of the image": "图像中约一半的区域被森林覆盖。",
+    "the parking lot was built in the 1990s": "停车场建于20世纪90年代。",
+    "the second floor of the parking lot is empty": "停车场的二层空着。",
+    "a four-leaf clover interchange": "四叶草形立交桥。",
+    "a river divides the land into two halves": "河流将土地一分为二。",
+    "a stadium with red, yellow and blue seats": "体育场的座椅有红、黄、蓝三种颜色。",
+    "there is plenty of space left for parking": "还有很多停车空间。",
+    "evergreen woods and a minefield": "绿色的树林和雷场。",
+    "the southwestern part is bare": "西南部裸露。",
+    "planes are on the runway, which has no cars": "跑道上停着飞机，没有汽车。",
 }
 UNFAITHFUL = [
     ("two hundred cars in a parking lot", "停车场里有两辆汽车。", "number"),
@@ -1033,6 +1043,13 @@ UNFAITHFUL = [
     ("a plane on the runway", "我看不到图像，但跑道上有一架飞机。", "refusal"),
     ("a plane on the runway", "<think>" * 10_000, "too long"),
     ("2 planes", "2.5架飞机停在那里", "number"),
+    ("one plane is on the apron", "一些飞机停在停机坪上。", "number missing"),
+    ("a plane is on the runway", "跑道上没有飞机。", "negation added"),
+    ("two planes are on the runway", "跑道上没有两架飞机。", "negation added"),
+    ("some houses are scattered near a lake", "湖边散布着一些红色房屋。", "colour added"),  # scatte-red
+    ("many rectangular buildings", "许多棕色的长方形建筑。", "colour added"),
+    ("at least ten cars in a parking lot", "停车场东侧至少有十辆汽车。", "direction added"),
+    ("houses with bright roofs", "右侧有一些屋顶明亮的房屋。", "direction added"),
 ]
 
 
