@@ -124,11 +124,11 @@ class Images:
 
     def read(self, paths: list[str]) -> dict:
         """{path: (H, W, 3) uint8 as the model takes it} of those that can be read."""
-        from imagery import ImageError, read_image
+        from imagery import ImageError, read_rgb
 
         def attempt(path):
             try:
-                rgb = read_image(path, self.store.settings).rgb
+                rgb = read_rgb(path, self.store.settings)
                 return self.store.resized(path, rgb), report.thumbnail(rgb, 320)
             except ImageError as error:
                 return None, str(error)

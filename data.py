@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from config import DataConfig, InputError, by_content, processors, record_of, use_files_of_training
-from imagery import RENDERING, ImageError, ImageSettings, file_state, guessed_bands, read_image
+from imagery import RENDERING, ImageError, ImageSettings, file_state, guessed_bands, read_image, read_rgb
 from scenes import (
     Question,
     QuestionScene,
@@ -60,7 +60,7 @@ def image_settings(config: DataConfig) -> ImageSettings:
 
 def digest_of(text: str) -> str:
     """32 hex digits, by which caches name what belongs to a text."""
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def rows_digest(scenes: Iterable[Scene | QuestionScene]) -> str:
@@ -287,7 +287,7 @@ class PixelStore:
             # Else it is not there yet, or was cut short by a full disk: it is made anew.
             with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):
                 return np.load(entry)
-        pixels = self.resized(path, read_image(path, self.settings).rgb)
+        pixels = self.resized(path, read_rgb(path, self.settings))
         if entry is not None:
             with _kept(entry, "resized images") as temporary, open(temporary, "wb") as file:
                 np.save(file, pixels)

@@ -46,8 +46,9 @@ GDAL_OPTIONS = {
     "GDAL_CACHEMAX": 256 * 2**20,  # bytes of decoded blocks a process; GDAL's 5% of the memory are 80% in 16 readers
 }
 # Counts up where a file and settings give other pixels than before, which caches and indexes must not mix.
-RENDERING = 2
+RENDERING = 3
 FILLS = (-9999, -32768, -32767, -(2**31))  # what signed and real numbers mark missing data by, tagged or not
+LARGEST = 1e30  # from here on a real number is a mark of missing data: ESRI's -3.4e38, netCDF's 9.97e36
 PATCHES = 16  # on a side, where the stretch of a huge file is measured on parts of it
 SAMPLE_SIDE = 1024  # the stretch is measured on at most SAMPLE_SIDE^2 pixels: 1M give a percentile to ~0.01%
 STREAM_FACTOR = 16  # a decimated read streams block by block, so it may pass through more than it returns
@@ -80,7 +81,13 @@ NOT_IMAGES = {  # what people do hand in: (what it is, what to do)
     b"pk\3\4": ("a ZIP archive, not an image", "unpack it first"),
     b"\x1f\x8b": ("a gzip archive, not an image", "unpack it first"),
     b"\x89hdf": ("an HDF5 or netCDF-4 file", "convert a variable to GeoTIFF with gdal_translate"),
+    b"cdf\1": ("a netCDF file", "convert a variable to GeoTIFF with gdal_translate"),
+    b"\x0e\x03\x13\x01": ("an HDF4 file", "convert a variable to GeoTIFF with gdal_translate"),
+    b"grib": ("a GRIB file", "convert a message to GeoTIFF with gdal_translate"),
+    b"nitf": ("a NITF file", "convert it with `gdal_translate x.ntf x.tif`"),
+    b"rar!": ("a RAR archive, not an image", "unpack it first"),
 }
+HEIF = re.compile(rb"....ftyp(?:heic|heix|heim|hevc|mif1|msf1|avif|avis)", re.DOTALL)
 # Where red, green and blue are: (the sensor's own numbers of R, G, B, looked for in descriptions such as "B04" or
 # "SR_B4"; for files that name nothing, {bands in the file: 1-based indexes of R, G, B}, where 0 is any count).
 _OLI = ((4, 3, 2), {6: (3, 2, 1), 7: (4, 3, 2), 10: (4, 3, 2), 11: (4, 3, 2)})
@@ -267,6 +274,8 @@ def _sniff(path) -> tuple[str, str | None]:
     for magic, (what, remedy) in NOT_IMAGES.items():
         if start.startswith(magic):
             raise _error(path, f"is {what}", remedy)
+    if HEIF.match(head):
+        raise _error(path, "is a HEIC or AVIF picture", "save it as PNG or JPEG")
     raise _error(path, f"is not an image (starts with {head[:8]!r})", "give a PNG, JPEG, WebP, TIFF or GeoTIFF")
 
 
@@ -277,6 +286,8 @@ def _guard(path):
         yield
     except ImageError:
         raise
+    except UnicodeEncodeError:
+        raise _error(path, "has a name that is not UTF-8, which GDAL does not open", "rename the file") from None
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         reason = reason.replace(os.path.abspath(path), "file")[:200]
@@ -351,7 +362,7 @@ class _Raster:
                     list(bands), window=Window(*window), out_shape=(len(bands), *out), resampling=resampling,
                     masked=not measured,
                 )  # fmt: skip
-                if self.dtype.kind != "f" or np.isfinite(np.ma.filled(read, 0)).all():
+                if self.dtype.kind != "f" or (np.abs(np.ma.filled(read, 0)) < LARGEST).all():
                     break  # else one NaN that no tag names made all NaN that it was averaged with
             white_is_zero = self.src.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
             bits = int(self.src.tags(bands[0], ns="IMAGE_STRUCTURE").get("NBITS", 8))
@@ -359,7 +370,7 @@ class _Raster:
         if np.iscomplexobj(data):  # radar: show the amplitude
             data = np.abs(data)
         if data.dtype.kind == "f":
-            mask &= np.isfinite(data)
+            mask &= np.abs(data) < LARGEST  # nor NaN
         if nodata is not None:
             mask &= data != nodata
         if self.palette:
@@ -388,7 +399,7 @@ class _Raster:
 
 
 class _Photo:
-    """A file read by Pillow: 8-bit grey or RGB, decoded whole (once), turned as its EXIF orientation says."""
+    """A file read by Pillow: 8-bit grey or RGB, decoded whole (once); JPEG and WebP turned as EXIF says."""
 
     dtype, overviews, acquired, written, decoded = np.dtype("uint8"), [], None, False, None
 
@@ -511,7 +522,10 @@ def guessed_bands(paths: list, settings: ImageSettings) -> str | None:
     for path in paths[:: max(1, len(paths) // 16)] if settings.bands == "auto" else ():
         with contextlib.suppress(ImageError), _open(path) as scene:
             plain = [colour for colour in scene.colours if colour != ColorInterp.alpha]
-            if len(plain) > 3 and not _known_bands(scene):
+            # Three that a sensor's numbers name from short to long waves, B2, B3, B4, are blue, green, red.
+            codes = [int(found[1]) for name in scene.names if (found := re.search(r"(?:^|_)b(\d+)$", name.lower()))]
+            rising = len(codes) == 3 and codes == sorted(codes)
+            if (len(plain) > 3 or rising) and not _known_bands(scene):
                 named = "none of which it calls red, green or blue" if any(scene.names) else "that it does not name"
                 return (
                     f"{path}: has {len(plain)} bands {named}; 1, 2 and 3 are shown as red, green and blue. If they"
@@ -678,6 +692,9 @@ def _limits(scene, bands, settings: ImageSettings, whole=None):
         stretch = "none" if scene.dtype == np.uint8 else "percentile"
     channels = 3 if ColorInterp.palette in scene.colours else len(bands)
     if stretch == "reflectance":
+        if scene.dtype == np.uint8 and settings.reflectance[1] >= 1000:
+            what = "has 8 bits a band, of which --stretch reflectance would make a nearly black picture"
+            raise _error(scene.path, what, "choose --stretch auto for such files")
         return (settings.reflectance,) * channels
     if stretch == "none":
         full = (0.0, float(np.iinfo(scene.dtype).max)) if scene.dtype.kind in "iu" else (0.0, 1.0)
@@ -707,32 +724,52 @@ def _percentile_limits(scene, bands, settings, whole):
         out = (max(1, round(h * scale)), max(1, round(w * scale)))
         levels = [1, *(o for o in scene.overviews if o <= 1 / scale)]  # what GDAL may read instead of full size
         if h * w / max(levels) ** 2 <= settings.max_pixels:
-            reads = [((0, 0, w, h), out)]
-        else:  # huge: a grid of patches instead of decoding all of it; many small ones, for land changes from place to place
-            ph, pw = min(h, SAMPLE_SIDE // PATCHES), min(w, SAMPLE_SIDE // PATCHES)
-            rows, cols = (np.linspace(0, n - p, PATCHES).astype(int).tolist() for n, p in ((h, ph), (w, pw)))
-            reads = [((c, r, pw, ph), (ph, pw)) for r in rows for c in cols]
-        samples = []
-        for window, shape in reads:
-            scene.check(window, shape, settings.max_pixels)
-            # Nearest, so that the values are the file's own.
-            samples.append(scene.read(bands, window, shape, settings, nearest=True))
-    samples = [[part.reshape(len(part), -1) for part in pair] for pair in samples]  # (values, mask), each (C, n)
+            samples = _samples(scene, bands, settings, [((0, 0, w, h), out)])
+        else:
+            # Huge: a grid of patches instead of decoding all of it; many small ones, for land changes from place to place.
+            # More and smaller ones where its data lie in a few places of a large canvas.
+            for patches in (PATCHES, 4 * PATCHES, 16 * PATCHES):
+                ph, pw = min(h, SAMPLE_SIDE // patches), min(w, SAMPLE_SIDE // patches)
+                rows, cols = (np.linspace(0, n - p, patches).astype(int).tolist() for n, p in ((h, ph), (w, pw)))
+                grid = [((c, r, pw, ph), (ph, pw)) for r in rows for c in cols]
+                samples = _samples(scene, bands, settings, grid)
+                if max(np.count_nonzero(_telling(values)) for values in _by_band(samples)) >= 1000:
+                    break
     limits = []
-    for values, mask in zip(*(np.concatenate(parts, axis=1) for parts in zip(*samples))):
-        values = values[mask]
-        if values.dtype.kind == "u" and values.itemsize > 1 and values.any():
-            values = values[values > 0]  # 0 is how scenes of counts are filled, tagged or not
-        elif values.dtype.kind == "f" or values.itemsize > 1:
-            values = values[~np.isin(values, FILLS) & (np.abs(values.astype(float)) < 1e30)]
-        if values.size == 0:
+    for values in _by_band(samples):
+        telling = _telling(values)
+        if telling.size == 0:
             limits.append((0.0, 1.0))
             continue
-        low, high = np.percentile(values, settings.percentiles)
+        low, high = np.percentile(telling, settings.percentiles)
         if low == high:  # almost all one value: show what differs
-            low, high = values.min(), values.max()
+            low, high = telling.min(), telling.max()
+        if low == high and not values.all():  # or that it is not 0
+            low = 0
         limits.append((float(low), float(high)))
     return tuple(limits)
+
+
+def _samples(scene, bands, settings, reads: list[tuple]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(data, mask) of each (window, shape); nearest, so that the values are the file's own."""
+    for window, shape in reads:
+        scene.check(window, shape, settings.max_pixels)
+    return [scene.read(bands, window, shape, settings, nearest=True) for window, shape in reads]
+
+
+def _by_band(samples: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """The values (n,) of each band that are data."""
+    flat = [[part.reshape(len(part), -1) for part in pair] for pair in samples]
+    return [values[mask] for values, mask in zip(*(np.concatenate(parts, axis=1) for parts in zip(*flat)))]
+
+
+def _telling(values: np.ndarray) -> np.ndarray:
+    """Of a band's values those that are none by which missing data are marked, tagged or not."""
+    if values.dtype.kind == "u" and values.itemsize > 1 and values.any():
+        return values[values > 0]  # scenes of counts
+    if values.dtype.kind == "f" or values.itemsize > 1:
+        return values[~np.isin(values, FILLS) & (np.abs(values.astype(float)) < LARGEST)]
+    return values
 
 
 def _render(data, mask, limits) -> np.ndarray:
@@ -855,6 +892,14 @@ def has_place(path) -> bool:
     """Whether the file itself says where it lies. Raises ImageError."""
     with _open(path) as scene:
         return scene.footprint((0, 0, scene.width, scene.height)) is not None
+
+
+def read_rgb(path, settings: ImageSettings = ImageSettings(), **how) -> np.ndarray:
+    """(H, W, 3) uint8 of `read_image`, of a file that shows something. Raises ImageError."""
+    picture = read_image(path, settings, **how)
+    if not picture.valid:
+        raise _error(path, "no pixel of it holds data", "leave it out, or give --nodata for files that mark it so")
+    return picture.rgb
 
 
 def image_size(path) -> tuple[int, int]:

@@ -83,13 +83,15 @@ REFERENCE = {
 # What is said of every hit, beside its attributes.
 RESULT = ("query", "rank", "score", "path", "window", "where", "time")
 OTHER_RASTERS = {
-    ".img", ".vrt", ".nc", ".hdf", ".h5", ".ecw", ".sid", ".ntf", ".bil", ".gpkg", ".mbtiles", ".zip",
-    ".tar", ".tgz", ".gz", ".7z",
+    ".img", ".vrt", ".nc", ".nc4", ".hdf", ".h5", ".he5", ".grib", ".grib2", ".ecw", ".sid", ".ntf", ".nitf", ".bil", ".bsq",
+    ".dat", ".pix", ".asc", ".dem", ".dng", ".heic", ".avif", ".gpkg", ".mbtiles", ".zip", ".tar", ".tgz", ".gz", ".7z", ".rar",
 }  # fmt: skip
 MASK = re.compile(  # and previews, beside the pictures of Planet, Landsat, HLS and Sentinel-2
     r"^MSK_.*|(?:^|[._])(?:udm2?|B?QA(?:_PIXEL|_RADSAT|_AEROSOL)?|SCL|AOT|WVP|Fmask|CLD(?:PRB)?|SNW(?:PRB)?|PVI|S[AZ]A|V[AZ]A"
     r"|ST_(?:ATRAN|CDIST|DRAD|EMIS|EMSD|TRAD|URAD)|SR_ATMOS_OPACITY)(?:_\d+m)?(?:_clip)?\.(?:tiff?|jp2)$"
     r"|^(?:GF|ZY|CB|HJ|SV)\d.*-(?:MSS|PAN|MUX|PMS|NAD|FWD|BWD)\d*(?:_thumb)?\.jpe?g$"
+    r"|^(?:GF|ZY|CB|HJ|SV)\d.*_L\d[A-Z]\w*?\d(?:-\w+)?(?:[._-]thumb)?\.jpe?g$"
+    r"|-QL_(?:VNIR|SWIR|QUALITY_\w+|PIXELMASK_\w+)\.tiff?$|^(?:PREVIEW|ICON)_.*\.jpe?g$|-BROWSE\.jpe?g$|^BROWSE\..*\.jpe?g$"
     r"|^S2.*-ql\.jpg$|^L[A-Z]\d\d_.*_thumb_(?:large|small)\.jpe?g$",
     re.IGNORECASE,
 )
@@ -769,6 +771,7 @@ class _Writer:
         self.held: dict[int, Point] = {}
         self.ready: list[Point] = []
         self.broken: dict[int, str] = {}
+        self.written: Counter = Counter()  # points of each path
         self.stale = set(plan.stale)
         # A killed run goes on without them on its command line: they wait in the record for the files they are of.
         planned = {file.path: file.attributes for file in (*plan.files, *plan.amended, *plan.renamed.values())}
@@ -854,6 +857,7 @@ class _Writer:
             self.stale -= changed
             self.report.updated += len(changed)
         self.index.upsert(self.ready)
+        self.written.update(point.path for point in self.ready)
         self.report.added += len(self.ready)
         self.ready = []
 
@@ -861,6 +865,7 @@ class _Writer:
         """Take out what is gone, and all of a file of which some part could not be read."""
         broken = {self.plan.files[number].path: reason for number, reason in self.broken.items()}
         self.report.rejected += [Rejected(path, -1, reason) for path, reason in sorted(broken.items())]
+        self.report.added -= sum(self.written[path] for path in broken)
         self.report.removed += len(self.stale)
         # Attributes live on the points, and these files have none; written before their points go.
         waiting = _own_attributes({bad.file: self.plan.attributes.get(bad.file, {}) for bad in self.report.rejected})

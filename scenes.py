@@ -834,7 +834,7 @@ def _asked(entry: dict, kind: str | None, number: str | None) -> tuple[str, list
     return _text(entry, image), [Question(words, said, kind, number, history)]
 
 
-IMAGE_SUFFIXES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp", ".gif"}
+IMAGE_SUFFIXES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".webp", ".bmp", ".gif"}
 
 
 def files_below(folder: str | Path) -> list[Path]:

@@ -369,14 +369,14 @@ def run_query(args) -> int:
             refuse_unwritable_file(getattr(args, flag), f"--{flag}")
     if args.sheet == "-":
         raise InputError("--sheet -: a picture is no text; give a file")
-    from imagery import read_image
+    from imagery import read_rgb
     from library import RESULT, geojson, result_row
     from report import contact_sheet, csv_text, json_to_print, table_text
 
     context = (args.season and f"in {args.season}", args.weather and f"{args.weather} weather")
     context = ", ".join(filter(None, context))
     with open_library(args) as library:
-        like = [read_image(path, library.settings).rgb for path in args.like]
+        like = [read_rgb(path, library.settings) for path in args.like]
         asked = [[words] for words in dict.fromkeys(args.words)] if args.each else [args.words]
         results = []
         for words in asked:

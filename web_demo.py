@@ -299,7 +299,7 @@ class Page:
     def read(self, path: str | None, language: str = "en", model=None):
         """(H, W, 3) uint8 of an upload, by its content, with the bands and the stretch of `model` (default: of the library).
         Raises InputError with what a visitor should know: without our paths."""
-        from imagery import ImageSettings, image_size, read_image
+        from imagery import ImageSettings, image_size, read_rgb
 
         settings = model.settings.images if model else self.settings.to_dict()
         if not path:
@@ -309,7 +309,7 @@ class Page:
             if height * width > 4 * self.args.max_pixels:  # read block by block, but 2 s and 1 GB for a file of 20 kB
                 raise InputError(self.say("large", language, name=Path(path).name, width=width, height=height))
             bounded = ImageSettings.from_dict(settings | {"max_pixels": self.args.max_pixels})
-            return read_image(path, bounded, max_side=2048).rgb
+            return read_rgb(path, bounded, max_side=2048)
 
     def pixels(self, model, path: str | None, language: str) -> dict:
         """{path: pixels as the vision tower of `model` takes them}; empty without a picture. Raises InputError."""

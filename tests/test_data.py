@@ -96,8 +96,8 @@ def test_pixel_cache_hit_change_and_corruption(tmp_path, monkeypatch):
     path = str(picture(tmp_path / "a.png", 1))
     store = PixelStore(lambda_resize(), ImageSettings(), str(tmp_path / "cache"))
     reads = []
-    read = data.read_image
-    monkeypatch.setattr(data, "read_image", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
+    read = data.read_rgb
+    monkeypatch.setattr(data, "read_rgb", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
     first = store[path]
     assert np.array_equal(store[path], first) and len(reads) == 1  # a hit
     assert not list((tmp_path / "cache").rglob("*.tmp"))
@@ -130,7 +130,7 @@ def test_prepare_reads_each_image_once_and_reports(folder, monkeypatch):
     paths = [str(folder / f"a{i % 4}.png") for i in range(8)] + [str(folder / "gone.png")]
     bad = store.prepare(paths)
     assert list(bad) == [str(folder / "a1.png"), paths[-1]] and all(Path(path).name in bad[path] for path in bad)
-    monkeypatch.setattr(data, "read_image", None)  # all is kept: nothing is read again
+    monkeypatch.setattr(data, "read_rgb", None)  # all is kept: nothing is read again
     assert store.prepare([path for path in paths[:-1] if path not in bad]) == {}
 
 

@@ -20,10 +20,21 @@ from PIL import Image
 from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
 from rasterio.transform import Affine, from_origin
+from rasterio.windows import Window
 
 import imagery
 from config import InputError
-from imagery import ImageError, ImageSettings, colour_histogram, image_size, opened, read_image, tile_windows
+from imagery import (
+    ImageError,
+    ImageSettings,
+    colour_histogram,
+    guessed_bands,
+    image_size,
+    opened,
+    read_image,
+    read_rgb,
+    tile_windows,
+)
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -1239,3 +1250,79 @@ def test_bands_that_cannot_be_joined_are_said():
         patch.append(f"T33UUP_B0{band}_10m.jp2")
     assert imagery.join_bands(patch, ImageSettings())[1].startswith("scenes with a file for each band: 3,")
     assert imagery.join_bands(["harbour_B1.tif", "harbour_B2.tif", "farm_1.png"], ImageSettings())[1] is None
+
+
+# ----------------------------------------------------------------------------------------------------
+# Where little of a file is data
+
+
+@pytest.mark.parametrize("nodata", [0, None])
+def test_data_in_a_corner_of_a_huge_canvas_set_its_stretch(tmp_path, nodata):
+    path, random = tmp_path / "canvas.tif", np.random.default_rng(0)
+    profile = {"driver": "GTiff", "count": 1, "height": 9000, "width": 9000, "dtype": "uint16", "nodata": nodata}
+    tiles = {"tiled": True, "blockxsize": 512, "blockysize": 512, "SPARSE_OK": True, "compress": "deflate"}
+    land = random.normal(1500, 400, (600, 600)).clip(200, 4000).astype("uint16")
+    with rasterio.open(path, "w", **profile, **tiles) as file:
+        file.write(land, 1, window=Window(5000, 5000, 600, 600))
+    with opened(path, ImageSettings()) as read:
+        ((low, high),) = read((5000, 5000, 256, 256)).limits
+    assert np.allclose((low, high), np.percentile(land, ImageSettings().percentiles), rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "float32"])
+def test_two_values_are_black_and_white(tmp_path, dtype):
+    mask = np.zeros((64, 64), dtype)
+    mask[16:48, 16:48] = 200
+    with rasterio.open(tmp_path / "mask.tif", "w", driver="GTiff", count=1, height=64, width=64, dtype=dtype) as file:
+        file.write(mask, 1)
+    shown = read_image(tmp_path / "mask.tif", ImageSettings(stretch="percentile")).rgb
+    assert (shown == np.where(mask, 255, 0)[..., None]).all()
+
+
+@pytest.mark.parametrize("fill", [-3.4028235e38, 9.969209968386869e36, np.nan, np.inf])
+def test_marks_of_missing_data_are_no_data(tmp_path, fill, recwarn):
+    land = np.random.default_rng(0).uniform(0, 0.4, (3, 64, 80)).astype("float32")
+    land[:, :, :10] = fill
+    with rasterio.open(tmp_path / "f.tif", "w", driver="GTiff", count=3, height=64, width=80, dtype="float32") as file:
+        file.write(land)
+    picture = read_image(tmp_path / "f.tif")
+    assert (picture.rgb[:, :10] == 0).all() and picture.valid == pytest.approx(70 / 80)
+    assert not [warning for warning in recwarn if "overflow" in str(warning.message)]
+
+
+def test_a_picture_without_data_is_none(tmp_path):
+    with rasterio.open(tmp_path / "n.tif", "w", driver="GTiff", count=3, height=20, width=20, dtype="float32") as file:
+        file.write(np.full((3, 20, 20), np.nan, "float32"))
+    with pytest.raises(ImageError, match=r"n\.tif.*no pixel of it holds data"):
+        read_rgb(tmp_path / "n.tif")
+
+
+def test_bands_numbered_from_blue_to_red_are_told_of(tmp_path):
+    for names, told in ((("B2", "B3", "B4"), True), (("SR_B2", "SR_B3", "SR_B4"), True), (("B4", "B3", "B2"), False)):
+        path = tmp_path / f"{names[0]}.tif"
+        with rasterio.open(path, "w", driver="GTiff", count=3, height=9, width=9, dtype="uint16") as file:
+            file.write(np.ones((3, 9, 9), "uint16"))
+            file.descriptions = names
+        assert bool(guessed_bands([path], ImageSettings())) == told, names
+
+
+def test_eight_bits_are_no_reflectance(tmp_path):
+    Image.new("RGB", (9, 9), (90, 90, 90)).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=r"8 bits a band.*--stretch auto"):
+        read_image(tmp_path / "a.png", ImageSettings(stretch="reflectance"))
+
+
+@pytest.mark.parametrize("head, told", [(b"\0\0\0\x18ftypheic", "HEIC"), (b"CDF\1", "netCDF"), (b"GRIB", "GRIB")])
+def test_pictures_of_other_kinds_are_called_by_their_name(tmp_path, head, told):
+    (tmp_path / "a.tif").write_bytes(head + bytes(40))
+    with pytest.raises(ImageError, match=told):
+        read_image(tmp_path / "a.tif")
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), b"\xba\xd3.tif")
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", count=1, height=9, width=9, dtype="uint8") as file:
+        file.write(np.ones((1, 9, 9), "uint8"))
+    os.rename(tmp_path / "a.tif", name)
+    with pytest.raises(ImageError, match="name that is not UTF-8"):
+        read_image(os.fsdecode(name))

@@ -122,7 +122,9 @@ def test_masks_beside_the_pictures_are_left_out(folder):
              "HLS.S30.T32TQM.2020166.v2.0.Fmask.tif", "LC08_L2SP_1_ST_EMIS.TIF", "AOT.tif",
              "T33UUP_20200615T101559_PVI.jp2",
              "S2A_MSIL2A_20200615T101559_N0214_R022_T33UUP_20200615T130153-ql.jpg",
-             "LC08_L2SP_1_02_T1_thumb_large.jpeg", "GF2_PMS1_E113.8_N22.5_20200615_L1A0004530123-MSS1_thumb.jpg"]  # fmt: skip
+             "LC08_L2SP_1_02_T1_thumb_large.jpeg", "GF2_PMS1_E113.8_N22.5_20200615_L1A0004530123-MSS1_thumb.jpg",
+             "GF1_WFV2_E113.8_N22.5_20200615_L1A0001738184.jpg", "IMG_PHR1A-BROWSE.JPG", "ENMAP01-QL_QUALITY_CLOUD.TIF",
+             "PREVIEW_PHR1A_P.JPG"]  # fmt: skip
     for name in [*masks, "scl.png", "aqua_1.tif"]:
         write_tif(folder / "farm" / name, 60, 60)
     (page := folder / "farm/S2A_MSIL2A_20200615T101559_N0214_R022_T33UUP_20200615T130153.SAFE/HTML").mkdir(parents=True)
