@@ -66,6 +66,7 @@ OPEN_LAND = ("farmland", "orchard", "forest", "grassland", "desert", "park")  # 
 LINES = {"road": ("road", "公路", 21), "river": ("river", "河流", 17), "railway": ("railway", "铁路", 9)}
 LINES["runway"] = ("runway", "跑道", 27)
 AXES = {"ns": ("north to south", "南北向"), "ew": ("east to west", "东西向")}
+CROSSES = {"ns": ("west", "centre", "east"), "ew": ("north", "centre", "south")}  # where a line of an axis may lie
 # region: English, Chinese, the box that objects of it are put into (x0, y0, x1, y1 as fractions; y grows southward)
 REGIONS = {
     "north": ("north", "北部", (0.04, 0.04, 0.96, 0.42)),
@@ -112,6 +113,15 @@ def in_region(region: str, x: float, y: float) -> bool:
         return abs(x - 0.5) < 0.25 and abs(y - 0.5) < 0.25
     return not (("north" in region and y >= 0.5) or ("south" in region and y <= 0.5)
                 or ("west" in region and x >= 0.5) or ("east" in region and x <= 0.5))  # fmt: skip
+
+
+def _spots(t: dict, objects: list[dict]) -> list[tuple[float, float]]:
+    """Where objects lie, as fractions of width and height."""
+    return [(o["x"] / t["width"], o["y"] / t["height"]) for o in objects]
+
+
+def _of(t: dict, kind: str) -> list[dict]:
+    return [o for o in t["objects"] if o["kind"] == kind]
 
 
 def _unit(t: dict) -> float:
@@ -268,9 +278,8 @@ def place_of(t: dict, objects: list[dict]) -> str | None:
     if objects and all(o.get("on") == "road" for o in objects):
         return "road"
     order = ["centre", "northwest", "northeast", "southwest", "southeast", "north", "south", "west", "east"]
-    return next(
-        (r for r in order if all(in_region(r, o["x"] / t["width"], o["y"] / t["height"]) for o in objects)), None
-    )
+    spots = _spots(t, objects)
+    return next((r for r in order if all(in_region(r, *spot) for spot in spots)), None)
 
 
 def _clouds(t: dict, ground: _Ground, rng) -> list[dict]:
@@ -306,7 +315,7 @@ def scene_truth(seed: int, index: int) -> dict:
     """Everything there is to know of scene `index`; the same for the same seed, whatever else is generated."""
     rng = np.random.default_rng([seed, index, 0])
     cover = list(COVERS)[(index * 5 + seed) % len(COVERS)]  # balanced in every split: 10 and 13 share no factor
-    _, _, _, urban, gsd, kinds, lines = COVERS[cover]
+    _, _, _, urban, gsd, *_ = COVERS[cover]
     seasons = ["spring", "summer", "autumn", "winter"] + ["snow"] * (cover not in ("desert", "beach", "lake"))
     season = str(rng.choice(seasons, p=None if len(seasons) == 4 else [0.22, 0.28, 0.22, 0.13, 0.15]))
     need = {"port": "coast", "beach": "coast", "desert": "dry"}.get(cover)
@@ -333,53 +342,61 @@ def scene_truth(seed: int, index: int) -> dict:
     }  # fmt: skip
     t["split"] = t["split"][index % 10]
     t["water"] = _water(t, rng)
-
-    # Lines: none, one or two, of different kinds; along the shore on the land side where there is a sea.
-    side = t["water"] and t["water"]["side"]
-    kinds_of_line = [str(k) for k in rng.permutation(lines.split())] if lines else []
-    number = int(rng.choice(3, p=[0.25, 0.5, 0.25]))
-    number = {"airport": 1, "residential": max(1, number), "parking": min(number, 1), "beach": min(number, 1)}.get(
-        cover, number
-    )
-    if cover == "residential":  # a settlement without a road would look odd
-        kinds_of_line.sort(key=lambda k: k != "road")
-    for kind in kinds_of_line[: min(number, 1 if side else 2)]:
-        axis = {"north": "ew", "south": "ew", "west": "ns", "east": "ns"}.get(side) or str(rng.choice(["ns", "ew"]))
-        free = ["west", "centre", "east"] if axis == "ns" else ["north", "centre", "south"]
-        free = [w for w in free if all((line["axis"], line["where"]) != (axis, w) for line in t["lines"])]
-        opposite = {"north": "south", "south": "north", "west": "east", "east": "west"}
-        where = opposite[side] if side else str(rng.choice(free))
-        t["lines"].append(_line(t, rng, kind, axis, where))
-
-    # Objects: one or two groups; what makes the place what it is comes first.
+    t["lines"] = _lines(t, rng)
     ground = _Ground(t)
+    t["objects"] = _groups(t, ground, rng)
+    if cover == "residential":
+        t["objects"] += _houses(t, ground, rng)
+    if season != "snow" and rng.random() < 0.35:
+        t["clouds"] = _clouds(t, ground, rng)
+    return _summed(t)
+
+
+def _lines(t: dict, rng) -> list[dict]:
+    """None, one or two, of different kinds; along the shore on the land side where there is a sea."""
+    cover, side, lines = t["cover"], t["water"] and t["water"]["side"], []
+    kinds = [str(k) for k in rng.permutation(COVERS[cover][6].split())] if COVERS[cover][6] else []
+    number = int(rng.choice(3, p=[0.25, 0.5, 0.25]))
+    own = {"airport": 1, "residential": max(1, number), "parking": min(number, 1), "beach": min(number, 1)}
+    number = own.get(cover, number)
+    if cover == "residential":  # a settlement without a road would look odd
+        kinds.sort(key=lambda k: k != "road")
+    for kind in kinds[: min(number, 1 if side else 2)]:
+        axis = {"north": "ew", "south": "ew", "west": "ns", "east": "ns"}.get(side) or str(rng.choice(["ns", "ew"]))
+        free = [w for w in CROSSES[axis] if all((line["axis"], line["where"]) != (axis, w) for line in lines)]
+        opposite = {"north": "south", "south": "north", "west": "east", "east": "west"}
+        lines.append(_line(t, rng, kind, axis, opposite[side] if side else str(rng.choice(free))))
+    return lines
+
+
+def _groups(t: dict, ground: _Ground, rng) -> list[dict]:
+    """The objects of one or two groups; what makes the place what it is comes first."""
+    cover, objects = t["cover"], []
     own = {"lake": "ship", "industrial": "building", "airport": "aircraft", "parking": "vehicle"}.get(cover)
-    pool = [k for k in kinds.split() if k != own]
-    pool = [own] * (own is not None) + [str(k) for k in rng.permutation(pool)]
-    for kind in pool[: 1 + int(rng.random() < 0.45)]:
+    pool = [str(k) for k in rng.permutation([k for k in COVERS[cover][5].split() if k != own])]
+    for kind in ([own] * (own is not None) + pool)[: 1 + int(rng.random() < 0.45)]:
         top = {"aircraft": 5, "field": 2 if cover == "residential" else 3, "pond": 4, "building": 5}.get(kind, 6)
         count = int(rng.integers(1, top + 1))
         if kind == "vehicle" and cover == "parking" and rng.random() < 0.35:
             count = int(rng.integers(MANY, 16))
-        t["objects"] += ground.group(rng, kind, count)
-    if cover == "residential":  # houses on a lattice of lots, wherever there is room
-        u, full = ground.u, rng.uniform(0.65, 1)
-        for y in np.arange(14 * u, t["height"] - 10 * u, 32 * u):
-            for x in np.arange(12 * u, t["width"] - 10 * u, 27 * u):
-                o = {"kind": "building", "x": x + rng.uniform(-2, 2), "y": y + rng.uniform(-2, 2),
-                     "w": 15 * u * rng.uniform(0.9, 1.1), "l": 20 * u * rng.uniform(0.85, 1.1),
-                     "angle": 90 * rng.integers(2)}  # fmt: skip
-                o = {k: v if k == "kind" else round(float(v), 1) for k, v in o.items()} | {"on": "land"}
-                busy = np.any([ground.taken, *ground.line_masks], axis=0)
-                if rng.random() < full and ground.fits(o) and not ground.hits(o, 2, busy):
-                    t["objects"].append(o)
-                    ground.take(o)
-        houses = [o for o in t["objects"] if o["kind"] == "building"]
-        for o in houses[6:] if len(houses) in (7, 8) else []:  # keep clear of the border of 'many'
-            t["objects"].remove(o)
-    if season != "snow" and rng.random() < 0.35:
-        t["clouds"] = _clouds(t, ground, rng)
-    return _summed(t)
+        objects += ground.group(rng, kind, count)
+    return objects
+
+
+def _houses(t: dict, ground: _Ground, rng) -> list[dict]:
+    """Houses on a lattice of lots, wherever there is room."""
+    u, full, houses = ground.u, rng.uniform(0.65, 1), []
+    for y in np.arange(14 * u, t["height"] - 10 * u, 32 * u):
+        for x in np.arange(12 * u, t["width"] - 10 * u, 27 * u):
+            o = {"kind": "building", "x": x + rng.uniform(-2, 2), "y": y + rng.uniform(-2, 2),
+                 "w": 15 * u * rng.uniform(0.9, 1.1), "l": 20 * u * rng.uniform(0.85, 1.1),
+                 "angle": 90 * rng.integers(2)}  # fmt: skip
+            o = {k: v if k == "kind" else round(float(v), 1) for k, v in o.items()} | {"on": "land"}
+            busy = np.any([ground.taken, *ground.line_masks], axis=0)
+            if rng.random() < full and ground.fits(o) and not ground.hits(o, 2, busy):
+                houses.append(o)
+                ground.take(o)
+    return houses[:6] if len(houses) in (7, 8) else houses  # keep clear of the border of 'many'
 
 
 def _summed(t: dict) -> dict:
@@ -411,7 +428,7 @@ def later_truth(truth: dict) -> tuple[dict, list[dict]]:
         if what == "remove" and (left := [g for g in t["groups"] if g["kind"] not in touched]):
             g = left[rng.integers(len(left))]
             touched.add(g["kind"])
-            mine = [o for o in t["objects"] if o["kind"] == g["kind"]]
+            mine = _of(t, g["kind"])
             gone = mine[: int(rng.integers(1, min(len(mine), 6) + 1))]
             t["objects"] = [o for o in t["objects"] if o not in gone]
             n, w = len(gone), place_of(t, gone)
@@ -428,7 +445,7 @@ def later_truth(truth: dict) -> tuple[dict, list[dict]]:
                 en = f"{_count_en(kind, len(new), 'new ')}{_at_en(w)}"
                 changes.append({"kind": f"{kind}_added", "en": en, "zh": f"{_at_zh(w)}新增{_count_zh(kind, len(new))}"})
         elif what == "road" and not t["counts"]["road"] and t["cover"] in OPEN_LAND:
-            spots = [("ns", w) for w in ("west", "centre", "east")] + [("ew", w) for w in ("north", "centre", "south")]
+            spots = [(axis, where) for axis, places in CROSSES.items() for where in places]
             for i in rng.permutation(6):
                 line = _line(t, rng, "road", *spots[i])
                 clash = any((x["axis"], x["where"]) == spots[i] for x in t["lines"])
@@ -458,18 +475,17 @@ def holds(t: dict, fact: tuple) -> bool:
     if what == "cover":
         return t["cover"] == v[0]
     if what == "group":
-        mine = [o for o in t["objects"] if o["kind"] == v[0]]
+        mine = _of(t, v[0])
         same = len(mine) == v[1] or (v[1] >= MANY and len(mine) >= MANY)
         if v[2] == "road":
             return same and all(o["on"] == "road" for o in mine)
-        return same and (v[2] is None or all(in_region(v[2], o["x"] / t["width"], o["y"] / t["height"]) for o in mine))
+        return same and (v[2] is None or all(in_region(v[2], *spot) for spot in _spots(t, mine)))
     if what == "line":
         return any((x["kind"], x["axis"], x["where"]) == tuple(v) for x in t["lines"])
     if what == "side":
         return bool(t["water"]) and t["water"]["side"] == v[0]
     if what == "cloud":
-        spots = [(c["x"] / t["width"], c["y"] / t["height"]) for c in t["clouds"]]
-        return bool(spots) and (v[0] is None or all(in_region(v[0], *spot) for spot in spots))
+        return bool(t["clouds"]) and (v[0] is None or all(in_region(v[0], *spot) for spot in _spots(t, t["clouds"])))
     if what == "has":
         return (bool(t["clouds"]) if v[0] == "clouds" else t["counts"][v[0]] > 0) == v[1]
     return (t["season"] == "snow") == v[0]
@@ -592,20 +608,19 @@ def _misses(t: dict, fact: tuple) -> list[tuple]:
     if what == "group":
         kind, count, where = v
         out = [("group", kind, n, where) for n in (*NUMBERS, MANY) if n != count and (n < MANY or count < MANY)]
-        other = "vehicle" if where == "road" else None  # only vehicles stand on roads
-        out += [("group", k, count, where) for k in KINDS if not t["counts"][k] and not other] * 2
-        spots = [(o["x"] / t["width"], o["y"] / t["height"]) for o in t["objects"] if o["kind"] == kind]
+        if where != "road":  # only vehicles stand on roads
+            out += [("group", k, count, where) for k in KINDS if not t["counts"][k]] * 2
         if where in REGIONS:
+            spots = _spots(t, _of(t, kind))
             out += [("group", kind, count, r) for r in REGIONS if not any(in_region(r, *p) for p in spots)] * 2
         return out
     if what == "line":
         kind, axis, where = v
         out = [("line", k, axis, where) for k in LINES if not t["counts"][k]]
-        spots = ("west", "centre", "east") if axis == "ns" else ("north", "centre", "south")
-        out += [("line", kind, axis, w) for w in spots]
+        out += [("line", kind, axis, w) for w in CROSSES[axis]]
         return out + [("line", kind, "ew" if axis == "ns" else "ns", where)] * (2 if where == "centre" else 0)
     if what == "cloud":
-        spots = [(c["x"] / t["width"], c["y"] / t["height"]) for c in t["clouds"]]
+        spots = _spots(t, t["clouds"])
         return [("cloud", r) for r in REGIONS if not any(in_region(r, *p) for p in spots)]
     if what == "side":
         return [("side", s) for s in SIDES]
@@ -629,7 +644,7 @@ def negatives(truth: dict, language: str = "en") -> list[str]:
 def area_m2(t: dict, kind: str) -> int:
     """Ground covered by all objects of a kind, in whole square metres."""
     shape = math.pi / 4 if kind == "tank" else 1
-    return round(sum(o["w"] * o["l"] * shape for o in t["objects"] if o["kind"] == kind) * t["gsd_m"] ** 2)
+    return round(sum(o["w"] * o["l"] * shape for o in _of(t, kind)) * t["gsd_m"] ** 2)
 
 
 def questions(truth: dict) -> list[dict]:
@@ -649,20 +664,18 @@ def questions(truth: dict) -> list[dict]:
         ask("presence", f"Is there {an[k]}?", yn[counts[k] > 0])
     ask("presence", "Are there clouds?", yn[bool(t["clouds"])])
     for k in rng.permutation([g["kind"] for g in t["groups"]])[:2]:
-        ys = [o["y"] / t["height"] for o in t["objects"] if o["kind"] == k]
-        xs = [o["x"] / t["width"] for o in t["objects"] if o["kind"] == k]
+        xs, ys = zip(*_spots(t, _of(t, k)))
         sides = (("north", ys), ("south", [1 - y for y in ys]), ("west", xs), ("east", [1 - x for x in xs]))
         for region, spots in sides:
             if rng.random() < 0.25 and (min(spots) < 0.42 or min(spots) > 0.55):  # nothing that lies on the border
                 ask("presence", f"Is there {an[k]} in the {region}?", yn[min(spots) < 0.5])
-    for k in [*[k for k in yes if k in KINDS], *rng.permutation([k for k in no if k in KINDS])[:1]]:
+    here, gone = ([k for k in kinds if k in KINDS] for kinds in (yes, no))
+    for k in [*here, *rng.permutation(gone)[:1]]:
         wording = rng.choice(["How many {} are there?", "What is the number of {}?"])
         ask("count", str(wording).format(name[k][1]), str(counts[k]))
     for wanted in (True, False, True, False):  # about as many yes as no, so that a constant answer earns nothing
         for _ in range(8):
-            a, b = rng.permutation(
-                [*[k for k in yes if k in KINDS], *rng.permutation([k for k in no if k in KINDS])[:3]]
-            )[:2]
+            a, b = rng.permutation([*here, *rng.permutation(gone)[:3]])[:2]
             forms = (
                 ("Are there more {} than {}?", counts[a] > counts[b]),
                 ("Are there less {} than {}?", counts[a] < counts[b]),
@@ -775,8 +788,7 @@ class _Canvas:
 
     def trees(self, image: np.ndarray, number: int, size: tuple[float, float], spots=None) -> np.ndarray:
         """Round crowns with a lit side and a shadow, on an (H*S, W*S, 3) picture."""
-        sheet = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
-        d, rng, u = ImageDraw.Draw(sheet), self.layout, self.u
+        (sheet, d), rng, u = _sheet(image), self.layout, self.u
         spots = rng.uniform(0, 1, (number, 2)) * (self.w, self.h) if spots is None else spots
         tone = self.green * 0.82
         shades = np.float32([[0.42], [0.85], [1.2]])  # dark, middle, lit
@@ -789,6 +801,12 @@ class _Canvas:
             x, y, r = x - sx * 0.5, y - sy * 0.5, r * 0.55
             d.ellipse((x - r, y - r, x + r, y + r), fill=lit)
         return np.asarray(sheet, np.float32)
+
+
+def _sheet(image: np.ndarray) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """An (H, W, 3) picture of 0..255 to draw on, and the pen."""
+    sheet = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
+    return sheet, ImageDraw.Draw(sheet)
 
 
 def _ink(colour, light: float = 1):
@@ -860,9 +878,8 @@ def _slabs(c: _Canvas) -> np.ndarray:
 
 def _port(c: _Canvas) -> np.ndarray:
     """Slabs with stacks of containers: long rows of touching boxes (a vehicle stands alone)."""
-    out, horizontal = _slabs(c), c.t["water"]["side"] in ("north", "south")
-    sheet = Image.fromarray(np.clip(out, 0, 255).astype(np.uint8))
-    d, u = ImageDraw.Draw(sheet), c.u
+    (sheet, d), u = _sheet(_slabs(c)), c.u
+    horizontal = c.t["water"]["side"] in ("north", "south")
     for a in np.arange(4, 240, 15) * u:
         if c.layout.random() < 0.75:
             start, n = c.layout.uniform(0, 0.6) * 168 * u, int(c.layout.integers(6, 16))
@@ -886,9 +903,7 @@ def _lots(c: _Canvas) -> np.ndarray:
 
 def _asphalt(c: _Canvas) -> np.ndarray:
     """A parking lot: bays marked in white on dark ground."""
-    ground = c.shaded(c.paved * 0.66, 0.06 * c.noise(24) + 0.05 * c.noise(2))
-    sheet = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
-    d, u = ImageDraw.Draw(sheet), c.u
+    (sheet, d), u = _sheet(c.shaded(c.paved * 0.66, 0.06 * c.noise(24) + 0.05 * c.noise(2))), c.u
     for x, y in bays(c.t):
         x, y = x * S, y * S
         for k in (-5.5, 5.5):
@@ -911,9 +926,9 @@ def _airfield(c: _Canvas) -> np.ndarray:
     p, _ = c.turned(20)
     out = c.shaded(c.green, 0.05 * np.sign(np.sin(p * 2 * np.pi / (26 * c.u))) + 0.06 * c.noise(26) + 0.04 * c.noise(2))
     stands = [o for o in c.t["objects"] if o["kind"] in ("aircraft", "building")]
-    sheet = Image.fromarray(np.clip(out, 0, 255).astype(np.uint8))
+    sheet, d = _sheet(out)
     if stands:
-        d, pad = ImageDraw.Draw(sheet), 22 * c.u
+        pad = 22 * c.u
         box = [f(o[k] for o in stands) * S + s * pad for f, s in ((min, -1), (max, 1)) for k in ("x", "y")]
         d.rounded_rectangle(box, 8 * c.u, fill=_ink(c.paved))
     return np.asarray(sheet, np.float32)
@@ -941,6 +956,26 @@ def _under(image: np.ndarray, mask: Image.Image, over) -> np.ndarray:
     """Lay `over` on the picture where the mask (PIL 'L') is set."""
     m = np.asarray(mask, np.float32)[..., None] / 255
     return image * (1 - m) + over * m
+
+
+def _with_water(c: _Canvas, image: np.ndarray) -> np.ndarray:
+    shore = Image.new("L", (c.w, c.h))
+    points = [(x * S, y * S) for x, y in c.t["water"]["points"]]
+    ImageDraw.Draw(shore).polygon(points, fill=255)
+    sea = _waves(c)
+    if c.t["cover"] == "port":  # a quay wall
+        quay = shore.copy()
+        ImageDraw.Draw(quay).line(points, fill=255, width=round(4 * c.u))
+        return _under(_under(image, quay, c.paved * 0.5), shore, sea)
+    soft = np.asarray(shore.filter(ImageFilter.GaussianBlur(5 * c.u)), np.float32) / 255
+    image = image * (1 - 0.3 * np.clip(soft * 3, 0, 1))[..., None]  # a wet edge
+    if c.t["cover"] == "beach":  # and surf
+        near = soft + 0.05 * c.noise(8)
+        foam = np.clip(1 - np.abs(near - 0.62) / 0.05, 0, 1)
+        foam = foam + 0.7 * np.clip(1 - np.abs(near - 0.85) / 0.03, 0, 1)
+        foam = foam[..., None].clip(0, 0.9)
+        sea = sea * (1 - foam) + np.float32((236, 240, 240)) * foam
+    return _under(image, shore, sea)
 
 
 def _at(o: dict, points) -> list[tuple[float, float]]:
@@ -1045,27 +1080,8 @@ def draw(truth: dict, date: int = 0) -> np.ndarray:
         cover = np.clip(cover * np.clip(bright * 1.5 - 0.55, 0.15, 1.15), 0, 0.92)
         image = image * (1 - cover) + np.float32((232, 236, 242)) * cover
     if t["water"]:
-        shore = Image.new("L", (c.w, c.h))
-        points = [(x * S, y * S) for x, y in t["water"]["points"]]
-        ImageDraw.Draw(shore).polygon(points, fill=255)
-        sea = _waves(c)
-        if t["cover"] == "port":  # a quay wall
-            quay = shore.copy()
-            ImageDraw.Draw(quay).line(points, fill=255, width=round(4 * c.u))
-            image = _under(image, quay, c.paved * 0.5)
-        else:  # a wet edge, and surf along a beach
-            soft = np.asarray(shore.filter(ImageFilter.GaussianBlur(5 * c.u)), np.float32) / 255
-            image = image * (1 - 0.3 * np.clip(soft * 3, 0, 1))[..., None]
-            if t["cover"] == "beach":
-                near = soft + 0.05 * c.noise(8)
-                foam = np.clip(1 - np.abs(near - 0.62) / 0.05, 0, 1)
-                foam = foam + 0.7 * np.clip(1 - np.abs(near - 0.85) / 0.03, 0, 1)
-                foam = foam[..., None].clip(0, 0.9)
-                sea = sea * (1 - foam) + np.float32((236, 240, 240)) * foam
-        image = _under(image, shore, sea)
-
-    sheet = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
-    d = ImageDraw.Draw(sheet)
+        image = _with_water(c, image)
+    sheet, d = _sheet(image)
     for line in sorted(t["lines"], key=lambda x: ["river", "runway", "railway", "road"].index(x["kind"])):
         _draw_line(c, d, line)
     wooded = t["cover"] in ("forest", "orchard", "farmland", "desert")
