@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError, in_workers, processors
+from demo_data import KINDS, LINES, NAMES, REGIONS, corners, one
 from imagery import ImageSettings, read_image
 
 DEMO = ["qwen2_5_vl", "clip", "qwen3"]
@@ -429,9 +430,6 @@ def _train(loss_of, named, heads, items, draw, *, steps, batch, lr, muon_lr, hea
             muon.step(share)
 
 
-LINES = {"road", "river", "railway", "runway"}  # kinds that cross the picture; the others are objects, and clouds
-
-
 @dataclass
 class Scenes:
     """The training and validation scenes as the vision towers learn them; lists run over the scenes."""
@@ -471,12 +469,7 @@ class Scenes:
                 column, line = (math.floor(at / side * cells) for at in place(o["x"], o["y"]))
                 if 0 <= column < cells and 0 <= line < cells:
                     grid[line, column, :2, number] += 1
-                turn = math.radians(o["angle"])  # clockwise from north; `w` across, `l` along
-                across = o["w"] / 2 * math.cos(turn), o["w"] / 2 * math.sin(turn)
-                along = o["l"] / 2 * math.sin(turn), -o["l"] / 2 * math.cos(turn)
-                ends = [[o[axis] + i * a + j * b for axis, a, b in zip("xy", across, along)]
-                        for i, j in ((-1, 1), (1, 1), (1, -1), (-1, -1))]  # fmt: skip
-                pen.polygon([place(x, y) for x, y in ends], fill=8)
+                pen.polygon([place(x, y) for x, y in corners(o)], fill=8)
             for line in (line for line in row["lines"] if line["kind"] == kind):
                 points = [place(x, y) for x, y in line["points"]]
                 pen.line(points, fill=8, width=max(1, round(line["width"] * scale[0])))
@@ -636,23 +629,12 @@ def train_vision(
     return measured
 
 
-NOUNS = {"tank": "storage tank", "field": "sports field"}  # other kinds are called what they are
-
-
-NOUNS_ZH = {"building": "建筑物", "vehicle": "车", "aircraft": "飞机", "ship": "船", "tank": "储罐", "field": "运动场",
-            "pond": "池塘", "road": "公路", "river": "河流", "railway": "铁路", "runway": "跑道"}  # fmt: skip
-
-REGIONS_ZH = {"north": "北部", "south": "南部", "west": "西部", "east": "东部", "northwest": "西北部", "northeast": "东北部",
-              "southwest": "西南部", "southeast": "东南部", "centre": "中部"}  # fmt: skip
-
-
 def _facts(row: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """What the truth of a scene says, as (words, what follows them): short phrases, and as questions of a chat. Words and
     answers are other ones than those of the demo's questions and dialogues: the base knows the scenes, not the task."""
     draw, counts, objects = random.Random(row["img_id"]), row["counts"], {o["kind"] for o in row["objects"]}
-    noun = {kind: NOUNS.get(kind, kind) for kind in counts}
-    one = {kind: f"{'an' if kind == 'aircraft' else 'a'} {noun[kind]}" for kind in counts}
-    many = {kind: noun[kind] if kind == "aircraft" else f"{noun[kind]}s" for kind in counts}
+    many = {kind: names[1] for kind, names in NAMES.items()}
+    chinese = {kind: words[3] for kind, words in KINDS.items()} | {kind: words[1] for kind, words in LINES.items()}
     short, chat = [], []
 
     def there(what, true):
@@ -660,7 +642,7 @@ def _facts(row: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         chat.append((f"Can you see {what}?", "present" if true else "absent"))
 
     for kind, count in counts.items():
-        there(one[kind], count > 0)
+        there(one(kind), count > 0)
         if kind in LINES:
             continue
         short.append((f" number of {many[kind]}", str(count)))
@@ -669,15 +651,15 @@ def _facts(row: dict) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         for side, axis, far in (("north", 1, 0), ("south", 1, 1), ("west", 0, 0), ("east", 0, 1)) if count else ():
             nearest = min(abs(far - place[axis]) for place in places)
             if nearest < 0.42 or nearest > 0.55:  # nothing that lies on the border
-                there(f"{one[kind]} in the {side}", nearest < 0.5)
+                there(f"{one(kind)} in the {side}", nearest < 0.5)
     there("clouds", bool(row["clouds"]))
     for kind in draw.sample(sorted(counts), 6):
-        chat.append((f"能看到{NOUNS_ZH[kind]}吗？", "存在" if counts[kind] else "不存在"))
+        chat.append((f"能看到{chinese[kind]}吗？", "存在" if counts[kind] else "不存在"))
     for group in row["groups"]:
-        kind, place = group["kind"], REGIONS_ZH.get(group["where"])
-        chat.append((f"数一数{NOUNS_ZH[kind]}。", str(counts[kind])))
-        if place:
-            chat += [(f"Where do the {many[kind]} lie?", group["where"]), (f"{NOUNS_ZH[kind]}位于何处？", place)]
+        kind, where = group["kind"], group["where"]
+        chat.append((f"数一数{chinese[kind]}。", str(counts[kind])))
+        if where in REGIONS:
+            chat += [(f"Where do the {many[kind]} lie?", where), (f"{chinese[kind]}位于何处？", REGIONS[where][1])]
     short += [(" area", row["rural_urban"]), (" cover", row["cover"])]
     chat.append(("Which kind of area, rural or urban?", row["rural_urban"]))
     countable = [kind for kind in counts if kind not in LINES]
@@ -818,8 +800,8 @@ def train_reading(
     from model import packed_words
 
     cells = len(scenes.pictures[0]) // 14  # the squares that are patches to the demo's CLIP
-    names = {kind: NOUNS.get(kind, kind).split()[-1] for kind in [*scenes.covers, *scenes.kinds]} | {"cloud": "clouds"}
-    word_of = {kind: tokenizer(f" {word}")["input_ids"][-1] for kind, word in names.items()}  # one token each
+    words = {kind: kind for kind in [*scenes.covers, *scenes.kinds]} | {"cloud": "clouds"}
+    word_of = {kind: tokenizer(f" {word}")["input_ids"][-1] for kind, word in words.items()}  # one token each
     prompt, blind = CaptionPrompt(tokenizer, cells * cells), CaptionPrompt(tokenizer, 0)
     packed, alone, told = [], _branches(blind, texts["more"]), _captions_of(scenes, texts)
     for i in scenes.train:

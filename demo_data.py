@@ -65,6 +65,7 @@ ALIKE = [{"grassland", "park"}, {"industrial", "port"}, {"grassland", "airport"}
 OPEN_LAND = ("farmland", "orchard", "forest", "grassland", "desert", "park")  # where a road may be built
 LINES = {"road": ("road", "公路", 21), "river": ("river", "河流", 17), "railway": ("railway", "铁路", 9)}
 LINES["runway"] = ("runway", "跑道", 27)
+NAMES = {kind: words[:2] for kind, words in KINDS.items()} | {kind: (kind, f"{kind}s") for kind in LINES}
 AXES = {"ns": ("north to south", "南北向"), "ew": ("east to west", "东西向")}
 CROSSES = {"ns": ("west", "centre", "east"), "ew": ("north", "centre", "south")}  # where a line of an axis may lie
 # region: English, Chinese, the box that objects of it are put into (x0, y0, x1, y1 as fractions; y grows southward)
@@ -507,6 +508,11 @@ def _at_zh(where: str | None) -> str:
     return "" if where is None else "公路上" if where == "road" else REGIONS[where][1]
 
 
+def one(kind: str) -> str:
+    """A kind with its article: a storage tank, an aircraft."""
+    return f"{'an' if kind == 'aircraft' else 'a'} {NAMES[kind][0]}"
+
+
 def say_en(fact: tuple) -> str:
     """A fact as an English noun phrase."""
     what, *v = fact
@@ -652,8 +658,6 @@ def questions(truth: dict) -> list[dict]:
     rng, t, out = np.random.default_rng([truth["seed"], truth["img_id"], 5]), truth, []
     counts = t["counts"]
     yes, no = ([k for k in counts if (counts[k] > 0) == want] for want in (True, False))
-    name = {k: v[:2] for k, v in KINDS.items()} | {k: (v[0], v[0] + "s") for k, v in LINES.items()}
-    an = {k: ("an " if k == "aircraft" else "a ") + v[0] for k, v in name.items()}
     yn = {True: "yes", False: "no"}
 
     def ask(kind, question, answer):
@@ -661,18 +665,18 @@ def questions(truth: dict) -> list[dict]:
             out.append({"type": kind, "question": question, "answer": answer})
 
     for k in [*rng.permutation(yes)[:2], *rng.permutation(no)[:2]]:
-        ask("presence", f"Is there {an[k]}?", yn[counts[k] > 0])
+        ask("presence", f"Is there {one(k)}?", yn[counts[k] > 0])
     ask("presence", "Are there clouds?", yn[bool(t["clouds"])])
     for k in rng.permutation([g["kind"] for g in t["groups"]])[:2]:
         xs, ys = zip(*_spots(t, _of(t, k)))
         sides = (("north", ys), ("south", [1 - y for y in ys]), ("west", xs), ("east", [1 - x for x in xs]))
         for region, spots in sides:
             if rng.random() < 0.25 and (min(spots) < 0.42 or min(spots) > 0.55):  # nothing that lies on the border
-                ask("presence", f"Is there {an[k]} in the {region}?", yn[min(spots) < 0.5])
+                ask("presence", f"Is there {one(k)} in the {region}?", yn[min(spots) < 0.5])
     here, gone = ([k for k in kinds if k in KINDS] for kinds in (yes, no))
     for k in [*here, *rng.permutation(gone)[:1]]:
         wording = rng.choice(["How many {} are there?", "What is the number of {}?"])
-        ask("count", str(wording).format(name[k][1]), str(counts[k]))
+        ask("count", str(wording).format(NAMES[k][1]), str(counts[k]))
     for wanted in (True, False, True, False):  # about as many yes as no, so that a constant answer earns nothing
         for _ in range(8):
             a, b = rng.permutation([*here, *rng.permutation(gone)[:3]])[:2]
@@ -683,11 +687,11 @@ def questions(truth: dict) -> list[dict]:
             )
             form, true = forms[rng.choice(3, p=[0.4, 0.4, 0.2])]
             if true == wanted:
-                ask("comp", form.format(name[a][1], name[b][1]), yn[true])
+                ask("comp", form.format(NAMES[a][1], NAMES[b][1]), yn[true])
                 break
     ask("rural_urban", "Is it a rural or an urban area?", t["rural_urban"])
     for k in [k for k in ("building", "tank", "field") if counts[k]] or ["building"]:
-        ask("area", f"What is the area covered by {name[k][1]}?", f"{area_m2(t, k)}m2")
+        ask("area", f"What is the area covered by {NAMES[k][1]}?", f"{area_m2(t, k)}m2")
     return out
 
 

@@ -16,13 +16,13 @@ TIERS = [
     ["scenes", "losses", "metrics", "report"],
     ["caption_scores"],
     ["data"],
-    ["store", "places"],
+    ["store", "places", "demo_data"],
     ["model"],
     ["trainer", "demo_bases", "library"],
 ]
 TRAINING = ["train_match", "train_vqa", "train_caption"]
 USE = ["inference_script", "compare_before_after", "caption", "search", "cli_demo", "web_demo"]
-MAKE = ["load", "hub2data", "demo_data", "data2csv", "csv2json", "translation_en2zh"]
+MAKE = ["load", "hub2data", "data2csv", "csv2json", "translation_en2zh"]
 TIER = {name: i for i, names in enumerate(TIERS) for name in names}
 SCRIPTS = {name: len(TIERS) for name in TRAINING + USE + MAKE}
 KNOWN = TIER | SCRIPTS
