@@ -380,10 +380,9 @@ def main(argv: list[str] | None = None) -> int:
     whole = len(rows) == sum(len(scene.questions) for scene in scenes if scene.image not in images.bad)
     score = full_score(args, args.base or model.settings.base_model, config)
     lines = summary_lines(rows, shown, args.only, whole, score)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in shown)
     try:
         write_page(output / "report.html", rows, shown, lines, score, images, f"{about}; {args.data}; {how}", args.only)
-        report.write_atomic(output / "samples.jsonl", text)
+        report.write_atomic(output / "samples.jsonl", report.json_lines(shown))
     except OSError as error:
         raise InputError(f"--output {output}: cannot be written: {error.strerror}") from None
     if shown:

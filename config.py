@@ -983,6 +983,22 @@ def refuse_unwritable_file(path: str | Path, flag: str) -> None:
         refuse_unwritable(Path(os.path.realpath(path)).parent, f"{flag}: its folder")
 
 
+def places_beside(output: Path, names, sources) -> list[Path]:
+    """Files of these names beside `output`. Raises InputError where one of them or `output` could not be written, or is among
+    `sources`, which are read."""
+    if not output.name or output.is_dir():
+        raise InputError(f"--output {output}: is a folder; give a file in it")
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"--output {output}: its folder does not exist")
+    beside, read = [output.with_name(name) for name in names], {Path(source).resolve() for source in sources}
+    for path in (output, *beside):
+        if path.is_dir():
+            raise InputError(f"--output {output}: would write {path}, which is a folder")
+        if path.resolve() in read:
+            raise InputError(f"--output {output}: would write over {path}, which is read")
+    return beside
+
+
 def is_stream(path: str | Path) -> bool:
     """Whether what is written to a path goes on elsewhere: a pipe, or a device such as /dev/stdout, whatever that is now."""
     return os.path.abspath(path).startswith(("/dev/", "/proc/self/fd/")) or (

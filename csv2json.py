@@ -11,14 +11,14 @@ format is another file.
 """
 
 import argparse
-import json
 import os
 import random
 import re
 from collections import Counter
 from pathlib import Path
 
-from config import SPLITS, InputError, by_content, refuse_outside, user_errors
+from config import SPLITS, InputError, by_content, places_beside, refuse_outside, user_errors
+from report import json_lines, json_list
 from scenes import SPECIAL_TOKEN, path_of, read_table
 
 NEEDED = ("image_path", "question", "answer")
@@ -154,24 +154,6 @@ def conversation(number: int, row: dict[str, str]) -> dict:
     return {"id": f"rsvqa_{number}", "conversations": turns, **extra}
 
 
-def places_beside(output: Path, source: Path) -> tuple[Path, Path, Path]:
-    """Where the train part, the test part and the rejected rows go. Raises InputError where nothing can be written."""
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"--output {output}: its folder does not exist")
-    if output.is_dir():
-        raise InputError(f"--output {output}: is a folder, expected a file")
-    beside = tuple(
-        output.with_name(output.stem + end)
-        for end in (f"_train{output.suffix}", f"_test{output.suffix}", "_rejected.jsonl")
-    )
-    for path in (output, *beside):
-        if path.is_dir():
-            raise InputError(f"--output {output}: would write {path}, which is a folder")
-        if path.resolve() == source.resolve():
-            raise InputError(f"--output {output}: would write over {path}, which is read")
-    return beside
-
-
 def write_together(texts: dict[Path, str]) -> None:
     """Write all files beside their places, then rename them: a failure leaves every old file as it was."""
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
@@ -187,11 +169,6 @@ def write_together(texts: dict[Path, str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def json_list(rows: list[dict]) -> str:
-    """A JSON list with one row on each line."""
-    return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
-
-
 def counts(splits) -> str:
     order = sorted(Counter(splits).items(), key=lambda item: ({"train": 0, "val": 1}.get(item[0], 2), item[0]))
     return ", ".join(f"{split} {count}" for split, count in order)
@@ -205,7 +182,8 @@ def main(argv: list[str] | None = None) -> None:
     refuse_outside(args, val_fraction=(0, 1), test_fraction=(0, 1), max_rejected=(0, 1))
     command = "data2csv.py" + (" --preset demo" if args.preset == "demo" else "")
     rows = read_csv(source, "check --csv" if args.csv else f"run `python {command}` first, or give --csv")
-    train, test, report = places_beside(output, source)
+    ends = (f"_train{output.suffix}", f"_test{output.suffix}", "_rejected.jsonl")
+    train, test, report = places_beside(output, [f"{output.stem}{end}" for end in ends], [source])
     given = check_splits(source, rows)
     usable, rejected = take_usable(source, rows, args.max_rejected)
     content = by_content(dict.fromkeys(row["image_path"] for row in usable.values()))
@@ -223,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     texts = {path: json_list(part) for path, part in parts.items()}
     if rejected:
-        texts[report] = "".join(json.dumps(bad, ensure_ascii=False) + "\n" for bad in rejected)
+        texts[report] = json_lines(rejected)
     write_together(texts)
     if not rejected:
         report.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from config import NO_CHARACTER, InputError, user_errors
+from config import NO_CHARACTER, InputError, places_beside, user_errors
 from report import csv_text, write_atomic
 from scenes import load_json
 
@@ -216,10 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         files = find_questions(folder, hint)
         pairs = [(path, path.with_name(path.name.replace("questions", "answers"))) for path in files]
     images = Path(args.images) if args.images else find_images(folder)
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"--output {output}: its folder does not exist")
-    if output.is_dir():
-        raise InputError(f"--output {output}: is a folder, expected a file")
+    places_beside(output, (), ())
     if output.resolve() in {path.resolve() for pair in pairs for path in pair}:
         raise InputError(f"--output {output}: is one of the files that are read")
 

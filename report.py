@@ -59,6 +59,15 @@ def write_json(path: str | Path, value) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def json_list(rows: list[dict]) -> str:
+    """A JSON list with one row on each line."""
+    return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
+
+
 def csv_text(rows: list[dict]) -> str:
     """Rows as CSV; the header is the keys of all of them, and what a row lacks stays empty."""
     file = io.StringIO()

@@ -11,7 +11,6 @@ results.json, captions.jsonl (every test image with its references and captions)
 
 import contextlib
 import copy
-import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -287,8 +286,7 @@ class CaptionRun(Run):
         results["scores"], rows = self.score()
         results["seconds"] = self.seconds()
         report.write_json(self.folder / "results.json", results)
-        listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        report.write_atomic(self.folder / "captions.jsonl", "".join(listed))
+        report.write_atomic(self.folder / "captions.jsonl", report.json_lines(rows))
         caption_scores.write_page(
             self.folder / "report.html", "Captions", results["scores"], rows, read_history(self.folder),
             self.store.picture, subtitle=f"{self.folder}",

@@ -547,8 +547,7 @@ class AnswerRun(Run):
         if self.main_process and keep:
             report.write_json(self.folder / "results.json", self.results)
             rows = self.rows()
-            listed = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            report.write_atomic(self.folder / "samples.jsonl", "".join(listed))
+            report.write_atomic(self.folder / "samples.jsonl", report.json_lines(rows))
             self.write_page(rows)
             text += f"\nreport  {self.folder / 'report.html'}"
         self.say(text)

@@ -35,7 +35,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from config import SURROGATE, InputError, add_device_flags, read_lines, read_text, refuse_outside, user_errors
+from config import (
+    SURROGATE,
+    InputError,
+    add_device_flags,
+    places_beside,
+    read_lines,
+    read_text,
+    refuse_outside,
+    user_errors,
+)
 from scenes import is_chinese, load_json, read_scenes
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -175,22 +184,6 @@ def checked(args) -> None:
             raise InputError("--extra: expected a JSON object")
         if args.extra.get("stream"):
             raise InputError("--extra: stream: answers are read whole, so a model that only streams cannot be asked")
-
-
-def places_beside(output: Path, sources: list[Path]) -> dict[str, Path]:
-    """{what: file} of everything a run writes. Raises InputError where it cannot."""
-    if not output.name or output.is_dir():
-        raise InputError(f"--output {output}: is a folder; give a file in it, such as captions_zh.json")
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"--output {output}: its folder does not exist")
-    ends = {"cache": ".cache.jsonl", "rejected": ".rejected.jsonl", "report": ".report.json"}
-    places = {"output": output} | {what: output.with_name(output.name + end) for what, end in ends.items()}
-    for path in places.values():
-        if path.is_dir():
-            raise InputError(f"--output {output}: would write {path}, which is a folder")
-        if path.resolve() in {source.resolve() for source in sources}:
-            raise InputError(f"--output {output}: would write over {path}, which is read")
-    return places
 
 
 def read_prompt(path: str) -> str:
@@ -1252,7 +1245,7 @@ def rows_of(items: list[Item], questions: list[str], count: int, seed: int) -> l
 
 def write_results(places: dict[str, Path], rows: list[dict], items: list[Item], report: dict) -> None:
     """Write rows, what was put aside, and the report; without rows the output stays as it was. Raises InputError."""
-    from report import write_atomic, write_json
+    from report import json_lines, json_list, write_atomic, write_json
 
     aside = [
         {"img": item.name, "captions": item.captions, "answer": item.text,
@@ -1260,18 +1253,15 @@ def write_results(places: dict[str, Path], rows: list[dict], items: list[Item], 
          "details": [told for _, told in item.reasons if told], "earlier": item.tries}
         for item in items if item.reasons
     ]  # fmt: skip
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     try:
         if aside:
-            write_atomic(places["rejected"], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in aside))
+            write_atomic(places["rejected"], json_lines(aside))
         else:
             places["rejected"].unlink(missing_ok=True)
         write_json(places["report"], report)
-        if not rows:
-            return
-        one_a_line = places["output"].suffix == ".jsonl"
-        text = "\n".join(lines) + "\n" if one_a_line else "[\n" + ",\n".join(lines) + "\n]\n"
-        write_atomic(places["output"], text)
+        if rows:
+            as_text = json_lines if places["output"].suffix == ".jsonl" else json_list
+            write_atomic(places["output"], as_text(rows))
     except OSError as error:
         raise InputError(f"{error.filename or places['output']}: cannot be written: {error.strerror}") from None
 
@@ -1306,7 +1296,10 @@ def main(argv: list[str] | None = None) -> int:
     source, output = Path(args.input), Path(args.output)
     if source.is_dir():
         source = source / "captions.json"
-    places = places_beside(output, [source, *map(Path, (args.prompt_file, args.questions_file, args.glossary))])
+    ends = {"cache": ".cache.jsonl", "rejected": ".rejected.jsonl", "report": ".report.json"}
+    sources = (source, args.prompt_file, args.questions_file, args.glossary)
+    beside = places_beside(output, [output.name + end for end in ends.values()], sources)
+    places = {"output": output} | dict(zip(ends, beside))
     prompt, questions = read_prompt(args.prompt_file), read_questions(args.questions_file)
 
     glossary = read_glossary(args.glossary)
