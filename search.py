@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+import store
 from config import (
     InputError,
     add_device_flags,
@@ -36,6 +37,7 @@ from config import (
     refuse_unwritable_file,
     user_errors,
 )
+from store import Filter, attributes_of, first_moment, in_utc, last_moment
 
 MODEL = "lcybuaa/Git-RSCLIP"
 SHEET_MOST = 500  # pictures of a contact sheet: 17,000 pixels high, and 0.5 GB to draw
@@ -194,8 +196,6 @@ def need(args, *names: str) -> None:
 
 
 def open_library(args, location: str | None = None, encoder=None):
-    import store
-
     store.refuse_absent(location or args.store)  # before torch is loaded
     from transformers.utils import logging
 
@@ -212,8 +212,6 @@ def open_library(args, location: str | None = None, encoder=None):
 
 def filter_of(args):
     """The `store.Filter` of the flags, or None."""
-    from store import Filter, attributes_of, first_moment, in_utc, last_moment
-
     attributes = attributes_of(args.where)
     first = args.start and in_utc(first_moment(args.start, "--from"))
     last = args.end and in_utc(last_moment(args.end, "--to"))
@@ -225,8 +223,6 @@ def filter_of(args):
 
 def nothing_passes(library, limit) -> str:
     """What to say where `filter_of`'s filter lets nothing through: how much passes each part of it."""
-    from store import Filter
-
     parts = {f"--where {name}": Filter(attributes={name: limit.attributes[name]}) for name in limit.attributes}
     if limit.bbox:
         parts["--bbox"] = Filter(bbox=limit.bbox)
@@ -276,13 +272,10 @@ def run_index(args) -> int:
     from accelerate import PartialState
     from library import index_library, read_attributes
     from model import DualEncoder, pick_device
-    from scenes import list_rejected
-    from store import is_url, record_of
 
     if not Path(args.library).is_dir():
         raise InputError(f"{args.library}: no such folder of images")
-    server = is_url(args.store)
-    if not server and os.environ.get("RANK", "0") == "0":
+    if not store.is_url(args.store) and os.environ.get("RANK", "0") == "0":
         refuse_unwritable(args.store, "--store")
     attributes = read_attributes(args.attributes) if args.attributes else None
     if args.model is None:
@@ -302,6 +295,12 @@ def run_index(args) -> int:
     )  # fmt: skip
     if report is None:
         return 0
+    say_indexed(report, args)
+    list_unreadable(report.rejected, args.store)
+    return 1 if report.rejected else 0
+
+
+def say_indexed(report, args) -> None:
     rate = f", {report.added / report.seconds:.0f} images/s" if report.added else ""
     cut = f" as {report.added} tiles" if report.added != report.files else ""
     amended = f" ({report.amended} with other attributes)" if report.amended else ""
@@ -315,7 +314,7 @@ def run_index(args) -> int:
     for note in report.notes:
         print(note, file=sys.stderr)
     if report.blank:
-        image = record_of(args.store)["image"]
+        image = store.record_of(args.store)["image"]
         told = f"{report.blank} of {report.added} pictures are all black or white"
         if report.blank > report.added / 2:
             stretch = f"--stretch {image['stretch']}: give --stretch percentile, or a model trained on such files"
@@ -327,25 +326,28 @@ def run_index(args) -> int:
             f"{args.attributes}: {len(report.unknown)} rows name no image there, first {report.unknown[0]!r}",
             file=sys.stderr,
         )
-    listed = Path(args.store) / "rejected.jsonl"
-    if server:  # in the current folder, under a name that is nobody else's
-        listed = Path(f"{urlsplit(args.store).path.rstrip('/').rpartition('/')[2]}.rejected.jsonl")
+
+
+def list_unreadable(rejected: list, location: str) -> None:
+    """Leave the files that could not be read in rejected.jsonl, and say how many there are."""
+    from scenes import list_rejected
+
+    listed = Path(location) / "rejected.jsonl"
+    if store.is_url(location):  # in the current folder, under a name that is nobody else's
+        listed = Path(f"{urlsplit(location).path.rstrip('/').rpartition('/')[2]}.rejected.jsonl")
     listed.unlink(missing_ok=True)  # an earlier run's
-    if report.rejected:
-        list_rejected(listed, report.rejected)
-        print(f"{len(report.rejected)} files could not be read, listed in {listed}:", file=sys.stderr)
-        for bad in report.rejected[:3]:
+    if rejected:
+        list_rejected(listed, rejected)
+        print(f"{len(rejected)} files could not be read, listed in {listed}:", file=sys.stderr)
+        for bad in rejected[:3]:
             print(f"  {bad.reason}", file=sys.stderr)
-    return 1 if report.rejected else 0
 
 
 def recorded_model(location: str) -> str | None:
     """The towers that an index was made with; None where there is no index yet."""
-    from store import Missing, record_of
-
     try:
-        return record_of(location)["model"]
-    except Missing:
+        return store.record_of(location)["model"]
+    except store.Missing:
         return None
 
 
@@ -371,7 +373,7 @@ def run_query(args) -> int:
         raise InputError("--sheet -: a picture is no text; give a file")
     from imagery import read_rgb
     from library import RESULT, geojson, result_row
-    from report import contact_sheet, csv_text, json_to_print, table_text
+    from report import csv_text, json_to_print, table_text
 
     context = (args.season and f"in {args.season}", args.weather and f"{args.weather} weather")
     context = ", ".join(filter(None, context))
@@ -409,29 +411,36 @@ def run_query(args) -> int:
         if args.geojson:
             put(args.geojson, geojson([hit.payload for _, hits in results for hit in hits], rows))
         if args.sheet:
-            found, most = [], max(1, SHEET_MOST // max(1, len(results)))
-            if any(len(hits) > most for _, hits in results):
-                print(f"the sheet shows the first {most}", file=sys.stderr)
-            for title, hits in ((title, hits[:most]) for title, hits in results):
-                head = [f"{rank}. {hit.score:.3f}" for rank, hit in enumerate(hits, 1)]
-                pictures = [picture_or_none(library, hit.payload) for hit in hits]
-                items = zip(pictures, head, (label_of(hit.payload) for hit in hits))
-                found.append((title, [{"rgb": rgb, "lines": [*lines]} for rgb, *lines in items]))
-            contact_sheet(found, args.sheet)
-            print(f"-> {args.sheet}", file=sys.stderr)
+            write_sheet(results, library, args.sheet)
     return 0
+
+
+def write_sheet(results: list[tuple[str, list]], library, path: str) -> None:
+    """A contact sheet of [(title, hits)]."""
+    from report import contact_sheet
+
+    most = max(1, SHEET_MOST // max(1, len(results)))
+    if any(len(hits) > most for _, hits in results):
+        print(f"the sheet shows the first {most}", file=sys.stderr)
+
+    def item(rank, hit):
+        lines = [f"{rank}. {hit.score:.3f}", label_of(hit.payload)]
+        return {"rgb": picture_or_none(library, hit.payload), "lines": lines}
+
+    contact_sheet([(title, [item(*ranked) for ranked in enumerate(hits[:most], 1)]) for title, hits in results], path)
+    print(f"-> {path}", file=sys.stderr)
 
 
 def label_of(payload: dict) -> str:
     return payload["path"] + (f" {tuple(payload['window'][:2])}" if payload["window"] else "")
 
 
-def picture_or_none(library, payload: dict, max_side: int = 384):
+def picture_or_none(library, payload: dict):
     """The picture of a hit; None, with a word on standard error, where its file is gone."""
     from imagery import ImageError
 
     try:
-        return library.picture(payload, max_side)
+        return library.picture(payload, 384)
     except ImageError as error:
         print(f"no picture: {error}", file=sys.stderr)
         return None
@@ -452,13 +461,9 @@ def run_classify(args) -> int:
 
     classes = read_classes(args.labels)
     labels = list(classes)
-    with open_library(args) as library:
-        payloads, vectors = library.everything(limit)
-        if not payloads:
-            raise InputError(f"{args.store}: {nothing_passes(library, limit)}")
-        names = list(dict.fromkeys(payload["path"] for payload in payloads))
-        truth = read_truth(args.truth, labels, names) if args.truth else {}
-        tile_scores = library.classify(vectors, classes, args.template)
+    payloads, tile_scores = classified(args, classes, limit)
+    names = list(dict.fromkeys(payload["path"] for payload in payloads))
+    truth = read_truth(args.truth, labels, names) if args.truth else {}
     number = {name: n for n, name in enumerate(names)}
     owner = np.array([number[payload["path"]] for payload in payloads])
     scores = np.zeros((len(names), len(labels)))
@@ -498,6 +503,15 @@ def run_classify(args) -> int:
         write_json(out / "scores.json", result)
         print(f"-> {out}", file=sys.stderr)
     return 0
+
+
+def classified(args, classes: dict[str, list[str]], limit) -> tuple[list[dict], np.ndarray]:
+    """(payloads, probabilities (N, C)) of all points that pass the filter. Raises InputError where none does."""
+    with open_library(args) as library:
+        payloads, vectors = library.everything(limit)
+        if not payloads:
+            raise InputError(f"{args.store}: {nothing_passes(library, limit)}")
+        return payloads, library.classify(vectors, classes, args.template)
 
 
 def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, int]:
@@ -576,11 +590,8 @@ def run_monitor(args) -> int:
     from report import csv_text, page, table_html, table_text, write_atomic
 
     threshold = CHANGE if args.threshold is None else args.threshold
-    args.library = None
     if Path(args.before).resolve() == Path(args.after).resolve():
         raise InputError(f"--before and --after are the same index: {args.before}")
-    import store
-
     store.refuse_absent(args.before)
     store.refuse_absent(args.after)  # before the first one's model is loaded
     with open_library(args, args.before) as before, open_library(args, args.after, before.model) as after:
@@ -678,11 +689,7 @@ def run_landuse(args) -> int:
     for name in ("region", "all"):  # columns of the table by region
         if regions and name in labels:
             raise InputError(f"--classes {args.classes}: a class named {name!r} does not go with --regions; rename it")
-    with open_library(args) as library:
-        payloads, vectors = library.everything(limit)
-        if not payloads:
-            raise InputError(f"{args.store}: {nothing_passes(library, limit)}")
-        scores = library.classify(vectors, classes, args.template)
+    payloads, scores = classified(args, classes, limit)
     best = scores.argmax(1)
     counts = np.bincount(best, minlength=len(labels))
     placed = [n for n, payload in enumerate(payloads) if payload["extra"].get("polygon")]
@@ -747,8 +754,6 @@ def run_recall(args) -> int:
     """How much of the exact k nearest the graph finds, on this index: with pictures of it, or with your queries."""
     need(args, "store")
     refuse_outside(args, k=(1, 1000), number=(1, 100_000))
-    import store
-
     if args.queries:
         with open_library(args) as library:
             vectors = library.text_vectors(read_lines(args.queries, "--queries", "queries"))

@@ -27,8 +27,10 @@ from pathlib import Path
 
 import numpy as np
 
+import store
 from config import InputError, add_device_flags, refuse_outside, user_errors
 from places import stretch_of
+from store import Filter, attributes_of, checked_box, first_moment, in_utc, last_moment
 
 DEMO = {
     "store": "output/demo_search/library.index",
@@ -364,8 +366,6 @@ class Page:
 
     def filter(self, bbox, start, end, where, language):
         """The `store.Filter` of the fields, or None. Raises InputError."""
-        from store import Filter, attributes_of, checked_box, first_moment, in_utc, last_moment
-
         box = None
         if (bbox or "").strip():
             try:
@@ -785,8 +785,8 @@ def build(page: Page):
     return app
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+def checked(args) -> None:
+    """Fill in the demo's defaults and refuse what cannot be shown, before models are loaded. Raises InputError."""
     if args.preset == "demo":
         for name, path in DEMO.items():
             ours = name != "after" or args.store == DEMO["store"]  # another index has other models and places
@@ -802,14 +802,28 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--store and --after are the same index: Monitor compares two")
     if args.tile_url and not all(part in args.tile_url for part in ("{z}", "{x}", "{y}")):
         raise InputError(f"--tile_url {args.tile_url}: expected {{z}}, {{x}} and {{y}} in it")
-    import store
-
     # A mistyped path is said at once, not after the models' loading: a service would be taken for one that runs.
     for location in filter(None, (args.store, args.after)):
         store.refuse_absent(location)
     for name in ("captioner", "vqa", "from_pretrained", "library"):
         if getattr(args, name) and not Path(getattr(args, name)).is_dir():
             raise InputError(f"--{name} {getattr(args, name)}: no such folder")
+
+
+def explained(error: OSError, args) -> InputError:
+    """What is wrong with the address that gradio could not open."""
+    try:
+        socket.create_server((args.host, 0), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET).close()
+    except OSError as wrong:
+        return InputError(f"--host {args.host}: no address of this machine ({wrong.strerror})")
+    taken = "Cannot find empty port" in str(error)  # gradio's words, which name a flag that is not ours
+    what = "is in use by another program; give another --port" if taken else error
+    return InputError(f"--port {args.port}: {what}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    checked(args)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import gradio as gr
@@ -850,13 +864,7 @@ def main(argv: list[str] | None = None) -> int:
             theme=theme, css=CSS, footer_links=[], quiet=True, prevent_thread_lock=True,
         )  # fmt: skip
     except OSError as error:
-        try:
-            socket.create_server((args.host, 0), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET).close()
-        except OSError as wrong:
-            raise InputError(f"--host {args.host}: no address of this machine ({wrong.strerror})") from None
-        taken = "Cannot find empty port" in str(error)  # gradio's words, which name a flag that is not ours
-        what = "is in use by another program; give another --port" if taken else error
-        raise InputError(f"--port {args.port}: {what}") from None
+        raise explained(error, args) from None
     print(f"http://{args.host}:{args.port}  (Ctrl-C stops it)", flush=True)
     try:
         app.block_thread()
