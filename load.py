@@ -145,6 +145,14 @@ def verify_model(folder: str | os.PathLike) -> None:
         _safetensors_keys(folder / "model.safetensors")
 
 
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify_model(folder)
+        return True
+    except InputError:
+        return False
+
+
 # -----------------------------------------------------------------------------
 # From a hub
 
@@ -372,11 +380,8 @@ def download(name, root=".", source="modelscope", token=None, endpoint=None, wai
     Raises InputError with one line for every failure: no network, no such model, gated, disk full, no permission,
     checksum, and a repository that is itself incomplete."""
     folder = Path(root) / name
-    try:
-        verify_model(folder)
+    if _is_whole(folder):
         return folder
-    except InputError:
-        pass
     hub, listing = _listed(name, folder, source, token, endpoint)
     chosen = choose_files({path: size for path, (size, _) in listing.items()})
     if "config.json" not in chosen or not any(path.endswith((".safetensors", ".bin")) for path in chosen):
@@ -479,11 +484,8 @@ def copy_model(name: str, source: Path, root=".", only: bool = True) -> Path:
 
     Raises InputError if the source is absent or not whole, or the disk is full."""
     folder = Path(root) / name
-    try:
-        verify_model(folder)
+    if _is_whole(folder):
         return folder
-    except InputError:
-        pass
     place = find_copy(source, name, only)
     sizes = choose_files({path.name: path.stat().st_size for path in place.iterdir() if path.is_file()})
     has_bins = any(path.endswith(".bin") for path in sizes)
@@ -611,7 +613,7 @@ def build_demo_bases(data_dir="data/demo", output_dir="models/demo", seed: int =
 # -----------------------------------------------------------------------------
 
 
-def main(argv=None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "models",
@@ -638,8 +640,11 @@ def main(argv=None) -> None:
         "--texts", metavar="FILE", help="preset demo: captions of your own whose words the small models learn, too"
     )
     parser.add_argument("--seed", type=int, default=0, help="of preset demo (default: 0)")
-    args = parser.parse_args(argv)
-    root = Path(args.root)
+    return parser
+
+
+def checked(args) -> list[str]:
+    """Take the checkpoints out of `args.models` and return them. Raises InputError for what is neither one nor ORG/NAME."""
     files = [name for name in args.models if name.endswith(CHECKPOINTS)]
     for name in files:
         if not Path(name).is_file() and (
@@ -651,38 +656,53 @@ def main(argv=None) -> None:
         if name.count("/") != 1 or not all(name.split("/")) or ".." in name:
             here = f"; of a folder: --source {Path(name).parent} ORG/{Path(name).name}" if Path(name).is_dir() else ""
             raise InputError(f"{name!r} is not a model's name: expected ORG/NAME, such as {FULL[0]}{here}")
+    return files
+
+
+def check_all(folders: list[Path]) -> None:
+    """Say of each folder whether its model is whole; exit code 1 where one is not."""
+    broken = 0
+    for folder in folders:
+        try:
+            verify_model(folder)
+            print(f"whole    {folder}")
+        except InputError as error:
+            broken += 1
+            print(f"NOT OK   {error}", file=sys.stderr)
+    if broken:
+        raise SystemExit(1)
+
+
+def say_built(built: dict) -> None:
+    """What the demo bases have learnt."""
+    losses = {
+        "nats_per_token": "language loss",
+        "reading_nats_per_token": "loss of captions, read from tables of words,",
+    }
+    for name, found in built["measured"].items():
+        for key, loss in losses.items():
+            if key in found:
+                before, after = found[key]
+                print(f"{name:10s} {loss} {before:.2f} -> {after:.2f} nats per token")
+        if "cover_accuracy" in found:
+            print(f"{name:10s} land cover named in {found['cover_accuracy']:.0%} of validation scenes")
+    print(f"built in {built['seconds']} s" if built["rebuilt"] else "already built from the same texts and seed")
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    root, files = Path(args.root), checked(args)
     demo = args.preset == "demo" and not args.models and not files
     names = args.models or ([] if files else [f"models/demo/{name}" for name in DEMO] if demo else FULL)
-
     converted = {
         name: root / ("models" if Path(name).is_file() else name.split("/")[0]) / Path(name).stem for name in files
     }
     if args.check:
-        broken = 0
-        for folder in [*(root / name for name in names), *converted.values()]:
-            try:
-                verify_model(folder)
-                print(f"whole    {folder}")
-            except InputError as error:
-                broken += 1
-                print(f"NOT OK   {error}", file=sys.stderr)
-        if broken:
-            raise SystemExit(1)
+        check_all([*(root / name for name in names), *converted.values()])
         return
     if demo:
         print("building the demo bases (about ten minutes on two cores) ...", flush=True)
-        built = build_demo_bases(args.data, root / "models" / "demo", args.seed, args.texts)
-        for name, found in built["measured"].items():
-            for key, loss in (
-                ("nats_per_token", "language loss"),
-                ("reading_nats_per_token", "loss of captions, read from tables of words,"),
-            ):
-                if key in found:
-                    before, after = found[key]
-                    print(f"{name:10s} {loss} {before:.2f} -> {after:.2f} nats per token")
-            if "cover_accuracy" in found:
-                print(f"{name:10s} land cover named in {found['cover_accuracy']:.0%} of validation scenes")
-        print(f"built in {built['seconds']} s" if built["rebuilt"] else "already built from the same texts and seed")
+        say_built(build_demo_bases(args.data, root / "models" / "demo", args.seed, args.texts))
     for name in names:
         if not demo and args.source in HUBS:
             print(f"{name} from {args.source} ...", flush=True)
