@@ -120,6 +120,11 @@ class PlannedFile:
     image: tuple[int, int] | None = None
     """Width and height in pixels; None where no tile is to be encoded."""
 
+    @property
+    def known(self) -> dict:
+        """What each of its points says of it."""
+        return {name: getattr(self, name) for name in ("attributes", "hash", "size", "mtime_ns")}
+
 
 @dataclass
 class Plan:
@@ -316,17 +321,7 @@ def plan_index(
     `only`: patterns of which a file's name, or its path below `root`, matches one. `attributes` None: files keep those they
     have. Raises InputError: no image below `root`, attributes of an image that is not there."""
     below = files_below(root)
-    every = image_files(root, below)
-    groups = [{path for path in every if _matches(path, root, pattern)} for pattern in only]
-    images = [path for path in every if any(path in group for group in groups)]
-    if not images:
-        raise InputError(f"{root}: no image in it has a name such as {' or '.join(only)} (--only)")
-    named = {path for group in groups if all(map(_is_mask, group)) for path in group}  # by a pattern of their own
-    masks = set(filter(_is_mask, images)) - named
-    if len(masks) < len(images):
-        images = [path for path in images if path not in masks]
-    else:
-        masks = set()
+    images, masks = _chosen(root, image_files(root, below), only)
     images, bands = join_bands(images, settings)
     found = {path.relative_to(root).as_posix(): path for path in images}
     kept = {}
@@ -342,14 +337,7 @@ def plan_index(
         )
     attributes = {name: values for name, values in attributes.items() if name in found}
     done = index.files() if index is not None else {}
-    partial: dict[str, tuple[str, int, set]] = {}  # files that a kill cut short: (hash, mtime, windows that are in)
-    if index is not None and index.count():
-        for _, payload in index.scroll(payload=["path", "window", "hash", "mtime_ns"]):
-            if payload["path"] not in done:
-                window = payload["window"] and tuple(payload["window"])
-                known = (payload["hash"], payload["mtime_ns"], set())
-                partial.setdefault(payload["path"], known)[2].add(window)
-
+    partial = _cut_short(index, done) if index is not None and index.count() else {}
     checks = FileChecks(found, done, attributes, tile, stride, settings)
     bar = {"desc": "files", "unit": "file", "disable": len(found) < 2 * CHECKED}
     results = over_files(checks.check, found, workers, CHECKED, **bar)
@@ -382,6 +370,30 @@ def plan_index(
     notes = [note for note in told if note]
     unchanged = results.count(None) + len(amended)
     return Plan(files, amended, renamed, sorted(stale), unchanged, rejected, attributes, unknown, notes)
+
+
+def _chosen(root: Path, every: list[Path], only: Iterable[str]) -> tuple[list[Path], set[Path]]:
+    """(the images whose name or path matches a pattern, the masks and previews that did too and are left out). A pattern that
+    only such have means them. Raises InputError where there is no image."""
+    groups = [{path for path in every if _matches(path, root, pattern)} for pattern in only]
+    images = [path for path in every if any(path in group for group in groups)]
+    if not images:
+        raise InputError(f"{root}: no image in it has a name such as {' or '.join(only)} (--only)")
+    meant = {path for group in groups if all(map(_is_mask, group)) for path in group}
+    masks = set(filter(_is_mask, images)) - meant
+    if len(masks) == len(images):
+        return images, set()
+    return [path for path in images if path not in masks], masks
+
+
+def _cut_short(index, done: dict) -> dict[str, tuple[str, int, set]]:
+    """{path: (hash, mtime, windows that are in)} of files that a kill cut short."""
+    found: dict[str, tuple[str, int, set]] = {}
+    for _, payload in index.scroll(payload=["path", "window", "hash", "mtime_ns"]):
+        if payload["path"] not in done:
+            known = (payload["hash"], payload["mtime_ns"], set())
+            found.setdefault(payload["path"], known)[2].add(payload["window"] and tuple(payload["window"]))
+    return found
 
 
 def _matches(path: Path, root: Path, pattern: str) -> bool:
@@ -783,10 +795,7 @@ class _Writer:
         if plan.amended:
             report.amended = sum(before[file.path] != file.attributes for file in plan.amended)
             bar = tqdm(plan.amended, desc="attributes", unit="file", leave=False, disable=len(plan.amended) < 1000)
-            index.amend(
-                (file.path, {name: getattr(file, name) for name in ("attributes", "hash", "size", "mtime_ns")})
-                for file in bar
-            )
+            index.amend((file.path, file.known) for file in bar)
         self._rename()
 
     def _rename(self) -> None:
@@ -812,8 +821,7 @@ class _Writer:
                 points.append(Point(
                     file.path, vector, window=payload["window"] and tuple(payload["window"]),
                     footprint=payload["footprint"] and tuple(payload["footprint"]), time=payload["time"],
-                    attributes=file.attributes, hash=file.hash, size=file.size, mtime_ns=file.mtime_ns,
-                    last="last" in payload, extra=payload["extra"],
+                    last="last" in payload, extra=payload["extra"], **file.known,
                 ))  # fmt: skip
             self.index.upsert(points)
 
@@ -834,8 +842,7 @@ class _Writer:
             extra = known["extra"] | ({"image": list(file.image)} if window else {})
             self.held[number] = Point(
                 file.path, vector, window=window, footprint=known["footprint"], last=False, extra=extra,
-                time=time_of(known, file.path), attributes=file.attributes,
-                hash=file.hash, size=file.size, mtime_ns=file.mtime_ns,
+                time=time_of(known, file.path), **file.known,
             )  # fmt: skip
         for number in made.files:
             self.left[number] -= 1
