@@ -277,6 +277,15 @@ def words_zh(texts: list[str]) -> list[str]:
     return [word for text in texts for word in jieba_cutter().cut(text)]
 
 
+def _corpus(texts: dict) -> list[str]:
+    """What the tokens of the Qwen models are learnt from: `demo_texts` and, twice, or no pair of them would be merged, the words
+    of their chat."""
+    given = {name: [text for prompt, text in texts["more"] if prompt == asked] for name, asked in DESCRIBE.items()}
+    chat = [f"system\n{SYSTEM}", "assistant\n", *{f"user\n{prompt}": 0 for prompt, *_ in texts["asked"]}]
+    asked = [f"{question}\n{answer}" for question, answer in texts["qa"]]
+    return [*texts["en"], *words_zh(texts["zh"]), *asked, *given["en"], *words_zh(given["zh"]), *chat * 2]
+
+
 def _documents(texts: dict, family: str, seed: int) -> list[str]:
     """Training text: captions and answers, as the chat in which the model is asked later. The captioner's language model
     reads captions only."""
@@ -991,12 +1000,7 @@ def build(data_dir, output_dir, seed: int, verify, more=None) -> dict:
             for name in DEMO:
                 (temp / name).mkdir()
             scenes = demo_scenes(data_dir, DEMO_SIZES["side"])
-            corpus = [*texts["en"], *words_zh(texts["zh"]), *(f"{q}\n{a}" for q, a in texts["qa"])]
-            chinese = DESCRIBE["zh"]
-            corpus += [text for prompt, text in texts["more"] if prompt != chinese]
-            corpus += words_zh([text for prompt, text in texts["more"] if prompt == chinese])
-            corpus += [f"system\n{SYSTEM}", "assistant\n", *{f"user\n{prompt}": 0 for prompt, *_ in texts["asked"]}] * 2
-            vocab, merges = train_bpe(corpus, DEMO_SIZES["vocab"]["qwen"])
+            vocab, merges = train_bpe(_corpus(texts), DEMO_SIZES["vocab"]["qwen"])
             jobs = [(temp / name, name, vocab, merges, texts, scenes, seed) for name in DEMO]
             workers = min(processors(), len(jobs)) if scenes and len(scenes.rows) >= 100 else 1
             measured = dict(zip(DEMO, in_workers(_write_base, jobs, workers)))

@@ -247,7 +247,11 @@ NOUN_ENDS = re.compile(
 IMPLIED = {2: r"\b(both|pair|couple|double|dual|twin|two|second)\b", 3: r"\b(triang|triple|tri-|three)",
            4: r"\b(square|four|corner|quadrup)", 5: r"\b(star\b|pentag|quintup)", 6: r"\b(half a dozen|hexag)", 8: r"\boctag",
            12: r"\bdozen", 100: r"\bhundred", 1000: r"\bthousand", 10: r"\b(cross|ten\b|intersect)"}  # fmt: skip
-MANY = re.compile(r"[上成][百千万]|成[荫片]|多|大量|不少|无数|若干|成群|少量|少数|林立|遍布|覆盖|大片|些|[密茂满几数]")
+NUMBER_IN_WORDS = {  # Chinese for a number, without one
+    "many": "[上成][百千万]|成[荫片]|多|大量|不少|无数|若干|成群|少量|少数|林立|遍布|覆盖|大片|些|[密茂满几数]",
+    0: "[没无未]", 1: "[单独唯]", 2: "双|俩|一对|成对|一分为二", 6: "打", 12: "打",
+    50: "一半|半数",  # per cent
+}  # fmt: skip
 
 DIGIT = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 UNIT = {"十": 10, "百": 100, "千": 1000, "万": 10000, "亿": 10**8}
@@ -381,17 +385,7 @@ def check_numbers(captions: list[str], text: str) -> list[tuple[str, str]]:
     names |= {float(number) for caption in captions for pair in GRID.findall(caption) for number in pair}
     for wanted in wanted_numbers(captions):
         named = "或".join(shown(value) for value in sorted(wanted, key=str))
-        if "many" in wanted and MANY.search(text):
-            continue
-        if 2 in wanted and re.search("双|俩|一对|成对|一分为二", text):
-            continue
-        if 1 in wanted and re.search("[单独唯]", text):
-            continue
-        if 50 in wanted and "半" in text and any(re.search(r"\b50 ?(?:%|percent)", caption) for caption in captions):
-            continue
-        if 0 in wanted and re.search("[没无未]", text):
-            continue
-        if {6, 12} & wanted and "打" in text:
+        if any(value in wanted and re.search(words, text) for value, words in NUMBER_IN_WORDS.items()):
             continue
         at = [good for values, good, _ in found if values & wanted]
         if not at:
@@ -1335,7 +1329,7 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"{args.base_url or args.local}: no answer to any request: {items[0].reasons[0][1]}")
         before, after = translator.part_duplicates(items)
         rows = rows_of(items, questions, args.questions, args.seed)
-        sizes = [len(item.text) for item in items if not item.reasons]
+        sizes = [len(item.text) for item in items if not item.reasons] or [0]
         taken = list({row["img"]: row for row in rows}.values())
         report = {
             "input": args.input, "output": args.output, "model": engine and engine.name, "mode": args.mode,
@@ -1344,8 +1338,7 @@ def main(argv: list[str] | None = None) -> int:
             "rejected": dict(Counter(r for item in items for r in dict.fromkeys(reason for reason, _ in item.reasons))),
             "rejected_texts": sum(bool(item.reasons) for item in items), "images_without_english": without,
             "duplicates": {"before": before, "after": after},
-            "length": {"min": min(sizes), "median": statistics.median(sizes), "max": max(sizes)} if sizes else
-                      {"min": 0, "median": 0, "max": 0},
+            "length": {"min": min(sizes), "median": statistics.median(sizes), "max": max(sizes)},
             "samples": [taken[i * len(taken) // min(5, len(taken))] for i in range(min(5, len(taken)))],
         }  # fmt: skip
         write_results(places, rows, items, report)
