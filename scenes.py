@@ -276,11 +276,11 @@ def read_scenes(
         if form == "triplets":  # a text stands there once for each of its negatives
             scene.listed = list(scene.texts)
         true = set(scene.texts)
-        wrong = [row for row in scene.rows if row[1] in true]
-        for row in wrong:
-            reason = f"field 'negative': {row[1]!r} is also a positive of {scene.image}"
-            result.rejected.append(Rejected(str(path), seen[(scene.image, *row)], reason))
-        scene.rows = [row for row in scene.rows if row not in set(wrong)]
+        for text, negative in scene.rows:
+            if negative in true:
+                reason = f"field 'negative': {negative!r} is also a positive of {scene.image}"
+                result.rejected.append(Rejected(str(path), seen[scene.image, text, negative], reason))
+        scene.rows = [row for row in scene.rows if row[1] not in true]
         if scene.rows:
             result.scenes.append(scene)
     _refuse_rejected(path, result, max_rejected)
@@ -963,27 +963,13 @@ def load_splits(
         refuse_absent_split(config.test_split, named)
     content = by_content(images_of(splits))
     if not splits["val"]:
-        scenes = splits["train"]
-        copies = Counter(content[scene.image] for scene in scenes)  # of a picture: they go the same way
-        wanted, held = max(1, round(config.val_fraction * len(scenes))), set()
-        for picture in random.Random(seed).sample(list(copies), len(copies)):
-            if wanted > 0:
-                held.add(picture)
-                wanted -= copies[picture]
-        splits["val"] = [scene for scene in scenes if content[scene.image] in held]
-        splits["train"] = [scene for scene in scenes if content[scene.image] not in held]
+        splits["train"], splits["val"] = _hold_out(splits["train"], content, config.val_fraction, seed)
         if not splits["train"]:
             raise InputError(
                 f"{config.train_file}: --val_fraction {config.val_fraction:g} of {len(splits['val'])} images leaves none to"
                 " train on"
             )
-    leaks = find_leaks(splits, content)
-    if leaks:
-        first = "; ".join(f"{a} ({x}) = {b} ({y})" for a, x, b, y in leaks[:3])
-        message = f"{len(leaks)} images are in more than one split, e.g. {first}"
-        if not config.allow_leak:
-            raise InputError(message + "; split by image, or go on with --allow_leak")
-        print("warning: " + message)
+    _refuse_leaks(find_leaks(splits, content), config.allow_leak)
     if config.max_samples:
         splits = {name: sample_scenes(scenes, config.max_samples, seed) for name, scenes in splits.items()}
     if report:
@@ -1005,6 +991,28 @@ def load_splits(
         where = f", listed in {report}" if report and rejected else ""
         print(f"data: {len(rejected)} bad rows left out{where}; {duplicates} duplicate rows dropped")
     return splits
+
+
+def _hold_out(scenes: list, content: dict[str, str], fraction: float, seed: int) -> tuple[list, list]:
+    """(the scenes to train on, those held out), at least one; `content`: of `by_content`."""
+    copies = Counter(content[scene.image] for scene in scenes)  # of a picture: they go the same way
+    wanted, held = max(1, round(fraction * len(scenes))), set()
+    for picture in random.Random(seed).sample(list(copies), len(copies)):
+        if wanted > 0:
+            held.add(picture)
+            wanted -= copies[picture]
+    train, val = ([scene for scene in scenes if (content[scene.image] in held) == out] for out in (False, True))
+    return train, val
+
+
+def _refuse_leaks(leaks: list[tuple], allowed: bool) -> None:
+    """Raises InputError where there are any of `find_leaks`; where they are `allowed`, says so."""
+    if leaks:
+        first = "; ".join(f"{a} ({x}) = {b} ({y})" for a, x, b, y in leaks[:3])
+        message = f"{len(leaks)} images are in more than one split, e.g. {first}"
+        if not allowed:
+            raise InputError(message + "; split by image, or go on with --allow_leak")
+        print("warning: " + message)
 
 
 OTHER_TEST = "other test"
