@@ -614,27 +614,35 @@ def train_vision(
             loss = loss + whole_weight * (lone + wrong(found, there.amax(1)).sum(-1).mean())
         return loss
 
+    more, rates = [p for head in heads for p in head.parameters()], {"lr": lr, "muon_lr": muon_lr, "head_lr": head_lr}
+    _train(loss_of, named, more, scenes.train, draw, steps=steps, batch=batch, **rates)
+    with torch.no_grad():
+        return _vision_scores(scenes, [grids[i] for i in scenes.held], say([scenes.pictures[i] for i in scenes.held]))
+
+
+def _vision_scores(scenes: Scenes, grids: list, said: tuple) -> dict:
+    """How much of what the heads of `train_vision` said of the validation scenes is true of their grids."""
+    import numpy as np
+    import torch
+
+    cover = torch.tensor([scenes.cover[i] for i in scenes.held])
+    truth = torch.from_numpy(np.stack(grids)).flatten(1, 2)  # (N, squares, 3, kinds)
+
     def told(whole, found, truth):
         """How often the cover is right, and each kind's F1: found (..., kinds) against truth."""
         right, said, truth = whole.argmax(1) == cover, found.flatten(0, -2) > 0, truth.flatten(0, -2)
         f1 = 2 * (truth * said).sum(0) / (truth.sum(0) + said.sum(0)).clamp(min=1)
-        return round(right.float().mean().item(), 3), dict(zip(kinds, [round(x, 2) for x in f1.tolist()]))
+        scores = dict(zip(scenes.kinds, [round(x, 2) for x in f1.tolist()]))
+        return {"cover_accuracy": round(right.float().mean().item(), 3), "object_f1": scores}
 
-    more, rates = [p for head in heads for p in head.parameters()], {"lr": lr, "muon_lr": muon_lr, "head_lr": head_lr}
-    _train(loss_of, named, more, scenes.train, draw, steps=steps, batch=batch, **rates)
-    cover = torch.tensor([scenes.cover[i] for i in scenes.held])
-    truth = torch.from_numpy(np.stack([grids[i] for i in scenes.held])).flatten(1, 2)  # (N, squares, 3, kinds)
-    with torch.no_grad():
-        (covered, there, number, _), *vector = say([scenes.pictures[i] for i in scenes.held])
+    (covered, there, number, _), *vector = said
     count = truth[:, :, 1].sum(1)
     counted = (number.exp().sum(1).round() == count)[count > 0]
-    part = cells // 4  # 28 pixels a side
+    part = grids[0].shape[0] // 4  # 28 pixels a side
     there, truth = (x.unflatten(1, (4, part, 4, part)).amax((2, 4)) for x in (there, truth[:, :, 0]))
-    right, f1 = told(covered.mean(1), there, truth)
-    measured = {"cover_accuracy": right, "count_accuracy": round(counted.float().mean().item(), 3), "object_f1": f1}
+    measured = told(covered.mean(1), there, truth) | {"count_accuracy": round(counted.float().mean().item(), 3)}
     for whole, found in vector:
-        right, f1 = told(whole, found, truth.amax((1, 2)))
-        measured["vector"] = {"cover_accuracy": right, "object_f1": f1}
+        measured["vector"] = told(whole, found, truth.amax((1, 2)))
     return measured
 
 
@@ -888,13 +896,10 @@ def _write_qwen(folder: Path, family: str, vocab: dict, merges: list, texts: dic
     return measured
 
 
-def _write_clip(folder: Path, texts: list[str], scenes: Scenes | None, seed: int) -> dict:
-    """A CLIP whose vision tower has learnt to see: images of 112 px, patches of 14. What reads its patches, as LLaVA's
-    kind of captioner does, reads them before the last layer; that one serves the vector of the image. The text tower has
-    fresh weights; its words are English: other scripts fall to bytes, as in the original."""
-    import numpy as np
-    import torch
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+def _write_clip_settings(folder: Path, texts: list[str]) -> None:
+    """The tokenizer and the settings of a CLIP for images of 112 px in patches of 14. Its words are English: other scripts
+    fall to bytes, as in the original."""
+    from transformers import CLIPTokenizer
 
     side = DEMO_SIZES["side"]
     texts = [" ".join(text.lower().split()) for text in texts]
@@ -925,6 +930,16 @@ def _write_clip(folder: Path, texts: list[str], scenes: Scenes | None, seed: int
         "feature_extractor_type": "CLIPFeatureExtractor", **PIXELS, "resample": 3, "size": side,
     })
     # fmt: on
+
+
+def _write_clip(folder: Path, texts: list[str], scenes: Scenes | None, seed: int) -> dict:
+    """A CLIP whose vision tower has learnt to see. What reads its patches, as LLaVA's kind of captioner does, reads them
+    before the last layer; that one serves the vector of the image. The text tower has fresh weights."""
+    import numpy as np
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    _write_clip_settings(folder, texts)
     torch.manual_seed(seed)
     model = CLIPModel(CLIPConfig.from_pretrained(folder))
     measured = {}
