@@ -189,8 +189,8 @@ class _Ground:
         for o in t["objects"] + t["clouds"]:
             self.take(o)
 
-    def line_mask(self, line: dict, grow: float = 2) -> np.ndarray:
-        points, width = [tuple(p) for p in line["points"]], round(line["width"] + 2 * grow * self.u)
+    def line_mask(self, line: dict) -> np.ndarray:
+        points, width = [tuple(p) for p in line["points"]], round(line["width"] + 4 * self.u)
         return _mask(self.size, lambda d: d.line(points, fill=1, width=width, joint="curve"))
 
     def box(self, o: dict, grow: float) -> tuple[tuple[slice, slice], np.ndarray]:

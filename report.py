@@ -228,13 +228,13 @@ def confusion_figure(counts: np.ndarray, labels: list[str], path=None, title: st
         return save_figure(figure, path)
 
 
-def contact_sheet(rows: list[tuple[str, list[dict]]], path=None, columns: int = 5) -> bytes | Path:
+def contact_sheet(rows: list[tuple[str, list[dict]]], path=None) -> bytes | Path:
     """Pictures with a few lines below each, under headings, as one PNG.
 
-    rows: [(heading, [{"rgb": (H, W, 3) uint8 or None, "lines": [text]}])]; more than `columns` pictures run on below."""
+    rows: [(heading, [{"rgb": (H, W, 3) uint8 or None, "lines": [text]}])]; more than five pictures run on below."""
     from matplotlib.figure import Figure
 
-    columns = max(1, min(columns, max((len(items) for _, items in rows), default=1)))
+    columns = max(1, min(5, max((len(items) for _, items in rows), default=1)))
     lines = []  # (heading or "", up to `columns` items)
     for heading, items in rows:
         parts = [items[start : start + columns] for start in range(0, len(items), columns)] or [[]]

@@ -214,7 +214,7 @@ def bars_html(rows: list[tuple[str, float]], low: float = 0.0, high: float = 1.0
     return f'<div class="bars">{"".join(made)}</div>'
 
 
-def map_svg(payloads: list[dict], tile_url: str | None = None, size: tuple[int, int] = (640, 420)) -> str:
+def map_svg(payloads: list[dict], tile_url: str | None = None) -> str:
     """Numbered footprints in Web Mercator, with a grid of degrees; over map tiles where there is a `tile_url`. Empty where
     no payload has a place."""
     placed = [(rank, p["footprint"]) for rank, p in enumerate(payloads, 1) if p["footprint"]]
@@ -234,17 +234,21 @@ def map_svg(payloads: list[dict], tile_url: str | None = None, size: tuple[int, 
         boxes.append((rank, *project(west + turn, north), *project(east + turn, south)))
     left, top = min(b[1] for b in boxes), min(b[2] for b in boxes)
     right, bottom = max(b[3] for b in boxes), max(b[4] for b in boxes)
-    width, height = size
-    margin = 36
+    width, height, margin = 640, 420, 36
     scale = min((width - 2 * margin) / max(right - left, 1e-7), (height - 2 * margin) / max(bottom - top, 1e-7))
     zoom = min(18, max(0, math.floor(math.log2(scale / 256))))
     if tile_url:
         scale = 256 * 2**zoom  # tiles at their own size stay sharp
-    x_of = lambda x: (x - (left + right) / 2) * scale + width / 2  # noqa: E731
-    y_of = lambda y: (y - (top + bottom) / 2) * scale + height / 2  # noqa: E731
+    middle_x, middle_y, half_x, half_y = (left + right) / 2, (top + bottom) / 2, width / 2 / scale, height / 2 / scale
+    view = middle_x - half_x, middle_x + half_x, middle_y - half_y, middle_y + half_y
     parts = []
-    view = [(left + right) / 2 - width / 2 / scale, (left + right) / 2 + width / 2 / scale,
-            (top + bottom) / 2 - height / 2 / scale, (top + bottom) / 2 + height / 2 / scale]  # fmt: skip
+
+    def x_of(x):
+        return (x - middle_x) * scale + width / 2
+
+    def y_of(y):
+        return (y - middle_y) * scale + height / 2
+
     if tile_url:
         count = 2**zoom
         for i in range(math.floor(view[0] * count), math.floor(view[1] * count) + 1):
