@@ -700,7 +700,7 @@ class _Begun:
             )
             self.step, self.recorded, script = (
                 state.get("global_step"),
-                record["settings"],
+                dict(record["settings"]),
                 SCRIPTS.get(record.get("task")),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -301,7 +301,7 @@ def test_a_run_of_another_script_is_not_resumed(tmp_path):
         parse(MatchConfig, [f"--resume_from_checkpoint={tmp_path / 'run'}"])
     with pytest.raises(InputError, match="a run of --task rsvqa, which it goes on with"):
         parse(VQAConfig, [f"--resume_from_checkpoint={tmp_path / 'run'}", "--task=chat"])
-    for text in ("", "[]", '{"task": "vqa"}'):
+    for text in ("", "[]", '{"task": "vqa"}', '{"settings": [1]}'):
         (checkpoint / "config.json").write_text(text)
         with pytest.raises(InputError, match="not a whole checkpoint"):
             parse(VQAConfig, [f"--resume_from_checkpoint={tmp_path / 'run'}"])
