@@ -81,6 +81,9 @@ def _of_the_machine(error: Exception) -> str | None:
     """What an error says that is neither the input's nor the program's."""
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return f"the disk is full ({error}); make room, and go on from the last whole checkpoint or run the same command again"
+    if re.search(r"inline_container\S* *\. unexpected pos|PytorchStreamWriter|requested and \d+ written", str(error)):
+        what = f"a file could not be written whole, mostly because the disk is full ({error})"
+        return f"{what}; make room, and go on from the last whole checkpoint or run the same command again"
     if isinstance(error, RuntimeError) and re.match(
         r"DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)
     ):
@@ -1018,6 +1021,21 @@ def cache_folder(given: str | None) -> str | None:
     if Path(given).exists() and not Path(given).is_dir():
         raise InputError(f"--cache_dir {given}: is a file, expected a folder")
     return given
+
+
+def flock(file, free: bool = False) -> None:
+    """Lock a file, or a folder by its descriptor, for this process, or free it; nothing where there are no locks. Raises
+    BlockingIOError where another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_UN if free else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks, as on some clusters
+        return
 
 
 def in_workers(function, jobs: list, workers: int, chunksize: int = 1) -> list:

@@ -252,7 +252,8 @@ def _kept(entry: Path, what: str):
         yield temporary
         os.replace(temporary, entry)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{entry.parent}: cannot keep {what}: {error}; see --cache_dir") from None
+        why = "the disk is full" if re.search(r"requested and \d+ written", str(error)) else error  # numpy's words
+        raise InputError(f"{entry.parent}: cannot keep {what}: {why}; see --cache_dir") from None
     finally:
         with contextlib.suppress(OSError):  # it has become the entry, or its folder is none
             temporary.unlink()

@@ -564,8 +564,7 @@ class Vectors:
     def of(cls, vectors: torch.Tensor) -> "Vectors":
         made = cls(vectors.float().to("cpu", non_blocking=vectors.is_cuda), None)
         if vectors.is_cuda:
-            made.done = torch.cuda.Event()
-            made.done.record()
+            made.done = torch.cuda.current_stream(vectors.device).record_event()  # of its card, not of the current one
         return made
 
     def numpy(self) -> np.ndarray:

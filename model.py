@@ -230,7 +230,36 @@ def save_trained(folder: Path, tensors: dict[str, torch.Tensor], weights: str, s
     write_settings(folder / name, settings)
     open_weights(folder, name)
     model.tokenizer.save_pretrained(folder)
-    model.processor.save_pretrained(folder)
+    save_processor(model.processor, folder, model.qwen.config.model_type if hasattr(model, "qwen") else None)
+
+
+@contextlib.contextmanager
+def _whole(folder: Path):
+    """Gives a path beside `folder`, which becomes it at the end: whole or not at all, and nothing is left of what failed."""
+    partial = Path(f"{folder}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        if folder.is_dir():
+            folder.rmdir()  # the caller saw that it is empty
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_processor(processor, folder: Path, family: str | None) -> None:
+    """Write an image processor; of a Qwen-VL also what transformers 4 calls its pixel limits, which knows them by no other
+    name and would silently take its own, and the processor that AutoProcessor makes of it."""
+    processor.save_pretrained(folder)
+    if hasattr(processor, "merge_size"):
+        path = folder / "preprocessor_config.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["min_pixels"], record["max_pixels"] = (
+            record["size"][edge] for edge in ("shortest_edge", "longest_edge")
+        )
+        if family:
+            record["processor_class"] = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}[family]
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def write_settings(path: Path, settings) -> None:
@@ -1246,11 +1275,13 @@ class VQA(nn.Module):
         record = json.loads((base / "config.json").read_text(encoding="utf-8"))
         name = record.get("dtype") or record.get("torch_dtype") or "float32"
         merged = self.peft.merge_and_unload(safe_merge=True).to(dtype or getattr(torch, name))
-        partial = Path(f"{folder}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        with _whole(folder) as partial:
+            self._write_merged(merged, base, partial, record, settings)
+
+    def _write_merged(self, merged, base: Path, partial: Path, record: dict, settings: bool) -> None:
         merged.save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
-        self.processor.save_pretrained(partial)
+        save_processor(self.processor, partial, record["model_type"])
         if settings:
             write_settings(partial / VQA_SETTINGS, self.settings)
         open_weights(partial, "config.json")
@@ -1258,9 +1289,6 @@ class VQA(nn.Module):
             if (base / name).is_file() and not (partial / name).exists():
                 shutil.copy(base / name, partial / name)
         keep_settings_of(base, partial, merged.dtype)
-        if folder.is_dir():
-            folder.rmdir()  # the caller saw that it is empty
-        os.replace(partial, folder)
 
     # -- for the trainer
 
@@ -1469,8 +1497,9 @@ class VQA(nn.Module):
             if step + 1 == room or not real.any():
                 break
             hidden = self._continue(tree, token[..., None], positions[..., None], real[..., None], keep=1)
-            logits = hidden.new_zeros(*real.shape, self.qwen.lm_head.out_features)
-            logits[real] = self.qwen.lm_head(hidden)
+            said = self.qwen.lm_head(hidden)  # under autocast not in the type of `hidden`
+            logits = said.new_zeros(*real.shape, said.shape[-1])
+            logits[real] = said
             tree.branch_lengths, positions = tree.branch_lengths + real, positions + real
         tokens = torch.stack(made, -1).tolist()
         answers = []

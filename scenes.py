@@ -697,6 +697,7 @@ def read_chat(path: str | Path, **options) -> SceneFile:
     `read_scenes`, as answers to their own prompts or to a request for a description. options: those of both."""
     rows = _listed(load_rows(Path(path))) if Path(path).is_file() else None
     first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
+    del rows  # the file is read again below, and is not to be held twice
     asked, answered = _field(first, QUESTION_FIELDS), _field(first, ANSWER_FIELDS)  # a label beside captions is a class
     one = (
         asked
@@ -775,7 +776,12 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
             f" found {len(images)} images and {str(turns[0].get(content))[:80]!r}"
         )
     pairs = tuple(zip(said[::2], said[1::2]))
-    return images[0].strip(), [Question(q, a, kind, number, pairs[:n]) for n, (q, a) in enumerate(pairs)]
+    learnt = [
+        n for n, turn in enumerate(turns[1::2]) if turn.get("loss") not in (False, 0)
+    ]  # ms-swift's mark of others
+    if not learnt:
+        raise InputError(f'field {listed!r}: no answer in it is to be learnt, each has "loss": false')
+    return images[0].strip(), [Question(*pairs[n], kind, number, pairs[:n]) for n in learnt]
 
 
 def _listed_images(entry: dict) -> list:

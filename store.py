@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from config import InputError
+from config import InputError, flock
 
 FORMAT = 1  # of the payload and of index.json; an index of another number is refused
 # The graph (HNSW, Malkov & Yashunin 2018). On 100,000 x 512 in 1000 clusters, one core: a build takes 100 s of CPU and
@@ -674,7 +674,7 @@ class _Edge(Store):
             raise InputError(f"{self.location}: {what}: copy it to a folder that you may write") from None
         for attempt in range(30):
             try:
-                _flock(self._lock)
+                flock(self._lock)
                 self._lock.truncate(0)
                 self._lock.write(str(os.getpid()))
                 self._lock.flush()
@@ -692,7 +692,7 @@ class _Edge(Store):
 
     def _release(self) -> None:
         self._lock.truncate(0)
-        _flock(self._lock, free=True)  # closing would leave it to worker processes that have the file open too
+        flock(self._lock, free=True)  # closing would leave it to worker processes that have the file open too
         self._lock.close()
 
     def _start(self, load):
@@ -790,21 +790,6 @@ class _Edge(Store):
 
     def _query(self, requests):
         return self._shard.query_batch(self._m.QueryBatchRequest(requests))
-
-
-def _flock(file, free: bool = False) -> None:
-    """Lock a file for this process, or free it; without locks Edge's own must do. Raises BlockingIOError where another
-    process has it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_UN if free else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # a file system without locks, as on some clusters
-        return
 
 
 def _edge_config(m, dim: int):

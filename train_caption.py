@@ -39,6 +39,7 @@ from trainer import (
     check_best_metric,
     dtype_of,
     held_out_loss,
+    own_folder,
     parameters_text,
     prepared_tokens,
     read_history,
@@ -299,8 +300,9 @@ class CaptionRun(Run):
 def main(argv: list[str] | None = None) -> dict:
     config, args, changed = parse(CaptionConfig, argv, description=__doc__.split("\n")[0])
     transformers.utils.logging.disable_progress_bar()  # of weights: seconds at most
-    run = CaptionRun(config, args, changed)
-    return run.finish(*run.train())
+    with own_folder(args):
+        run = CaptionRun(config, args, changed)
+        return run.finish(*run.train())
 
 
 if __name__ == "__main__":

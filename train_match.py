@@ -10,6 +10,7 @@ Leaves in output/training_YYYYMMDD_HHMMSS/: best_model/, checkpoint-N/, config.j
 report.html, and TensorBoard events.
 """
 
+import contextlib
 import re
 import sys
 from collections import Counter
@@ -55,6 +56,7 @@ from trainer import (
     check_best_metric,
     dtype_of,
     gather_rows,
+    own_folder,
     parameters_text,
     read_history,
 )
@@ -452,6 +454,11 @@ def refuse_nothing_to_tell_apart(config: MatchConfig, args, scenes: list[Scene])
     """Raises InputError where no text would ever stand beside a wrong image: every loss would be 0."""
     if any(negative for scene in scenes for _, negative in scene.rows):
         return
+    if len(scenes) == 1:
+        raise InputError(
+            "the training split has one image and no row has a negative: there is no text to tell its own from, and nothing"
+            " would be learnt; give more images, or rows with a negative"
+        )
     if args.train_batch_size * args.world_size == 1:
         raise InputError(
             "--per_device_train_batch_size 1: the data gives no negatives, and they are taken from the other images of a"
@@ -468,9 +475,14 @@ def refuse_nothing_to_tell_apart(config: MatchConfig, args, scenes: list[Scene])
 def _stored(feature_store: FeatureStore, compute, items: list[str], name=str) -> np.ndarray:
     """Features of texts or image files; `name(item)` is what an entry is kept under."""
     item_of = {name(item): item for item in items}
-    return feature_store.get(
-        [name(item) for item in items], lambda chunk: compute([item_of[key] for key in chunk]).float().numpy()
-    )
+
+    def made(chunk):
+        with contextlib.ExitStack() as plain:  # in the model's own precision, also within a training's autocast
+            for device in ("cpu", "cuda"):
+                plain.enter_context(torch.autocast(device, enabled=False))
+            return compute([item_of[key] for key in chunk]).float().numpy()
+
+    return feature_store.get([name(item) for item in items], made)
 
 
 def mined_negatives(model, scenes, config, args) -> list[list[str | None]]:
@@ -656,7 +668,8 @@ def main(argv: list[str] | None = None) -> dict:
     config, args, changed = parse(MatchConfig, argv, description=__doc__.split("\n")[0])
     if config.eval_only:
         return evaluate_only(config, args, argv, keep=args.process_index == 0 and keeps_scores(argv))
-    return MatchRun(config, args, changed).train()
+    with own_folder(args):
+        return MatchRun(config, args, changed).train()
 
 
 if __name__ == "__main__":

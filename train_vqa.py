@@ -68,6 +68,7 @@ from trainer import (
     check_best_metric,
     dtype_of,
     held_out_loss,
+    own_folder,
     parameters_text,
     prepared_tokens,
     read_history,
@@ -682,7 +683,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     if config.eval_only:
         run.made["after"] = run.ask(run.held, progress=run.main_process)
         return run.finish(config.lora, keep=keeps_scores(argv))
-    return run.finish(run.train(), keep=True)
+    with own_folder(args):
+        return run.finish(run.train(), keep=True)
 
 
 if __name__ == "__main__":

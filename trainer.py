@@ -24,7 +24,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
-from config import PROJECTOR_STAGE, InputError, resolve_checkpoint
+from config import PROJECTOR_STAGE, InputError, flock, resolve_checkpoint
 from data import SceneSampler, digest_of, fitting_workers, rows_digest
 from report import write_json
 from scenes import load_json
@@ -433,6 +433,39 @@ def dtype_of(args) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float32
 
 
+@contextlib.contextmanager
+def own_folder(args):
+    """Hold the folder of a run: another training in it would take this one's checkpoints for its own, and remove them. The
+    lock goes with the process, whatever ends it. Raises InputError."""
+    if args.process_index:
+        yield
+        return
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folder
+        yield
+        return
+    try:
+        for attempt in range(30):
+            try:
+                flock(held)
+                break
+            except BlockingIOError:
+                if attempt == 29:
+                    raise InputError(
+                        f"{folder}: another training is writing to it; wait for its end, or give another --output_dir"
+                    ) from None
+            time.sleep(0.2)  # of one that was killed, processes that read hold the lock until they notice, in 5 s
+        if args.resume_from_checkpoint:  # which may have gone meanwhile
+            resolve_checkpoint(args.resume_from_checkpoint)
+        yield
+        flock(held, free=True)  # closing would leave it to processes that have it open too
+    finally:
+        os.close(held)
+
+
 class Run:
     """What a run of any task has: its settings, its folder, and whether this process is the one that speaks and writes."""
 
@@ -510,7 +543,8 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         if state.is_world_process_zero and logs and hasattr(self, "path"):
-            numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+            # Not the infinite gradient of a step that fp16's scaling left out: that is no JSON.
+            numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and math.isfinite(v)}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step} | numbers) + "\n")
 

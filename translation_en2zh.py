@@ -39,6 +39,7 @@ from config import (
     SURROGATE,
     InputError,
     add_device_flags,
+    flock,
     places_beside,
     read_lines,
     read_text,
@@ -723,10 +724,7 @@ class Cache:
         self.path, self.answers = path, {}
         try:
             self.file = open(path, "ab+")  # noqa: SIM115  it stays open for the whole run
-            with contextlib.suppress(ImportError):
-                import fcntl
-
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(self.file)
             self.file.seek(0)
             content = self.file.read()
         except BlockingIOError:

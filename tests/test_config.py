@@ -361,6 +361,10 @@ def test_new_run_into_a_used_folder(tmp_path):
     ("error", "said"),
     [
         (OSError(28, "No space left on device"), "the disk is full"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 12502144 vs 12502032"),
+            "disk is full",
+        ),
         (RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"), "for want of memory"),
         (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), "for want of memory"),
     ],

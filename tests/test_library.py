@@ -136,7 +136,7 @@ def test_masks_beside_the_pictures_are_left_out(folder):
 
     names, notes = planned()
     assert names & {f"farm/{name}" for name in [*masks, "scl.png", "aqua_1.tif"]} == {"farm/scl.png", "farm/aqua_1.tif"}
-    assert [note for note in notes if note.startswith("masks, quality layers and previews left out: 12, such as")]
+    assert [note for note in notes if note.startswith("masks, quality layers and previews left out: 16, such as")]
     assert not any("banner" in name for name in names)
     shutil.rmtree(page.parent)
     assert planned("*_SCL_20m.jp2") == ({"farm/T33UUP_20200615_SCL_20m.jp2"}, [])
@@ -149,7 +149,7 @@ def test_masks_beside_the_pictures_are_left_out(folder):
         if path.name not in masks:
             path.unlink()
     names, notes = planned()
-    assert len(names) == 11 and notes == [], "a folder of masks is meant"
+    assert len(names) == 15 and notes == [], "a folder of masks is meant"
 
 
 def test_cells_that_are_numbered_like_bands_all_come_in(folder):

@@ -597,6 +597,19 @@ def test_pictures_lie_in_a_folder_of_the_name_of_the_file(tmp_path):
     assert [s.image for s in read_conversations(tmp_path / "Train.json").scenes] == [scene.image]
 
 
+def test_answers_that_are_not_to_be_learnt(tmp_path):
+    picture(tmp_path / "a.png")
+    said = [("Where?", "at sea", False), ("What?", "a ship", None), ("Why?", "it sails", True)]
+    turns = []
+    for question, answer, loss in said:
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer} | ({} if loss is None else {"loss": loss}))
+    (scene,) = read_conversations(save(tmp_path / "q.json", [{"messages": turns, "images": ["a.png"]}])).scenes
+    assert [(q.answer, len(q.history)) for q in scene.questions] == [("a ship", 1), ("it sails", 2)]
+    none = [{"messages": turns[:2], "images": ["a.png"]}]
+    refused(lambda: read_conversations(save(tmp_path / "q.json", none)), "row 0", "no answer in it is to be learnt")
+
+
 def test_marks_in_answers_and_boxes_that_are_not_filled_in(tmp_path):
     picture(tmp_path / "a.png")
     row = {"image": "a.png", "question": "Where?", "answer": "at <|box_start|>(1,2),(3,4)<|box_end|>"}

@@ -1,11 +1,13 @@
 """trainer.py and train_match.py: whole runs on the tiny base; resume, kills, two processes, the best model."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -404,6 +406,39 @@ def test_eval_only_scores_what_was_held_out_then(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_match.py", *only])
     again = train_match.main()
     assert again["images"] == trained["images"] and again["trained"] == trained["trained"]
+
+
+def test_one_image_has_nothing_to_be_told_from(flags, drawn, tmp_path):
+    rows = json.loads(drawn.captions.read_text())
+    one = next(row["image"] for row in rows if row["split"] == "train")
+    (tmp_path / "one.json").write_text(json.dumps([r for r in rows if r["split"] != "train" or r["image"] == one]))
+    own = [f"--train_file={tmp_path / 'one.json'}", f"--image_root={drawn.images}", f"--output_dir={tmp_path / 'run'}"]
+    own = [*[flag for flag in flags if "_file=" not in flag], *own]
+    with pytest.raises(InputError, match="one image and no row has a negative"):
+        train_match.main(own)
+
+
+def test_a_run_has_its_folder_to_itself(train, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    other = os.open(tmp_path / "run", os.O_RDONLY)  # as another process has it
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="another training is writing to it"):
+        patch.setattr(trainer_module.time, "sleep", lambda seconds: None)
+        train(tmp_path / "run", "--max_steps 1")
+    os.close(other)
+    train(tmp_path / "run", "--max_steps 1")
+    other = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
+    os.close(other)
+
+
+def test_numbers_that_are_no_json_stay_out_of_the_history(tmp_path):
+    log = trainer_module.MetricsFile()
+    args, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(is_world_process_zero=True, global_step=0)
+    log.on_train_begin(args, state, None)
+    log.on_log(args, state, None, logs={"loss": 1.5, "grad_norm": float("inf"), "other": float("nan")})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": 1.5}\n'
 
 
 def test_colours_know_no_word_of_the_test(tmp_path):

@@ -249,6 +249,15 @@ def test_answers_that_end_early_are_those_of_generate(answerer, scenes, tmp_path
     assert made == expected and len(lengths) > 1, lengths
 
 
+def test_answers_under_autocast_of_another_type(answerer, scenes):
+    """As an evaluation inside a training with --fp16 runs: float32 weights, float16 products."""
+    model = answerer().eval()
+    asked = [(scene.image, [q.text for q in scene.questions]) for scene in scenes]
+    with torch.autocast("cpu", torch.float16):
+        made = model.answer(asked, max_tokens=3)
+    assert list(map(len, made)) == [len(questions) for _, questions in asked]
+
+
 def test_before_is_a_fresh_base_and_the_adapter_comes_back(answerer, scenes):
     for options in ({}, {"merger": "full"}, {"vision_tower": "full"}):
         model = answerer(strength=0.3, **options).eval()
@@ -567,3 +576,9 @@ def test_official_layout_trains_saves_merges_and_answers_the_same(family, tie, t
     assert "model.layers.0.self_attn.q_proj.weight" in load_file(index), "the names vLLM and 4.x read"
     for name in ("tokenizer_config.json", "preprocessor_config.json", "generation_config.json", "config.json"):
         assert (tmp_path / "merged" / name).is_file(), name
+    assert not (tmp_path / "merged.partial").exists()
+    for made in ("merged", "adapter"):  # transformers 4 knows the limits by these names alone
+        known = json.loads((tmp_path / made / "preprocessor_config.json").read_text())
+        size = known["size"]
+        assert (known["min_pixels"], known["max_pixels"]) == (size["shortest_edge"], size["longest_edge"])
+        assert known["processor_class"] == type(merged).__name__.replace("ForConditionalGeneration", "Processor")
