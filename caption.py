@@ -50,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     shared.add_argument("--max_length", type=int, help="most tokens of a caption (default: as in training)")
     shared.add_argument("--num_beams", type=int, default=1, help="beam search over so many captions (1: greedy)")
     shared.add_argument("--temperature", type=float, default=0.0, help="above 0: draw words instead of the best ones")
-    shared.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest words of this total share")
+    shared.add_argument(
+        "--top_p", type=float, default=1.0, help="with --temperature: draw from the likeliest words of this total share"
+    )
     shared.add_argument("--seed", type=int, default=0, help="another seed draws other words")
     shared.add_argument("--batch_size", type=int, default=32, help="images captioned at once (default: 32)")
     add_device_flags(shared)

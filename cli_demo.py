@@ -52,11 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--language", choices=["zh", "en"], default="zh", help="language of the program's own words (default: zh)"
     )
     parser.add_argument("--image_path", help="the first image")
-    parser.add_argument("--max_length", type=int, default=512, help="most tokens of an answer")
+    parser.add_argument("--max_length", type=int, default=512, help="most tokens of an answer (default: 512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0: draw words; 0: the likeliest ones")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest words of this total share")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="with --temperature: draw from the likeliest words of this total share"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other words")
-    parser.add_argument("--max_turns", type=int, default=20, help="turns that are remembered")
+    parser.add_argument("--max_turns", type=int, default=20, help="turns that are remembered (default: 20)")
     add_device_flags(parser)
     return parser
 

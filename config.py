@@ -161,18 +161,23 @@ class DataConfig:
     nodata: float | None = None
     """A value that holds no data although the files do not tag it."""
 
+    cache_dir: str | None = ".cache"
+    """Folder of resized images and frozen-tower features, reused by later runs. `none` turns it off."""
+
+
+@dataclass
+class QwenConfig(DataConfig):
+    """What the tasks on a Qwen-VL share: it takes images of any size."""
+
     min_pixels: int = 56 * 56
     """Images below this area (pixels) are enlarged. The processor's own lower bound for Qwen-VL."""
 
     max_pixels: int = 448 * 448
     """Images above this area (pixels) are shrunk. 448x448 is 256 merged tokens; a 256x256 scene stays as it is."""
 
-    cache_dir: str | None = ".cache"
-    """Folder of resized images and frozen-tower features, reused by later runs. `none` turns it off."""
-
 
 @dataclass
-class MatchConfig(DataConfig):
+class MatchConfig(QwenConfig):
     """train_match.py: a dual encoder that scores image-text pairs."""
 
     base_model: str = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -264,12 +269,16 @@ class MatchConfig(DataConfig):
 
 
 @dataclass
-class VQAConfig(DataConfig):
+class VQAConfig(QwenConfig):
     """train_vqa.py: LoRA fine-tuning of Qwen2-VL or Qwen2.5-VL on questions about images."""
 
     task: Literal["rsvqa", "chat"] = "rsvqa"
     """rsvqa: short answers, scored as right or wrong. chat: free text, scored by held-out loss and as captions are; longer
     limits, the question alone as prompt, no blind baseline."""
+
+    train_file: str | None = None
+    """Training data: what csv2json.py writes, rows of image, question and answer (JSON, JSONL, CSV), conversations or `messages`;
+    with --task chat also captions in any form of the README. A `split` on its rows makes its validation and test split."""
 
     base_model: str = "Qwen/Qwen2-VL-2B-Instruct"
     """Folder of the Qwen2-VL or Qwen2.5-VL base (`python load.py` brings it)."""
@@ -1121,8 +1130,15 @@ def check(config: DataConfig) -> None:
         "projector_epochs": (0, 10**6), "max_test_scenes": (1, 10**9), "freeze_language_model_except_layers": (0, 10**6),
     }  # fmt: skip
     refuse_outside(config, **bounds)
-    if config.min_pixels > config.max_pixels:
+    if isinstance(config, QwenConfig) and config.min_pixels > config.max_pixels:
         raise InputError(f"--min_pixels {config.min_pixels} is above --max_pixels {config.max_pixels}")
+    towers = {"image": "image_tower", "text": "text_tower", "vision": "vision_tower", "merger": "merger"}
+    frozen = {name: f"--{flag}" for name, flag in towers.items() if getattr(config, flag, None) == "frozen"}
+    if getattr(config, "freeze_vision_model", False):
+        frozen["vision"] = "--no_freeze_vision_model"
+    for name, flag in frozen.items():
+        if getattr(config, f"{name}_learning_rate", None) is not None:
+            raise InputError(f"--{name}_learning_rate: that part is frozen ({flag}), and learns nothing; leave it out")
     config.cache_dir = cache_folder(config.cache_dir)
 
 

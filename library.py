@@ -649,7 +649,7 @@ def index_library(
     share = slice(state.process_index, None, state.num_processes)
     batches = TileBatches(root, plan.files, batch_size, model, settings, share)
     bar = tqdm(
-        total=sum(map(len, batches.batches)), desc="index", unit="image", smoothing=0.05,
+        total=sum(map(len, batches.batches)), desc="index", unit="picture", smoothing=0.05,
         disable=not progress or not state.is_main_process or not batches.batches,
     )  # fmt: skip
     encoded = encode(model, loader_of(batches, workers, str(model.device)))

@@ -95,15 +95,22 @@ LORA_TARGETS = {
 # Bases
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a model folder, shards in order. Raises InputError if one is not there."""
-    folder = Path(folder)
+def how_to_get(folder: Path) -> str:
+    """What to do where the base of a folder is not there."""
     demo = folder.parent.parts[-2:] == ("models", "demo")
     # Of a folder beside this file, load.py knows the name: the last two parts.
     name = "/".join(folder.parts[-2:]) if folder.parent.parent == Path(__file__).parent else folder
-    command = "run `python load.py --preset demo`" if demo else f"run `python load.py {name}`"
-    if not demo and name == folder and folder.is_absolute():  # it was somebody's own, and may be elsewhere now
-        command = "give the folder where it is (--base_model beside what was trained), or run `python load.py ORG/NAME`"
+    if demo:
+        return "run `python load.py --preset demo`"
+    if name == folder and folder.is_absolute():  # it was somebody's own, and may be elsewhere now
+        return "give the folder where it is (--base_model beside what was trained), or run `python load.py ORG/NAME`"
+    return f"run `python load.py {name}{' --source huggingface' if str(name).startswith('lcybuaa/') else ''}`"
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a model folder, shards in order. Raises InputError if one is not there."""
+    folder = Path(folder)
+    command = how_to_get(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no model here (config.json is missing); {command}")
     index = folder / "model.safetensors.index.json"
@@ -288,9 +295,7 @@ def read_config(folder: str | Path):
     """The configuration of a Qwen-VL folder. Raises InputError when it is missing or of another family."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise InputError(
-            f"{folder}: no model here (config.json is missing); run `python load.py`, or `make demo` first"
-        )
+        raise InputError(f"{folder}: no model here (config.json is missing); {how_to_get(Path(folder))}")
     config = _config_in(folder)
     if config.model_type not in TOWERS:
         raise InputError(f"{path}: model_type {config.model_type!r}: expected one of {', '.join(TOWERS)}")
@@ -522,7 +527,7 @@ class DualEncoder(Encoder):
             settings = DualEncoderSettings(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
         except (FileNotFoundError, NotADirectoryError):
             if not folder.is_dir():
-                raise InputError(f"{folder}: no model here; run `python load.py {name}`, or train one") from None
+                raise InputError(f"{folder}: no model here; {how_to_get(folder)}, or train one") from None
             raise InputError(f"{folder}: not a matcher's checkpoint ({SETTINGS} is missing)") from None
         except (TypeError, ValueError) as error:
             raise InputError(f"{folder / SETTINGS}: not readable: {error}") from None
@@ -2102,7 +2107,7 @@ def load_qwen(
         try:
             options = {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": device}}
         except ImportError as error:
-            raise InputError(f"--quantize {quantize}: {error}; pip install -r requirements-gpu.txt") from None
+            raise InputError(f"--quantize {quantize}: {error}; `pip install bitsandbytes`") from None
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             str(folder),

@@ -637,9 +637,9 @@ def shares_figure(counts, areas, colours: dict[str, str], path=None, title: str 
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
-    rows = [("tiles", np.asarray(counts, float), "{:,.0f}")]
+    rows = [("tiles", np.asarray(counts, float), "{:,.0f}".format)]
     if areas is not None:
-        rows.insert(0, ("area", np.asarray(areas, float), "{:,.4g} km²"))
+        rows.insert(0, ("area", np.asarray(areas, float), lambda km2: f"{km2:,.{'4g' if km2 < 1000 else '0f'}} km²"))
     if any(len(values) != len(colours) for _, values, _ in rows):
         raise ValueError(f"shares_figure: {len(colours)} classes, but {[len(values) for _, values, _ in rows]} values")
     order = [i for i in np.argsort(-rows[0][1], kind="stable") if any(values[i] for _, values, _ in rows)]
@@ -654,7 +654,7 @@ def shares_figure(counts, areas, colours: dict[str, str], path=None, title: str 
             share = 100 * values / max(values.sum(), 1e-12)
             y = np.arange(len(order)) + (r - (len(rows) - 1) / 2) * thick
             bars = axes.barh(y, share[order], 0.9 * thick, color=[tints[i] for i in order], alpha=0.45 if r else 1)
-            texts = [f"{share[i]:.1f}%  {form.format(values[i])}" for i in order]
+            texts = [f"{share[i]:.1f}%  {form(values[i])}" for i in order]
             axes.bar_label(bars, texts, padding=4, fontsize=8, color="#555")
         axes.set_yticks(range(len(order)), [plain(names[i]) for i in order])
         axes.tick_params(axis="y", length=0)

@@ -301,8 +301,8 @@ def run_index(args) -> int:
 
 
 def say_indexed(report, args) -> None:
-    rate = f", {report.added / report.seconds:.0f} images/s" if report.added else ""
     cut = f" as {report.added} tiles" if report.added != report.files else ""
+    rate = f", {report.added / report.seconds:.3g} {'tiles' if cut else 'images'}/s" if report.added else ""
     amended = f" ({report.amended} with other attributes)" if report.amended else ""
     renamed = f" {report.renamed} under a new name," if report.renamed else ""
     print(
@@ -552,7 +552,8 @@ def read_truth(source: str, labels: list[str], names: list[str]) -> dict[str, in
         other.append(f"{sum(strange.values())} images have a truth that is no label: {', '.join(sorted(strange)[:5])}")
     if elsewhere:
         other.append(
-            f"{len(elsewhere)} rows name images that are not among those classified: {', '.join(elsewhere[:3])}"
+            f"{len(elsewhere)} rows name images that are not among those classified: {', '.join(elsewhere[:3])}; the index has"
+            f" such as {names[0]}"
         )
     if not truth:
         found = f"no image of the index has a truth among {', '.join(labels[:5])} ..."

@@ -872,14 +872,18 @@ class _Server(Store):
 
     def build(self) -> bool:
         """Wait until the server, which builds its graph by itself, has built it."""
-        waited = False
+        waited = begun = False
         while True:
             with self._errors():
                 status = self._client.get_collection(self._name).status
             if status == "red":
                 raise InputError(f"{self.location}: the server reports a failed optimization; see its log")
-            if status == "green":
+            if status == "green" or (status == "grey" and begun):  # grey: it could do more, but not by itself
                 return waited
+            if status == "grey":  # as after a restart; any change makes it begin
+                with self._errors():
+                    self._client.update_collection(self._name, optimizers_config=self._m.OptimizersConfigDiff())
+                begun = True
             waited = True
             time.sleep(0.5)
 

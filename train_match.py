@@ -246,27 +246,29 @@ def histogram_baseline(train: list[Scene], test: list[Scene], settings: ImageSet
     vocabulary = {w: i for i, w in enumerate(documents)}
     weight = np.log((1 + len(train)) / np.array([documents[w] for w in vocabulary]))
 
-    def vector(text_list):
-        table = np.zeros(len(vocabulary), np.float32)
+    def add(row, text_list):
         for text in text_list:
             for w in words(text):
                 if w in vocabulary:
-                    table[vocabulary[w]] += weight[vocabulary[w]]
-        return table
+                    row[vocabulary[w]] += weight[vocabulary[w]]
 
     histograms = over_files(
         partial(_histogram, settings=settings), [scene.image for scene in (*train, *test)], disable=True
     )
     known, asked = np.stack(histograms[: len(train)]), histograms[len(train) :]
-    image = []
-    for colours in asked:
-        near = np.argsort(-np.minimum(known, colours).sum(1))[:5]
-        image.append(np.stack([vector(train[n].texts) for n in near]).sum(0))
-    image, text = np.stack(image), np.stack([vector([t]) for t in texts])
     # The last number gives a text of unknown words a direction: one that is like no image.
-    tables = [np.hstack([table, np.full((len(table), 1), 1e-6, np.float32)]) for table in (image, text)]
-    unit = [table / np.linalg.norm(table, axis=1, keepdims=True) for table in tables]
-    return score_scenes(*unit, test, texts, margin)
+    image, text = (np.zeros((size, len(vocabulary) + 1), np.float32) for size in (len(test), len(texts)))
+    for row, colours in zip(image, asked):
+        for n in np.argsort(-np.minimum(known, colours).sum(1))[:5]:
+            own = np.zeros_like(row)
+            add(own, train[n].texts)
+            row += own
+    for row, said in zip(text, texts):
+        add(row, [said])
+    for table in (image, text):
+        table[:, -1] = 1e-6
+        table /= np.linalg.norm(table, axis=1, keepdims=True)
+    return score_scenes(image, text, test, texts, margin)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -440,9 +442,10 @@ class MatchRun(Run):
         found, image, text, texts = self.score(self.model, held_out)
         results["trained"] = flat(found)
         if self.main_process:
+            results |= {"split": self.tested, "steps": outcome.global_step, "best_step": trainer.kept_step}
+            report.write_json(self.folder / "results.json", results)  # the baseline reads all images once more
             results["histogram"] = flat(histogram_baseline(self.splits["train"], held_out, images, self.config.margin))
-            results |= {"split": self.tested, "steps": outcome.global_step, "best_step": trainer.kept_step,
-                        "seconds": self.seconds()}  # fmt: skip
+            results["seconds"] = self.seconds()
             report.write_json(self.folder / "results.json", results)
             write_report(self.folder, results, held_out, image, text, texts, self.store.picture)
             print(summary(results, best))
@@ -628,15 +631,19 @@ def write_report(run, results, scenes, image, text, texts, picture) -> None:
     history = read_history(run)
     row_of = {t: i for i, t in enumerate(texts)}
     pool = list(dict.fromkeys(t for scene in scenes for t in scene.texts))
+    place = {t: k for k, t in enumerate(pool)}
     chosen = text[[row_of[t] for t in pool]].T
     cards = []
     for i, scene in enumerate(scenes):
         scores = image[i] @ chosen  # of one image: those of all are as large as the data squared
-        order = np.argsort(-scores, kind="stable")
-        rank = next(k for k, j in enumerate(order) if pool[j] in scene.texts)
-        lines = [(pool[j], float(scores[j]), pool[j] in scene.texts) for j in order[:5]]
+        right = min((place[t] for t in scene.texts), key=lambda k: (-scores[k], k))
+        rank = int((scores > scores[right]).sum() + (scores[:right] == scores[right]).sum())
+        top = min(5, len(scores))
+        best = np.flatnonzero(scores >= np.partition(scores, -top)[-top])
+        best = best[np.argsort(-scores[best], kind="stable")][:top]
+        lines = [(pool[j], float(scores[j]), pool[j] in scene.texts) for j in best]
         if rank >= 5:
-            lines.append((pool[order[rank]], float(scores[order[rank]]), True))
+            lines.append((pool[right], float(scores[right]), True))
         cards.append((rank, -lines[0][1], i, lines))
     cards.sort(key=lambda card: card[:3])
 

@@ -13,6 +13,7 @@ results.json, samples.jsonl (every test question with its answers before and aft
 
 import argparse
 import copy
+import html
 import json
 import random
 import sys
@@ -228,7 +229,7 @@ def write_report(run: Path, results: dict, samples: list[dict], picture: Callabl
         interval = report.span_text(results["after"][protocol]["micro_interval"])
         sections.append((TITLES[protocol], report.table_html(rows, columns, best=best)
                          + f"<p>95% interval of overall after training, by image: {interval}.</p>"
-                         + f"<p>{change_text(results['change'][protocol])}.</p>"))  # fmt: skip
+                         + f"<p>{html.escape(change_text(results['change'][protocol]))}.</p>"))  # fmt: skip
     flips = report.flips_by_type(samples)
     sections.append(("Before and after, exact", report.table_html(*flips) + "<p>All answers are in samples.jsonl.</p>"))
     curves = {"loss": "training loss", "eval_accuracy": "accuracy", "eval_accuracy_bucketed": "accuracy, bucketed"}

@@ -687,6 +687,7 @@ class Groups:
             facts = tuple(FACTS.findall(text))
             keys = [(facts, part) for part in rare[: len(rare) - math.ceil(self.LIKENESS * len(rare)) + 1]]
             near = sorted({number for key in keys for number in self.places.get(key, ())})
+            near = [n for n in near if self.LIKENESS <= len(self.firsts[n]) / len(parts) <= 1 / self.LIKENESS]
             like = (n for n in near if len(parts & self.firsts[n]) >= self.LIKENESS * len(parts | self.firsts[n]))
             number = next(like, None)
             if number is None:

@@ -197,7 +197,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tile_url", help="map tiles, such as https://host/{z}/{x}/{y}.png (default: a plain grid)")
     parser.add_argument("--max_upload_mb", type=int, default=64, help="largest file a visitor may give (default: 64)")
     parser.add_argument("--max_pixels", type=int, default=2**25, help="most pixels of it that are decoded")
-    parser.add_argument("--share", action="store_true", help="a public address for 72 hours, through gradio's servers")
+    parser.add_argument(
+        "--share", action="store_true", help="a public address for up to a week, through gradio's servers"
+    )
     return parser
 
 

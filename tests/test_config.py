@@ -12,6 +12,7 @@ import pytest
 from config import (
     PRESETS,
     TRAINING_DEFAULTS,
+    CaptionConfig,
     InputError,
     MatchConfig,
     VQAConfig,
@@ -375,3 +376,18 @@ def test_what_the_machine_lacks_is_said_in_a_line(error, said, capsys):
     assert ended.value.code == 2 and said in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a fault"), user_errors():
         raise RuntimeError("a fault")
+
+
+def test_settings_that_would_do_nothing_are_refused():
+    run = ["--output_dir=output/none", "--use_cpu=true"]
+    for config, words, told in (
+        (VQAConfig, ["--vision_learning_rate=1e-5"], "--vision_learning_rate: that part is frozen"),
+        (VQAConfig, ["--merger_learning_rate=1e-5"], "--merger"),
+        (MatchConfig, ["--image_tower=frozen", "--image_learning_rate=1e-5"], "--image_tower"),
+        (CaptionConfig, ["--vision_learning_rate=1e-5"], "--no_freeze_vision_model"),
+    ):
+        refused(lambda config=config, words=words: parse(config, [*run, *words]), told)
+    parse(VQAConfig, [*run, "--vision_learning_rate=1e-5", "--vision_tower=lora"])
+    parse(CaptionConfig, [*run, "--vision_learning_rate=1e-5", "--no_freeze_vision_model"])
+    with pytest.raises(SystemExit):  # the vision encoder of a captioner has a size of its own
+        parse(CaptionConfig, [*run, "--max_pixels=784"])

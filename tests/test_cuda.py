@@ -20,8 +20,11 @@ ON_CUDA = ["--preset=demo", "--use_cpu=false", "--bf16=true", "--disable_tqdm=tr
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
-def test_packed_loss_and_gradient_on_cuda(family, base, qwen2_base, answerer, scenes):
+def test_packed_loss_and_gradient_on_cuda(family, base, qwen2_base, answerer, scenes, monkeypatch):
     """fp32: packed = rows on CUDA, and both = the CPU; bf16: packed = rows as far as bf16 goes."""
+    monkeypatch.setattr(
+        torch.backends.cudnn, "allow_tf32", False
+    )  # which the patches' convolution has: 8e-5 of the gradient
     model = answerer(base_model=str(base if family == "qwen2_5_vl" else qwen2_base), strength=0.02).train()
     data = question_dataset(model, scenes)
     examples = [data[0, i] for i in range(len(scenes))]

@@ -18,6 +18,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -277,6 +278,18 @@ def test_refusals(opened):
 
 # ----------------------------------------------------------------------------------------------------
 # The server
+
+
+def test_a_server_that_could_optimize_is_made_to(monkeypatch):
+    """Grey is how a collection comes back after a restart: it may be optimized, but nothing begins it, and nobody need wait."""
+    from qdrant_client import QdrantClient
+
+    client, asked = QdrantClient(":memory:"), []
+    index = store.create("http://qdrant.invalid:6333/library", record={}, dim=4, client=client)
+    monkeypatch.setattr(client, "get_collection", lambda name: SimpleNamespace(status="grey"))
+    monkeypatch.setattr(client, "update_collection", lambda name, **changes: asked.append(changes))
+    monkeypatch.setattr(store.time, "sleep", lambda seconds: None)
+    assert index.build() and list(asked[0]) == ["optimizers_config"] and len(asked) == 1
 
 
 def test_server_addresses(monkeypatch):
