@@ -26,12 +26,10 @@ from data import (
     QuestionDataset,
     drop_too_long,
     drop_unreadable,
-    refuse_resume_on_held_out,
     row_align,
-    rows_digest,
 )
 from model import Captioner, base_folder, pixel_store, weight_files
-from scenes import QuestionScene, captions_as_answers, image_files, load_splits
+from scenes import QuestionScene, captions_as_answers, image_files
 from trainer import (
     PackedTask,
     Run,
@@ -114,13 +112,13 @@ class CaptionRun(Run):
 
     Raises InputError for data, bases or settings that it cannot use, before anything is trained."""
 
+    name = "caption"
+
     def __init__(self, config: CaptionConfig, args, changed: dict):
         super().__init__(config, args, changed)
-        self.rejected = self.folder / "rejected.jsonl" if self.main_process else None
         for name in (config.vision_model_name, config.language_model_name):
             weight_files(base_folder(name))  # a missing base is said before the data is read
         self.splits = self.read()
-        self.record = {"task": "caption", "settings": changed, "trained_on": self.trained_on}
         self.prompts = prompts_of(self.splits["train"])
         self.refuse_other_languages()
         made = Captioner.from_base(config, seed=args.seed, dtype=dtype_of(args), prompts=self.prompts)
@@ -130,7 +128,6 @@ class CaptionRun(Run):
         self.say(f"data: {describe(self.splits)}")
         self.packing = config.packing and self.model.can_pack()
         self.describe_model()
-        self.tested = "test" if self.splits["test"] else "val"
         self.tokens = self.encode_images()
         self.collator = QuestionCollator(
             config.pack_tokens, packing=self.packing, pad_id=self.model.tokenizer.pad_token_id,
@@ -145,10 +142,7 @@ class CaptionRun(Run):
     # -- data and model
 
     def read(self) -> dict[str, list[QuestionScene]]:
-        config = self.config
-        listed = load_splits(config, self.args.seed, self.rejected)
-        self.trained_on = rows_digest(listed["train"])
-        refuse_resume_on_held_out(config, self.args, listed, self.trained_on, self.say)
+        config, listed = self.config, self.load_splits()
         splits = {name: captions_as_answers(scenes, config.prompt, config.prompt_zh) for name, scenes in listed.items()}
         if count := without_caption(config, splits):
             self.say(f"data: {count} images of {config.train_file} have no caption and are left out")
@@ -280,8 +274,7 @@ class CaptionRun(Run):
 
     def finish(self, final: Path, steps: dict) -> dict:
         """Score the captions of the tested split, print and leave them in the run's folder."""
-        images = {name: len(scenes) for name, scenes in self.splits.items()}
-        results = {"config": self.changed, "split": self.tested, "images": images, "scores": {}} | steps
+        results = {"config": self.changed, "split": self.tested, "images": self.images, "scores": {}} | steps
         if not self.main_process:
             return results
         results["scores"], rows = self.score()

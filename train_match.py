@@ -42,7 +42,6 @@ from data import (
     MatchDataset,
     drop_unreadable,
     over_files,
-    refuse_resume_on_held_out,
     refuse_trained_images,
     rows_digest,
 )
@@ -280,15 +279,14 @@ class MatchRun(Run):
 
     Raises InputError for data, a base or settings that it cannot use, before anything is trained."""
 
+    name = "match"
+
     def __init__(self, config: MatchConfig, args, changed: dict):
         super().__init__(config, args, changed)
-        rejected = self.folder / "rejected.jsonl" if self.main_process else None
-        splits = load_splits(config, args.seed, rejected)
-        self.trained_on = rows_digest(splits["train"])
-        refuse_resume_on_held_out(config, args, splits, self.trained_on, self.say)
+        splits = self.load_splits()
         self.model = DualEncoder.from_base(config, seed=args.seed, dtype=dtype_of(args))
         self.store = pixel_store(self.model, config.cache_dir)
-        self.splits = drop_unreadable(splits, self.store, config.max_rejected, rejected)
+        self.splits = drop_unreadable(splits, self.store, config.max_rejected, self.rejected)
         self.say(f"data: {describe(self.splits)}")
         towers = f"(image tower {config.image_tower}, text tower {config.text_tower})"
         self.say(f"model: {config.base_model}, {parameters_text(self.model)} {towers}")
@@ -299,7 +297,6 @@ class MatchRun(Run):
             limit = f"--max_text_tokens {config.max_text_tokens}"
             self.say(f"data: {self.train_data.cut} texts are longer than {limit} and are cut")
         self.watched = sample_scenes(self.splits["val"], config.max_eval_scenes)
-        self.tested = "test" if self.splits["test"] else "val"
         self.white = not config.whiten_init
         if not args.resume_from_checkpoint:
             self.start_white()
@@ -416,7 +413,7 @@ class MatchRun(Run):
             args=self.args,
             train_dataset=self.train_data,
             collator=MatchCollator(self.train_data, self.model.processor, self.model.tokenizer.pad_token_id),
-            settings={"task": "match", "settings": self.changed, "trained_on": self.trained_on},
+            settings=self.record,
             watched=self.watched,
             rates={"image": config.image_learning_rate, "text": config.text_learning_rate, "head": head_rate},
             early_stopping=config.early_stopping_patience,
@@ -427,10 +424,7 @@ class MatchRun(Run):
     def train(self) -> dict:
         """Train, score, print, and leave scores and report in the run's folder."""
         trainer = self.trainer()
-        results: dict = {
-            "config": self.changed,
-            "images": {name: len(scenes) for name, scenes in self.splits.items()},
-        }
+        results: dict = {"config": self.changed, "images": self.images}
         if self.main_process:
             report.write_json(self.folder / "config.json", trainer.settings)
         if untrained := self.untrained_scores():
@@ -438,13 +432,14 @@ class MatchRun(Run):
         outcome = trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
         best = trainer.save_best()
         self.model.eval()
-        held_out, images = self.splits[self.tested], self.store.settings
+        held_out = self.splits[self.tested]
         found, image, text, texts = self.score(self.model, held_out)
         results["trained"] = flat(found)
         if self.main_process:
             results |= {"split": self.tested, "steps": outcome.global_step, "best_step": trainer.kept_step}
             report.write_json(self.folder / "results.json", results)  # the baseline reads all images once more
-            results["histogram"] = flat(histogram_baseline(self.splits["train"], held_out, images, self.config.margin))
+            plain = histogram_baseline(self.splits["train"], held_out, self.store.settings, self.config.margin)
+            results["histogram"] = flat(plain)
             results["seconds"] = self.seconds()
             report.write_json(self.folder / "results.json", results)
             write_report(self.folder, results, held_out, image, text, texts, self.store.picture)

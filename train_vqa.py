@@ -48,16 +48,13 @@ from data import (
     drop_too_long,
     drop_unreadable,
     image_settings,
-    refuse_resume_on_held_out,
     refuse_trained_images,
     row_align,
-    rows_digest,
 )
 from model import VQA, VQA_SETTINGS, load_processor, pixel_store, read_config
 from scenes import (
     Question,
     QuestionScene,
-    load_splits,
     read_chat,
     read_conversations,
     sample_scenes,
@@ -368,12 +365,9 @@ class AnswerRun(Run):
 
     def __init__(self, config: VQAConfig, args, changed: dict, argv: list[str]):
         super().__init__(config, args, changed)
-        writes = self.main_process and not config.eval_only
-        self.rejected = self.folder / "rejected.jsonl" if writes else None
-        self.splits, self.trained_on = self.read(argv)
+        self.splits = self.read(argv)
         self.model = self.load(argv)
         self.store = pixel_store(self.model, config.cache_dir)
-        self.tested = "test" if self.splits["test"] else "val"
         used = [self.tested] if config.eval_only else [*self.splits]  # of the others the answers alone are needed
         self.leave_out_unusable(used)
         self.say(f"data: {describe(self.splits)}")
@@ -389,16 +383,12 @@ class AnswerRun(Run):
         )  # fmt: skip
         # {"before", "after", "blind": the answers to the questions of each scene that is held out}
         self.made: dict[str, list[list[str]]] = {}
-        self.results: dict = {
-            "config": changed,
-            "split": self.tested,
-            "images": {name: len(scenes) for name, scenes in self.splits.items()},
-        }
+        self.results: dict = {"config": changed, "split": self.tested, "images": self.images}
 
     # -- data and model
 
-    def read(self, argv: list[str]) -> tuple[dict[str, list[QuestionScene]], str]:
-        """({split: scenes}, digest of the training split's rows). Refuses held-out images that an adapter was trained on."""
+    def read(self, argv: list[str]) -> dict[str, list[QuestionScene]]:
+        """{split: scenes}. Refuses held-out images that an adapter was trained on."""
         config, args = self.config, self.args
         root = None
         if config.eval_only:
@@ -408,22 +398,20 @@ class AnswerRun(Run):
                 config.quantize = record_of(config.lora).get("settings", {}).get("quantize", config.quantize)
         if not config.lora:
             read_config(config.base_model)  # a missing base is said before the data is read
-        splits = load_splits(config, args.seed, self.rejected, read=self.read_file, train_root=root)
-        trained_on = rows_digest(splits["train"])
+        splits = self.load_splits(read=self.read_file, train_root=root)
         if config.eval_only and (known := record_of(config.lora)):
             if not was_trained_on(known, config.train_file):
                 held_out = splits["test"] or splits["val"]
                 refuse_trained_images(config, args, config.lora, held_out, self.say, warn=True)
-            elif known.get("trained_on", trained_on) != trained_on:
+            elif known.get("trained_on", self.trained_on) != self.trained_on:
                 changed = f"warning: {config.train_file} has changed since"
                 self.say(f"{changed}: images that were trained on may be held out now")
         if config.lora and not config.eval_only and not args.resume_from_checkpoint:
             held_out = splits["val"] + splits["test"]
             refuse_trained_images(config, args, config.lora, held_out, self.say, warn=config.allow_leak)
-        refuse_resume_on_held_out(config, args, splits, trained_on, self.say)
         if config.max_test_scenes:
             splits["test"] = sample_scenes(splits["test"], config.max_test_scenes)
-        return splits, trained_on
+        return splits
 
     def load(self, argv: list[str]) -> VQA:
         """A base with a new adapter, or the adapter of --lora on its base."""
@@ -504,7 +492,7 @@ class AnswerRun(Run):
             args=args,
             train_dataset=self.dataset_of(self.splits["train"], blind, config.texts_per_scene),
             collator=self.collator,
-            settings={"task": self.name, "settings": self.changed, "trained_on": self.trained_on},
+            settings=self.record,
             watched=self.watched,
             rates={"vision": config.vision_learning_rate, "merger": config.merger_learning_rate, "language": None},
             early_stopping=config.early_stopping_patience,

@@ -25,9 +25,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
 from config import PROJECTOR_STAGE, InputError, flock, resolve_checkpoint
-from data import SceneSampler, digest_of, fitting_workers, rows_digest
+from data import SceneSampler, digest_of, fitting_workers, refuse_resume_on_held_out, rows_digest
 from report import write_json
-from scenes import load_json
+from scenes import load_json, load_splits
 
 PARTIAL, DOOMED = ".partial", ".deleted"
 
@@ -467,12 +467,40 @@ def own_folder(args):
 
 
 class Run:
-    """What a run of any task has: its settings, its folder, and whether this process is the one that speaks and writes."""
+    """What a run of any task has: its settings, its folder, its `splits`, what it is recorded as, and whether this process is
+    the one that speaks and writes."""
+
+    name: str
+    splits: dict[str, list]
 
     def __init__(self, config, args, changed: dict):
         self.config, self.args, self.changed = config, args, changed
         self.folder, self.main_process = Path(args.output_dir), args.process_index == 0
+        writes = self.main_process and not getattr(config, "eval_only", False)
+        self.rejected = self.folder / "rejected.jsonl" if writes else None
         self.started = time.perf_counter()
+
+    def load_splits(self, **how) -> dict[str, list]:
+        """`scenes.load_splits` of the settings. Refuses to go on with a run that has seen what is held out now."""
+        splits = load_splits(self.config, self.args.seed, self.rejected, **how)
+        self.trained_on = rows_digest(splits["train"])
+        refuse_resume_on_held_out(self.config, self.args, splits, self.trained_on, self.say)
+        return splits
+
+    @property
+    def tested(self) -> str:
+        """The split that the last scores are of."""
+        return "test" if self.splits["test"] else "val"
+
+    @property
+    def images(self) -> dict[str, int]:
+        """How many each split has."""
+        return {name: len(scenes) for name, scenes in self.splits.items()}
+
+    @property
+    def record(self) -> dict:
+        """What config.json keeps of the run, for those that resume it, score it or go on from it."""
+        return {"task": self.name, "settings": self.changed, "trained_on": self.trained_on}
 
     def say(self, text: str) -> None:
         if self.main_process:
