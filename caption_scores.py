@@ -657,9 +657,8 @@ def write_page(
         if "equal" in found:
             sections.append(("Answers equal to the truth", report.table_html(*equal_table(found))))
     curves = {"loss": "training loss", "eval_loss": "held-out loss", "eval_CIDEr": "CIDEr"}
-    if any(key in row for row in history for key in curves):
-        sections.append(("Curves", report.figure_html(report.curves_figure(history, curves), "training curves")))
-    report.page(title, sections + report.caption_sections(rows, picture), path, subtitle)
+    sections += report.curves_section(history, curves) + report.caption_sections(rows, picture)
+    report.page(title, sections, path, subtitle)
 
 
 if __name__ == "__main__":

@@ -261,6 +261,13 @@ def contact_sheet(rows: list[tuple[str, list[dict]]], path=None) -> bytes | Path
         return save_figure(figure, path)
 
 
+def curves_section(history: list[dict], keys: dict[str, str]) -> list[tuple[str, str]]:
+    """`curves_figure` as a section of a page; none where no row has any of the keys."""
+    if not any(key in row for row in history for key in keys):
+        return []
+    return [("Curves", figure_html(curves_figure(history, keys), "training curves"))]
+
+
 def figure_html(png: bytes, alt: str) -> str:
     """A plot for a section, from PNG bytes. All share one scale, and on a phone they scroll sideways before their text gets
     too small to read."""

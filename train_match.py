@@ -623,7 +623,6 @@ def intervals_line(trained: dict) -> str:
 
 def write_report(run, results, scenes, image, text, texts, picture) -> None:
     """`report.html`: the table, curves, and the best and worst retrievals with their pictures (`picture(path)`)."""
-    history = read_history(run)
     row_of = {t: i for i, t in enumerate(texts)}
     pool = list(dict.fromkeys(t for scene in scenes for t in scene.texts))
     place = {t: k for k, t in enumerate(pool)}
@@ -651,17 +650,15 @@ def write_report(run, results, scenes, image, text, texts, picture) -> None:
         return report.gallery_html(items)
 
     columns = {k: v.strip() for k, v in COLUMNS.items()}
+    curves = {"loss": "training loss", "eval_mR": "mR", "eval_accuracy": "triplet accuracy"}
     sections = [
         ("Scores", report.table_html(table_rows(results), columns, best={k: "max" for k in COLUMNS if k != "model"})
          + f"<p>{results['split']} split; {intervals_line(results['trained'])}. A text equal to another image's caption "
            f"counts as right for both; strict mR is {results['trained']['strict_mR']:.3f}.</p>"),
+        *report.curves_section(read_history(run), curves),
         ("Best retrievals", gallery(cards[:6])),
         ("Worst retrievals", gallery(cards[-6:][::-1])),
     ]  # fmt: skip
-    curves = {"loss": "training loss", "eval_mR": "mR", "eval_accuracy": "triplet accuracy"}
-    if any(key in row for row in history for key in curves):
-        curves = report.curves_figure(history, curves)
-        sections.insert(1, ("Curves", report.figure_html(curves, "training curves")))
     report.page("Matching images and texts", sections, run / "report.html", subtitle=f"{run}")
 
 

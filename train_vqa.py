@@ -230,12 +230,8 @@ def write_report(run: Path, results: dict, samples: list[dict], picture: Callabl
     flips = report.flips_by_type(samples)
     sections.append(("Before and after, exact", report.table_html(*flips) + "<p>All answers are in samples.jsonl.</p>"))
     curves = {"loss": "training loss", "eval_accuracy": "accuracy", "eval_accuracy_bucketed": "accuracy, bucketed"}
-    history = read_history(run)
-    if any(key in row for row in history for key in curves):
-        figure = report.curves_figure(history, curves)
-        sections.append(("Curves", report.figure_html(figure, "training curves")))
-    shown = report.varied(samples, 24)
-    sections.append(("Examples", report.samples_html(shown, picture)))
+    sections += report.curves_section(read_history(run), curves)
+    sections.append(("Examples", report.samples_html(report.varied(samples, 24), picture)))
     report.page("Questions about images", sections, run / "report.html", subtitle=f"{run}")
 
 
