@@ -11,6 +11,7 @@ the exit code is 1 (0: all done; 2: nothing was done).
 """
 
 import argparse
+import functools
 import html
 import json
 import sys
@@ -278,23 +279,62 @@ def objects_line(found: dict) -> str:
     )
 
 
-def evaluate(args) -> int:
-    import caption_scores
-    import metrics
-    import report
-    from data import drop_unreadable
-    from model import pixel_store
-
-    model = load(args)
+def choose_language(args, model) -> str:
+    """The language to score in; the model is asked with the prompt that was given, or that it learnt for this language."""
     if args.language and not args.prompt:
         args.prompt = model.settings.prompts.get(args.language)
         if args.prompt is None:
             raise InputError(
                 f"--language {args.language}: the model was trained in another; give the --prompt to ask it with"
             )
-    prompt = args.prompt = args.prompt or model.default_prompt()
+    args.prompt = args.prompt or model.default_prompt()
     learnt = {text: name for name, text in model.settings.prompts.items()}
-    language = args.language or learnt.get(prompt) or ("zh" if is_chinese(prompt) else "en")
+    return args.language or learnt.get(args.prompt) or ("zh" if is_chinese(args.prompt) else "en")
+
+
+def training_scenes(args, images: list[str], store, language: str) -> list[Scene]:
+    """What the captioner learnt from, of --training; says where `images` are among it."""
+    from data import drop_unreadable
+
+    found = read_scenes(args.training, more_roots=(args.test_dir,), language=language, max_rejected=args.max_rejected)
+    known = [scene for scene in found.scenes if scene.split in (None, "train")]
+    if not known:
+        raise InputError(f"{args.training}: no row of split 'train'")
+    both = {"train": [scene for scene in known if scene.split], "test": [Scene(image) for image in images]}
+    if leaks := find_leaks(both, by_content(images_of(both))):
+        print(
+            f"warning: {len(leaks)} of these images are in the training split of {args.training}, first {leaks[0][2]}"
+        )
+    return drop_unreadable({"train": known}, store, args.max_rejected)["train"]
+
+
+def score_captions(
+    rows: list[dict], references: dict[str, list[str]], known: list[Scene], embed, language: str
+) -> dict:
+    """`caption_scores.compare` of the captions in `rows` and, where training scenes are known, of baselines, for which
+    `embed(paths)` are the features of images. Each row gets its references and scores."""
+    import caption_scores
+
+    images, texts = [row["image"] for row in rows], [scene.listed for scene in known]
+    truths = [references[image] for image in images]
+    made = {"captioner": [row["caption"] for row in rows]}
+    if known:
+        made = caption_scores.baselines(embed(images), embed([scene.image for scene in known]), texts) | made
+    found = caption_scores.compare(made, truths, texts, language=language)
+    for row, truth, scores in zip(rows, truths, caption_scores.per_image(found["captioner"])):
+        row |= {"references": truth} | scores
+    return found
+
+
+def evaluate(args) -> int:
+    import caption_scores
+    import metrics
+    import report
+    from model import pixel_store
+
+    model = load(args)
+    language = choose_language(args, model)
+    prompt = args.prompt
     images = [str(path) for path in image_files(args.test_dir)]
     references = reference_scenes(args, images, language) if args.references else {}
     if references:
@@ -302,23 +342,9 @@ def evaluate(args) -> int:
             print(f"{unscored} images of {args.test_dir} have no reference in split or language and are left out")
         images = list(references)
     # What the captions are compared with is read before they are written, which may take hours.
-    known = []
-    if references and args.training:
-        found = read_scenes(
-            args.training, more_roots=(args.test_dir,), language=language, max_rejected=args.max_rejected
-        )
-        known = [scene for scene in found.scenes if scene.split in (None, "train")]
-        if not known:
-            raise InputError(f"{args.training}: no row of split 'train'")
     told = read_objects(args.objects, images) if args.objects else None
     store = pixel_store(model, args.cache_dir)
-    if known:
-        both = {"train": [scene for scene in known if scene.split], "test": [Scene(image) for image in images]}
-        if leaks := find_leaks(both, by_content(images_of(both))):
-            print(
-                f"warning: {len(leaks)} of these images are in the training split of {args.training}, first {leaks[0][2]}"
-            )
-        known = drop_unreadable({"train": known}, store, args.max_rejected)["train"]
+    known = training_scenes(args, images, store, language) if references and args.training else []
     tokens = model.token_store(args.cache_dir, store) if args.cache_dir else None
     captions, broken = write_captions(model, store, images, args, tokens=tokens)
     if not captions:
@@ -331,15 +357,8 @@ def evaluate(args) -> int:
     report.write_json(output, result | {"captions": rows, "errors": broken})
 
     if references:
-        truths = [references[image] for image in images]
-        made, texts = {"captioner": [captions[image] for image in images]}, [scene.listed for scene in known]
-        if known:
-            taught = [scene.image for scene in known]
-            pooled = [model.embed_images(paths, store, tokens=tokens) for paths in (images, taught)]
-            made = caption_scores.baselines(*pooled, texts) | made
-        found = caption_scores.compare(made, truths, texts, language=language)
-        for row, truth, scores in zip(rows, truths, caption_scores.per_image(found["captioner"])):
-            row |= {"references": truth} | scores
+        embed = functools.partial(model.embed_images, store=store, tokens=tokens)
+        found = score_captions(rows, references, known, embed, language)
         result["scores"] = caption_scores.without_images(found)
         for title, table, columns, notes in caption_scores.tables(found):
             print(f"{title}, prompt {prompt!r}", report.table_text(table, columns), notes, "", sep="\n")
