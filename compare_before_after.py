@@ -315,8 +315,13 @@ def full_score(args, base: str, config: VQAConfig) -> str:
     return shlex.join(words)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+def is_foreign(lora: str) -> bool:
+    """Whether another tool made an adapter."""
+    return not (Path(lora) / "vqa.json").is_file()
+
+
+def checked(args) -> None:
+    """Fill in a preset's defaults and refuse what no run can use. Raises InputError."""
     for name, value in DEFAULTS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -329,13 +334,31 @@ def main(argv: list[str] | None = None) -> int:
     if not Path(args.lora).is_dir():
         train = "train_vqa.py --preset demo --output_dir output/demo_vqa" if args.preset == "demo" else "train_vqa.py"
         raise InputError(f"--lora {args.lora}: no such folder; `python {train}` makes one")
-    config, foreign = preset_config(args.preset), not (Path(args.lora) / "vqa.json").is_file()
-    if args.prompt and not foreign:
+    if args.prompt and not is_foreign(args.lora):
         raise InputError(f"--prompt: {args.lora} records the prompt it was trained with")
-    config.prompt = args.prompt or config.prompt
-    if foreign and not args.base and not named_base(args.lora):
+    if is_foreign(args.lora) and not args.base and not named_base(args.lora):
         raise InputError(f"--lora {args.lora}: names no base; give its folder with --base")
+
+
+def show(rows: list[dict], shown: list[dict], lines: list[str], broken: list[str]) -> None:
+    """What the terminal gets: the first samples, the flips by type, `lines` on the outcome, and what could not be read."""
+    if shown:
+        print("\n" + report.samples_text(shown[:PRINTED], shutil.get_terminal_size((120, 24)).columns))
+    if len(shown) > PRINTED:
+        print(f"and {len(shown) - PRINTED} more, in samples.jsonl")
+    print("\n" + report.table_text(*report.flips_by_type(rows)))
+    print("\n".join(lines))
+    if broken:
+        print(f"{len(broken)} images cannot be read and are left out:", file=sys.stderr)
+        print("".join(f"  {reason}\n" for reason in broken[:5]), end="", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    checked(args)
     output = checked_output(Path(args.output or os.path.normpath(Path(args.lora) / ".." / "compare")))
+    config = preset_config(args.preset)
+    config.prompt = args.prompt or config.prompt
 
     # ---- data and model
     scenes, line = read_questions(
@@ -363,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"warning: trained on its base in {bits} bits, and asked on the whole one: train_vqa.py --eval_only asks the former"
         )
-    if foreign:
+    if is_foreign(args.lora):
         print(
             f"model: no vqa.json in {args.lora}, so it is another tool's: used with the defaults of preset {args.preset}:"
             f" prompt {config.prompt!r}, images of {config.min_pixels} to {config.max_pixels} pixels, bands {config.bands},"
@@ -385,15 +408,7 @@ def main(argv: list[str] | None = None) -> int:
         report.write_atomic(output / "samples.jsonl", report.json_lines(shown))
     except OSError as error:
         raise InputError(f"--output {output}: cannot be written: {error.strerror}") from None
-    if shown:
-        print("\n" + report.samples_text(shown[:PRINTED], shutil.get_terminal_size((120, 24)).columns))
-    if len(shown) > PRINTED:
-        print(f"and {len(shown) - PRINTED} more, in samples.jsonl")
-    print("\n" + report.table_text(*report.flips_by_type(rows)))
-    print("\n".join(lines))
-    if images.bad:
-        print(f"{len(images.bad)} images cannot be read and are left out:", file=sys.stderr)
-        print("".join(f"  {reason}\n" for reason in list(images.bad.values())[:5]), end="", file=sys.stderr)
+    show(rows, shown, lines, list(images.bad.values()))
     print(f"samples {output / 'samples.jsonl'}\nreport  {output / 'report.html'}")
     return 0
 
