@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from config import DataConfig, InputError, by_content, processors, record_of, use_files_of_training
+from config import DataConfig, InputError, by_content, processors, record_of, use_files_of_training, was_trained_on
 from imagery import RENDERING, ImageError, ImageSettings, file_state, guessed_bands, read_image, read_rgb
 from scenes import (
     Question,
@@ -166,6 +166,15 @@ def refuse_trained_images(config, args, folder: str | Path, held: list, say: Cal
     earlier = known["settings"].get("lora")  # it went on from another itself
     if earlier and Path(earlier).resolve() != Path(folder).resolve():
         refuse_trained_images(config, args, earlier, held, say, warn)
+
+
+def say_trained_images(config, args, folder: str | Path, splits: dict[str, list], say: Callable) -> None:
+    """Before the weights in `folder` are scored: whether they have seen images that are held out, or may have."""
+    known = record_of(folder)
+    if not was_trained_on(known, config.train_file):
+        refuse_trained_images(config, args, folder, splits["test"] or splits["val"], say, warn=True)
+    elif known.get("trained_on", now := rows_digest(splits["train"])) != now:
+        say(f"warning: {config.train_file} has changed since: images that were trained on may be held out now")
 
 
 def refuse_resume_on_held_out(config, args, splits: dict[str, list], trained_on: str, say: Callable) -> None:

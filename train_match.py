@@ -31,10 +31,8 @@ from config import (
     flag_value,
     keeps_scores,
     parse,
-    record_of,
     use_files_of_training,
     user_errors,
-    was_trained_on,
 )
 from data import (
     FeatureStore,
@@ -42,8 +40,8 @@ from data import (
     MatchDataset,
     drop_unreadable,
     over_files,
-    refuse_trained_images,
     rows_digest,
+    say_trained_images,
 )
 from imagery import ImageSettings, colour_histogram, read_image
 from losses import LOG_SCALE_MOST, Relations, backward_through_embeddings, count_terms, match_loss, mine_negatives
@@ -517,11 +515,11 @@ def evaluate_only(config: MatchConfig, args, argv: list[str], keep: bool) -> dic
     )
     store = pixel_store(model, config.cache_dir)
     root = use_files_of_training(config, args, argv, config.eval_only, ("margin",))
-    splits = drop_unreadable(load_splits(config, args.seed, train_root=root), store, config.max_rejected)
+    splits = load_splits(config, args.seed, train_root=root)
+    say_trained_images(config, args, config.eval_only, splits, print)
+    splits = drop_unreadable(splits, store, config.max_rejected)
     print(f"data: {describe(splits)}")
     tested = "test" if splits["test"] else "val"
-    if not was_trained_on(record_of(config.eval_only), config.train_file):
-        refuse_trained_images(config, args, config.eval_only, splits[tested], print, warn=True)
     found, image, text, texts = evaluate_scenes(model, splits[tested], store, {}, config, args.eval_batch_size)
     results = {
         "images": {name: len(scenes) for name, scenes in splits.items()},

@@ -39,7 +39,6 @@ from config import (
     refuse_unwritable,
     use_files_of_training,
     user_errors,
-    was_trained_on,
     whole_checkpoints,
 )
 from data import (
@@ -50,6 +49,7 @@ from data import (
     image_settings,
     refuse_trained_images,
     row_align,
+    say_trained_images,
 )
 from model import VQA, VQA_SETTINGS, load_processor, pixel_store, read_config
 from scenes import (
@@ -395,14 +395,9 @@ class AnswerRun(Run):
         if not config.lora:
             read_config(config.base_model)  # a missing base is said before the data is read
         splits = self.load_splits(read=self.read_file, train_root=root)
-        if config.eval_only and (known := record_of(config.lora)):
-            if not was_trained_on(known, config.train_file):
-                held_out = splits["test"] or splits["val"]
-                refuse_trained_images(config, args, config.lora, held_out, self.say, warn=True)
-            elif known.get("trained_on", self.trained_on) != self.trained_on:
-                changed = f"warning: {config.train_file} has changed since"
-                self.say(f"{changed}: images that were trained on may be held out now")
-        if config.lora and not config.eval_only and not args.resume_from_checkpoint:
+        if config.eval_only:
+            say_trained_images(config, args, config.lora, splits, self.say)
+        elif config.lora and not args.resume_from_checkpoint:
             held_out = splits["val"] + splits["test"]
             refuse_trained_images(config, args, config.lora, held_out, self.say, warn=config.allow_leak)
         if config.max_test_scenes:

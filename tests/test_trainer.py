@@ -395,6 +395,19 @@ def test_eval_only_scores_a_checkpoint_as_its_run_did(train, drawn, tmp_path, ca
     assert "warning: 13 images that are held out were in the training of" in capsys.readouterr().out
 
 
+def test_data_that_has_changed_is_said_when_a_matcher_is_scored(train, drawn, tmp_path, capsys):
+    rows, file = json.loads(drawn.train.read_text()), tmp_path / "train.json"
+    file.write_text(json.dumps(rows))
+    own = f"--train_file {file} --image_root {drawn.images}"
+    train(tmp_path / "run", f"{own} --max_steps 1")
+    only = f"{own} --eval_only {tmp_path / 'run' / 'best_model'}"
+    train(tmp_path / "same", only)
+    assert "has changed since" not in capsys.readouterr().out
+    file.write_text(json.dumps(rows[1:]))
+    train(tmp_path / "other", only)
+    assert "train.json has changed since: images that were trained on may be held out" in capsys.readouterr().out
+
+
 def test_eval_only_scores_what_was_held_out_then(flags, tmp_path, monkeypatch):
     """By another seed or share other images would be held out, which were trained on."""
     monkeypatch.setattr(train_match, "histogram_baseline", lambda *a: {})
