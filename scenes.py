@@ -257,30 +257,15 @@ def read_scenes(
         scene = scenes.setdefault(found[name], Scene(found[name], split=split, label=_label(entry), name=name))
         if scene.split != split:
             raise InputError(f"{path}: row {number}: image {name!r} is in split {split!r} and in {scene.split!r}")
-        for text, negative in rows:
-            if language != "all" and (language == "zh") != is_chinese(text):
-                continue
-            key = (scene.image, text, negative)
-            if seen.get(key, number) == number:
-                scene.listed.append(text)
-            if key in seen:
-                result.duplicates += 1
-                continue
-            seen[key] = number
-            scene.rows.append((text, negative))
-            prompt = entry.get("zh_prompt" if text == str(entry.get("zh_answer")).strip() else "prompt")
-            if isinstance(prompt, str) and prompt.strip():
-                scene.prompts[text] = prompt.strip()
+        rows = [row for row in rows if language == "all" or (language == "zh") == is_chinese(row[0])]
+        result.duplicates += _add_rows(scene, rows, entry, number, seen)
     for scene in scenes.values():
         scene.texts = list(dict.fromkeys(text for text, _ in scene.rows))
         if form == "triplets":  # a text stands there once for each of its negatives
             scene.listed = list(scene.texts)
-        true = set(scene.texts)
-        for text, negative in scene.rows:
-            if negative in true:
-                reason = f"field 'negative': {negative!r} is also a positive of {scene.image}"
-                result.rejected.append(Rejected(str(path), seen[scene.image, text, negative], reason))
-        scene.rows = [row for row in scene.rows if row[1] not in true]
+        for text, negative in _drop_true_negatives(scene):
+            reason = f"field 'negative': {negative!r} is also a positive of {scene.image}"
+            result.rejected.append(Rejected(str(path), seen[scene.image, text, negative], reason))
         if scene.rows:
             result.scenes.append(scene)
     _refuse_rejected(path, result, max_rejected)
@@ -288,6 +273,34 @@ def read_scenes(
         what = "usable row" if among is None else f"row of the {len(among)} images"
         raise InputError(f"{path}: no {what}" + (f" with --language {language}" if language != "all" else ""))
     return result
+
+
+def _add_rows(
+    scene: Scene, rows: list[tuple[str, str | None]], entry: dict, number: int, seen: dict[tuple, int]
+) -> int:
+    """Give a scene the texts of entry `number` of its file; how many of them it has already."""
+    duplicates = 0
+    for text, negative in rows:
+        key = (scene.image, text, negative)
+        if seen.get(key, number) == number:
+            scene.listed.append(text)
+        if key in seen:
+            duplicates += 1
+            continue
+        seen[key] = number
+        scene.rows.append((text, negative))
+        prompt = entry.get("zh_prompt" if text == str(entry.get("zh_answer")).strip() else "prompt")
+        if isinstance(prompt, str) and prompt.strip():
+            scene.prompts[text] = prompt.strip()
+    return duplicates
+
+
+def _drop_true_negatives(scene: Scene) -> list[tuple[str, str]]:
+    """Take out the rows of a scene whose negative is one of its own texts, and return them."""
+    true = set(scene.texts)
+    wrong = [row for row in scene.rows if row[1] in true]
+    scene.rows = [row for row in scene.rows if row[1] not in true]
+    return wrong
 
 
 class _Among:
@@ -930,26 +943,10 @@ def load_splits(
         raise InputError("no training data: give --train_file (or --preset demo)")
     options = {"language": config.language, "max_rejected": config.max_rejected}
     root = config.image_root if train_root is None else train_root
-    splits: dict[str, list] = {"train": [], "val": [], "test": []}
     found = read(config.train_file, image_root=root, **options)
     rejected, duplicates, left_out = found.rejected, found.duplicates, found.left_out
-    others, named = Counter(), {scene.split for scene in found.scenes}
-    if None in named and len(named) > 1:
-        bare = [scene.image for scene in found.scenes if scene.split is None]
-        raise InputError(
-            f"{config.train_file}: {len(bare)} of {len(found.scenes)} images have no split, first {bare[0]}: give it to all"
-            " or to none"
-        )
-    for scene in found.scenes:
-        name = _split_of(scene, config)
-        if name == OTHER_TEST:
-            others[scene.split] += 1
-        elif name not in splits:
-            raise InputError(
-                f"{config.train_file}: split {scene.split!r} of {scene.image}: expected train, val or test"
-            )
-        else:
-            splits[name].append(scene)
+    splits, others = _by_split(found.scenes, config)
+    named = {scene.split for scene in found.scenes}
     for name in ("val", "test"):
         if file := getattr(config, f"{name}_file"):
             found = read(file, image_root=config.image_root if name == "test" else root, **options)
@@ -986,6 +983,32 @@ def load_splits(
         print(
             f"data: images of other test splits are left out ({found}); --test_split {next(iter(others))} scores those"
         )
+    _say_left_out(report, rejected, left_out, duplicates)
+    return splits
+
+
+def _by_split(scenes: list, config: DataConfig) -> tuple[dict[str, list], Counter]:
+    """({"train", "val", "test": scenes of the training file}, how many are of each other test split). Raises InputError."""
+    bare = [scene.image for scene in scenes if scene.split is None]
+    if bare and len(bare) < len(scenes):
+        raise InputError(
+            f"{config.train_file}: {len(bare)} of {len(scenes)} images have no split, first {bare[0]}: give it to all or to none"
+        )
+    splits, others = {"train": [], "val": [], "test": []}, Counter()
+    for scene in scenes:
+        name = _split_of(scene, config)
+        if name == OTHER_TEST:
+            others[scene.split] += 1
+        elif name not in splits:
+            raise InputError(
+                f"{config.train_file}: split {scene.split!r} of {scene.image}: expected train, val or test"
+            )
+        else:
+            splits[name].append(scene)
+    return splits, others
+
+
+def _say_left_out(report: Path | None, rejected: list[Rejected], left_out: list[Rejected], duplicates: int) -> None:
     lost = sum(one.reason == NO_IMAGE for one in left_out)
     for what, count in (
         ("texts without a word", len(left_out) - lost),
@@ -996,7 +1019,6 @@ def load_splits(
     if rejected or duplicates:
         where = f", listed in {report}" if report and rejected else ""
         print(f"data: {len(rejected)} bad rows left out{where}; {duplicates} duplicate rows dropped")
-    return splits
 
 
 def _hold_out(scenes: list, content: dict[str, str], fraction: float, seed: int) -> tuple[list, list]:
