@@ -796,6 +796,25 @@ def _refuse_values(values, argv: list[str]) -> None:
         raise InputError("--num_train_epochs 0: nothing would be trained")
 
 
+def _print_help(parser, aliases: dict[str, str]) -> None:
+    parser.epilog = (
+        "Every flag of transformers.TrainingArguments works too (--learning_rate, --num_train_epochs, "
+        "--per_device_train_batch_size, --resume_from_checkpoint, --output_dir, --report_to ...): --help_all lists them."
+        + "".join(f" {short} is short for {flag}." for short, flag in aliases.items())
+    )
+    parser.print_help()
+
+
+def _filled(part: type, values):
+    """A dataclass of settings with what was parsed. Raises InputError."""
+    names = {field.name for field in dataclasses.fields(part) if field.init}
+    try:
+        return part(**{key: value for key, value in vars(values).items() if key in names})
+    # NotImplementedError is accelerate's, for GPUs that need an NCCL setting; ImportError of packages that are not there.
+    except (ValueError, NotImplementedError, ImportError) as error:
+        raise InputError(f"these settings do not go together: {error}") from None
+
+
 def parse(config_class: type, argv: list[str] | None = None, description: str = ""):
     """Read a training script's command line.
 
@@ -818,12 +837,7 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
     parser, base = _parser(classes, description)
     parser.set_defaults(**_defaults(config_class, argv))
     if wants_help:
-        parser.epilog = (
-            "Every flag of transformers.TrainingArguments works too (--learning_rate, --num_train_epochs, "
-            "--per_device_train_batch_size, --resume_from_checkpoint, --output_dir, --report_to ...): --help_all lists them."
-            + "".join(f" {short} is short for {flag}." for short, flag in aliases.items())
-        )
-        parser.print_help()
+        _print_help(parser, aliases)
         raise SystemExit(0)
 
     given, begun = flag_value("--resume_from_checkpoint", argv), None
@@ -861,15 +875,7 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         values.ddp_backend = None
     if not eval_only:
         refuse_other_parallelism(values)
-    parts = []
-    for cls in classes:
-        names = {field.name for field in dataclasses.fields(cls) if field.init}
-        try:
-            parts.append(cls(**{key: value for key, value in vars(values).items() if key in names}))
-        # NotImplementedError is accelerate's, for GPUs that need an NCCL setting; ImportError of packages that are not there.
-        except (ValueError, NotImplementedError, ImportError) as error:
-            raise InputError(f"these settings do not go together: {error}") from None
-    config, training_args = parts
+    config, training_args = (_filled(part, values) for part in classes)
     if not eval_only:
         refuse_schedule(training_args)
     if training_args.world_size > 1 and not begun and not flag_value("--output_dir", argv):
