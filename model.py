@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -154,6 +155,14 @@ def _digest(settings: list[Path], weights: list[Path]) -> str:
                 file.seek(start + offset)
                 digest.update(file.read(1024))
     return digest.hexdigest()
+
+
+def read_settings(kind: type, file: Path):
+    """The dataclass of settings that a saved model has beside its weights. Raises InputError, FileNotFoundError."""
+    try:
+        return kind(**json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file}: not readable: {error}") from None
 
 
 BASE_FLAGS = {"base": "--base_model", "vision": "--vision_model_name", "language": "--language_model_name"}
@@ -524,13 +533,11 @@ class DualEncoder(Encoder):
             if (folder / "config.json").is_file():
                 return ClipEncoder.from_pretrained(name, device=device, dtype=dtype)
         try:
-            settings = DualEncoderSettings(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+            settings = read_settings(DualEncoderSettings, folder / SETTINGS)
         except (FileNotFoundError, NotADirectoryError):
             if not folder.is_dir():
                 raise InputError(f"{folder}: no model here; {how_to_get(folder)}, or train one") from None
             raise InputError(f"{folder}: not a matcher's checkpoint ({SETTINGS} is missing)") from None
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{folder / SETTINGS}: not readable: {error}") from None
         base = read_config(folder / "base_config")
         towers = []
         for side, mode in (("image", settings.image_tower), ("text", settings.text_tower)):
@@ -1125,18 +1132,13 @@ class VQA(nn.Module):
 
         folder = Path(folder)
         tensors, record = read_adapter(folder)
-        settings = None
-        if (folder / VQA_SETTINGS).is_file():
-            try:
-                settings = VQASettings(**json.loads((folder / VQA_SETTINGS).read_text(encoding="utf-8")))
-            except (TypeError, ValueError) as error:
-                raise InputError(f"{folder / VQA_SETTINGS}: not readable: {error}") from None
-        ours = settings is not None
-        named = base_model or (settings.base_model if settings else record.get("base_model_name_or_path"))
+        ours = (folder / VQA_SETTINGS).is_file()
+        settings = read_settings(VQASettings, folder / VQA_SETTINGS) if ours else None
+        named = base_model or (settings.base_model if ours else record.get("base_model_name_or_path"))
         if not named:
             raise InputError(f"{folder}: the adapter names no base; give its folder with --base")
         root = base_folder(named)
-        if settings is None:
+        if not ours:
             from config import VQAConfig
 
             config = config or VQAConfig()
@@ -1151,24 +1153,16 @@ class VQA(nn.Module):
             settings = replace(settings, base_model=str(root))  # where it lies now
             processor, tokenizer = load_processor(folder)
         base = load_qwen(root, dtype, quantize, device, "full" in (settings.vision_tower, settings.merger))
-        # The modules that have LoRA are read off the tensors: a pattern written for 4.x names would find others, or none.
-        modules = sorted({m[1] for key in tensors if (m := re.match(r"base_model\.model\.(.+)\.lora_A\.weight$", key))})
         known = dict(base.named_modules())
+        modules = adapted_modules(tensors)
         if lost := [name for name in modules if name not in known]:
             raise InputError(
                 f"{folder}: an adapter of another base: {root} has no {lost[0]} ({len(lost)} such modules)"
             )
-        # Of ours a pattern; where training went on the modules themselves, of many only as much of their ends as tells them
-        # apart.
-        pattern = record.get("target_modules")
-        if ours and pattern:
-            if not isinstance(pattern, str):
-                pattern = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, pattern))})"
-            wanted = [name for name in known if re.fullmatch(pattern, name)]
-            if missing := sorted(set(wanted) - set(modules)):
-                raise InputError(
-                    f"{folder}: the adapter holds nothing for {missing[0]} ({len(missing)} such modules are missing)"
-                )
+        if ours and (missing := sorted(named_by(record.get("target_modules"), known) - set(modules))):
+            raise InputError(
+                f"{folder}: the adapter holds nothing for {missing[0]} ({len(missing)} such modules are missing)"
+            )
         # peft takes these starts off the base's own weights: "before" would be no base.
         start = str(record.get("init_lora_weights")).lower()
         if start.startswith(("pissa", "olora", "corda", "loftq")):
@@ -1746,12 +1740,10 @@ class Captioner(nn.Module):
         """
         folder = Path(folder)
         try:
-            settings = CaptionerSettings(**json.loads((folder / CAPTIONER).read_text(encoding="utf-8")))
+            settings = read_settings(CaptionerSettings, folder / CAPTIONER)
         except (FileNotFoundError, NotADirectoryError):
             hint = "; did you mean its final/?" if (folder / "final").is_dir() else ""
             raise InputError(f"{folder}: not a captioner ({CAPTIONER} is missing){hint}") from None
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{folder / CAPTIONER}: not readable: {error}") from None
         roots = {}
         for side, name in (("vision", settings.vision_model), ("language", settings.language_model)):
             own = folder / side
@@ -2122,6 +2114,21 @@ def load_qwen(
     _refuse_keys(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     model.model.language_model.set_attn_implementation("scene")
     return model.requires_grad_(False)
+
+
+def adapted_modules(tensors: Iterable[str]) -> list[str]:
+    """The modules that have LoRA, read off the names of an adapter's tensors: a pattern written for 4.x names would find
+    others, or none."""
+    return sorted({m[1] for key in tensors if (m := re.match(r"base_model\.model\.(.+)\.lora_A\.weight$", key))})
+
+
+def named_by(targets: str | list[str] | None, modules: Iterable[str]) -> set[str]:
+    """Which modules the `target_modules` of peft's record are. Of ours a pattern; where training went on the modules
+    themselves, of many only as much of their ends as tells them apart."""
+    if not targets:
+        return set()
+    pattern = targets if isinstance(targets, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})"
+    return {name for name in modules if re.fullmatch(pattern, name)}
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
