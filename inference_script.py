@@ -137,9 +137,10 @@ def main(argv: list[str] | None = None) -> int:
         if not (args.image_path and args.text):
             raise InputError("a pair needs both --image_path and --text")
         rows, folder = [{"image_path": args.image_path, "text": text} for text in args.text], None
-    if args.json_output and args.json_output != "-" and not Path(args.json_output).resolve().parent.is_dir():
-        raise InputError(f"--json_output {args.json_output}: its folder does not exist")
-    if args.json_output and args.json_output != "-":
+    to_file = args.json_output and args.json_output != "-"
+    if to_file:
+        if not Path(args.json_output).resolve().parent.is_dir():
+            raise InputError(f"--json_output {args.json_output}: its folder does not exist")
         refuse_unwritable_file(args.json_output, "--json_output")
 
     from transformers.utils import logging
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     results = score_rows(model, rows, root=root, batch_size=args.batch_size, progress=bool(args.json_input))
     errors = [result["error"] for result in results if "error" in result]
 
-    if args.json_output and args.json_output != "-":
+    if to_file:
         from report import write_json
 
         write_json(args.json_output, results)
