@@ -748,6 +748,17 @@ def _leave_out_useless(values, base: dict, argv: list[str]) -> None:
         if getattr(values, name) != plain and flag_given(f"--{name}", argv):
             raise InputError(f"--{name}: {reason}; leave it out")
         setattr(values, name, plain)  # of a resumed run that an earlier version let begin with it
+    towers = {"image": "image_tower", "text": "text_tower", "vision": "vision_tower", "merger": "merger"}
+    frozen = {name: f"--{flag}" for name, flag in towers.items() if getattr(values, flag, None) == "frozen"}
+    if getattr(values, "freeze_vision_model", False):
+        frozen["vision"] = "--no_freeze_vision_model"
+    for name, flag in frozen.items():
+        rate, own = f"{name}_learning_rate", getattr(values, "lora", None) and not flag_given(flag, argv)
+        if getattr(values, rate, None) is None or own:  # an adapter that goes on says itself what is trained
+            continue
+        if flag_given(f"--{rate}", argv):
+            raise InputError(f"--{rate}: that part is frozen, and learns nothing; leave it out, or train it ({flag})")
+        setattr(values, rate, None)  # of such a run, too
 
 
 def _choose_precision(values, argv: list[str]) -> None:
@@ -1138,13 +1149,6 @@ def check(config: DataConfig) -> None:
     refuse_outside(config, **bounds)
     if isinstance(config, QwenConfig) and config.min_pixels > config.max_pixels:
         raise InputError(f"--min_pixels {config.min_pixels} is above --max_pixels {config.max_pixels}")
-    towers = {"image": "image_tower", "text": "text_tower", "vision": "vision_tower", "merger": "merger"}
-    frozen = {name: f"--{flag}" for name, flag in towers.items() if getattr(config, flag, None) == "frozen"}
-    if getattr(config, "freeze_vision_model", False):
-        frozen["vision"] = "--no_freeze_vision_model"
-    for name, flag in frozen.items():
-        if getattr(config, f"{name}_learning_rate", None) is not None:
-            raise InputError(f"--{name}_learning_rate: that part is frozen ({flag}), and learns nothing; leave it out")
     config.cache_dir = cache_folder(config.cache_dir)
 
 

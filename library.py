@@ -52,7 +52,7 @@ from imagery import (
 )
 from model import DualEncoder, Encoder, pixel_store
 from places import box_ring, change_scores, common_share, feature_collection, match_footprints
-from scenes import IMAGE_COLUMNS, Rejected, files_below, image_files, is_chinese, load_json, read_table
+from scenes import IMAGE_COLUMNS, IMAGE_SUFFIXES, Rejected, files_below, image_files, is_chinese, load_json, read_table
 from store import Filter, Hit, Point
 
 WHOLE = 1.5  # an image up to this many tiles long and wide is not cut: scenes "of 256 pixels" have 253 or 280 too
@@ -90,7 +90,7 @@ MASK = re.compile(  # and previews, beside the pictures of Planet, Landsat, HLS 
     r"^MSK_.*|(?:^|[._])(?:udm2?|B?QA(?:_PIXEL|_RADSAT|_AEROSOL)?|SCL|AOT|WVP|Fmask|CLD(?:PRB)?|SNW(?:PRB)?|PVI|S[AZ]A|V[AZ]A"
     r"|ST_(?:ATRAN|CDIST|DRAD|EMIS|EMSD|TRAD|URAD)|SR_ATMOS_OPACITY)(?:_\d+m)?(?:_clip)?\.(?:tiff?|jp2)$"
     r"|^(?:GF|ZY|CB|HJ|SV)\d.*-(?:MSS|PAN|MUX|PMS|NAD|FWD|BWD)\d*(?:_thumb)?\.jpe?g$"
-    r"|^(?:GF|ZY|CB|HJ|SV)\d.*_L\d[A-Z]\w*?\d(?:-\w+)?(?:[._-]thumb)?\.jpe?g$"
+    r"|^(?:GF|ZY|CB|HJ|SV)\d.*_L\d[A-Z]\d+(?:-[A-Z]+\d*)?(?:[._-]thumb)?\.jpe?g$"
     r"|-QL_(?:VNIR|SWIR|QUALITY_\w+|PIXELMASK_\w+)\.tiff?$|^(?:PREVIEW|ICON)_.*\.jpe?g$|-BROWSE\.jpe?g$|^BROWSE\..*\.jpe?g$"
     r"|^S2.*-ql\.jpg$|^L[A-Z]\d\d_.*_thumb_(?:large|small)\.jpe?g$",
     re.IGNORECASE,
@@ -210,6 +210,8 @@ def read_by_image(path: str | Path, one_of: tuple[str, ...] = ()) -> tuple[list[
     if len(names) < 2:
         raise InputError(f"{path}: expected a header such as `path,label` with the image's path first")
     at = next((n for n, name in enumerate(names) if name.lower() in IMAGE_COLUMNS), 0)
+    if Path(names[at]).suffix.lower() in IMAGE_SUFFIXES:
+        raise InputError(f"{path}: line 1: {names[at]!r} is an image; expected a header above it, such as `path,label`")
     others = names[:at] + names[at + 1 :]
     if one_of:
         others = [name for wanted in one_of for name in others if name.lower() == wanted][:1] or others

@@ -302,7 +302,8 @@ def run_index(args) -> int:
 
 def say_indexed(report, args) -> None:
     cut = f" as {report.added} tiles" if report.added != report.files else ""
-    rate = f", {report.added / report.seconds:.3g} {'tiles' if cut else 'images'}/s" if report.added else ""
+    speed = report.added / max(report.seconds, 1e-9)
+    rate = f", {speed:.{0 if speed >= 10 else 1}f} {'tiles' if cut else 'images'}/s" if report.added else ""
     amended = f" ({report.amended} with other attributes)" if report.amended else ""
     renamed = f" {report.renamed} under a new name," if report.renamed else ""
     print(

@@ -12,6 +12,7 @@ results.json, samples.jsonl (every test question with its answers before and aft
 """
 
 import argparse
+import contextlib
 import copy
 import html
 import json
@@ -658,12 +659,12 @@ def main(argv: list[str] | None = None) -> dict | None:
     transformers.utils.logging.disable_progress_bar()  # of weights: seconds at most
     if config.eval_only and not config.lora:
         raise InputError("--eval_only: give the adapter to score with --lora")
-    run = (Dialogue if config.task == "chat" else Questions)(config, args, changed, argv)
-    run.ask_before()
-    if config.eval_only:
-        run.made["after"] = run.ask(run.held, progress=run.main_process)
-        return run.finish(config.lora, keep=keeps_scores(argv))
-    with own_folder(args):
+    with contextlib.nullcontext() if config.eval_only else own_folder(args):
+        run = (Dialogue if config.task == "chat" else Questions)(config, args, changed, argv)
+        run.ask_before()
+        if config.eval_only:
+            run.made["after"] = run.ask(run.held, progress=run.main_process)
+            return run.finish(config.lora, keep=keeps_scores(argv))
         return run.finish(run.train(), keep=True)
 
 

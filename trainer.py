@@ -437,14 +437,12 @@ def dtype_of(args) -> torch.dtype:
 def own_folder(args):
     """Hold the folder of a run: another training in it would take this one's checkpoints for its own, and remove them. The
     lock goes with the process, whatever ends it. Raises InputError."""
-    if args.process_index:
-        yield
-        return
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folder
+    folder, held = Path(args.output_dir), None
+    if not args.process_index:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # Windows opens no folder
+            held = os.open(folder, os.O_RDONLY)
+    if held is None:
         yield
         return
     try:

@@ -248,10 +248,10 @@ NOUN_ENDS = re.compile(
 IMPLIED = {2: r"\b(both|pair|couple|double|dual|twin|two|second)\b", 3: r"\b(triang|triple|tri-|three)",
            4: r"\b(square|four|corner|quadrup)", 5: r"\b(star\b|pentag|quintup)", 6: r"\b(half a dozen|hexag)", 8: r"\boctag",
            12: r"\bdozen", 100: r"\bhundred", 1000: r"\bthousand", 10: r"\b(cross|ten\b|intersect)"}  # fmt: skip
+HALF = re.compile(r"\b50 ?(?:%|per ?cent)")
 NUMBER_IN_WORDS = {  # Chinese for a number, without one
     "many": "[上成][百千万]|成[荫片]|多|大量|不少|无数|若干|成群|少量|少数|林立|遍布|覆盖|大片|些|[密茂满几数]",
     0: "[没无未]", 1: "[单独唯]", 2: "双|俩|一对|成对|一分为二", 6: "打", 12: "打",
-    50: "一半|半数",  # per cent
 }  # fmt: skip
 
 DIGIT = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
@@ -388,6 +388,8 @@ def check_numbers(captions: list[str], text: str) -> list[tuple[str, str]]:
         named = "或".join(shown(value) for value in sorted(wanted, key=str))
         if any(value in wanted and re.search(words, text) for value, words in NUMBER_IN_WORDS.items()):
             continue
+        if 50 in wanted and re.search("一半|半数", text) and HALF.search(" ".join(captions)):
+            continue
         at = [good for values, good, _ in found if values & wanted]
         if not at:
             wrong.append(("number missing", f"缺少数量{named}"))
@@ -442,7 +444,9 @@ def check_directions(captions: list[str], text: str) -> list[tuple[str, str]]:
     named = "".join(f"|{name}" for name, pinyin in PROVINCES.items() if pinyin in english)
     rest = re.sub(f"东西(?![侧部边方面端向两走])|左右|[西南冬]瓜|{PLACES}{named}", "", text)
     for letter, name in LETTER_OF.items():
-        if letter in rest and not re.search(rf"\b(?:(?:north|south)[- ]?)?{name}", english):  # "at least" is not east
+        if letter in rest and not re.search(
+            rf"\b(?:(?:north|south|mid)[- ]?)?{name}", english
+        ):  # "at least" is not east
             wrong.append(("direction added", f"原文没有方位“{letter}”"))
     return wrong
 
@@ -455,7 +459,7 @@ COLOURS = {
 COLOUR_OF = {  # what an English text must say for a Chinese one to name the colour
     "红": "red|pink|maroon|crimson|brick|brown", "橙": "orange",
     "黄": "yellow|gold|beige|tan|sand|khaki|brown|orange|wither|straw|dry|dried",
-    "绿": r"green|evergreen|lush|verdant|grass|lawn|meadow|vegetat|tree|forest|plant|turquoise|emerald|crop|farm"
+    "绿": r"green|evergreen|lush|verdant|grass|lawn|meadow|vegetat|tree|\w*forest|plant|turquoise|emerald|crop|farm"
           r"|\w*field|park|teal",
     "蓝": "blue|azure|cyan|turquoise|navy|teal", "紫": "purple|violet", "粉": "pink", "棕": "brown|tan",
     "褐": "brown|tan|maroon|chestnut|rust",
@@ -494,7 +498,9 @@ def terms_in(captions: list[str], glossary: dict[str, list[str]]) -> dict[str, l
 
 
 DENIED = re.compile(r"\b(?:no|without|0|zero)(?: any)? (\w+)")
-OTHER_DENIAL = re.compile(r"\b(?:not|none|never|hardly|empty|few|free of|lack\w*|absen\w+|devoid)\b|n't\b")
+OTHER_DENIAL = re.compile(
+    r"\b(?:not|none|never|nothing|neither|without|hardly|empty|few|free of|lack\w*|absen\w+|devoid)\b|n't\b"
+)
 STREAMS = re.compile(r"\bstreams?(?= (?:along|past|through|down|by|into)\b)")  # traffic does
 
 
@@ -514,7 +520,11 @@ def check_glossary(captions: list[str], text: str, glossary: dict[str, list[str]
         for term, accepted in said.items():
             at = [part for part in parts if any(one in part for one in accepted)]
             one_of = "|".join(map(re.escape, accepted))
-            if at and term not in denied and all(re.search(f"没有?.{{0,4}}(?:{one_of})", part) for part in at):
+            if (
+                at
+                and term not in denied
+                and all(re.search(f"(?<![淹沉埋吞])没有?[^的了]{{0,4}}?(?:{one_of})", part) for part in at)
+            ):
                 wrong.append(("negation added", f"原文没有说没有{accepted[0]}（{term}）"))
     for accepted in sorted((one for several in said.values() for one in several), key=len, reverse=True):
         text = text.replace(accepted, " ")  # a car park is no car

@@ -125,6 +125,8 @@ def test_masks_beside_the_pictures_are_left_out(folder):
              "LC08_L2SP_1_02_T1_thumb_large.jpeg", "GF2_PMS1_E113.8_N22.5_20200615_L1A0004530123-MSS1_thumb.jpg",
              "GF1_WFV2_E113.8_N22.5_20200615_L1A0001738184.jpg", "IMG_PHR1A-BROWSE.JPG", "ENMAP01-QL_QUALITY_CLOUD.TIF",
              "PREVIEW_PHR1A_P.JPG"]  # fmt: skip
+    tiles = ["GF2_PMS1__L1A0000564539-MSS1_0_1024.jpg", "GF2_PMS1_E113.8_L1A0004530123_tile_12.jpg"]
+    assert not any(module.MASK.search(name) for name in tiles)
     for name in [*masks, "scl.png", "aqua_1.tif"]:
         write_tif(folder / "farm" / name, 60, 60)
     (page := folder / "farm/S2A_MSIL2A_20200615T101559_N0214_R022_T33UUP_20200615T130153.SAFE/HTML").mkdir(parents=True)
@@ -977,3 +979,9 @@ def test_places_without_a_georeference_are_matched_by_name(model, tmp_path):
         match_places(opened["A"], opened["C"])
     for library in opened.values():
         library.index.close()
+
+
+def test_a_table_without_a_header_is_refused(tmp_path):
+    (tmp_path / "labels.csv").write_text("101.jpg,airplane\n102.jpg,harbour\n")
+    with pytest.raises(InputError, match=r"labels\.csv: line 1: '101\.jpg' is an image; expected a header"):
+        read_attributes(tmp_path / "labels.csv")

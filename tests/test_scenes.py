@@ -749,6 +749,8 @@ def test_coco_annotations_of_no_image(folder, capsys):
     found = read_scenes(save(folder / "coco.json", {"images": images, "annotations": said}), max_rejected=0.5)
     assert [scene.texts for scene in found.scenes] == [["one"]] and [bad.row for bad in found.rejected] == [1]
     assert [(left.row, left.reason) for left in found.left_out] == [(row, NO_IMAGE) for row in (1, 2, 3)]
+    again = save(folder / "again.json", {"images": [images[0], images[0]], "annotations": said[:1]})
+    assert [scene.texts for scene in read_scenes(again).scenes] == [["one"]]
     images[1]["id"] = 1
     twice = save(folder / "twice.json", {"images": images, "annotations": said})
     refused(lambda: read_scenes(twice), "field 'images': id 1 stands for 2 images")

@@ -1019,6 +1019,12 @@ FAITHFUL = {
     "evergreen woods and a minefield": "绿色的树林和雷场。",
     "the southwestern part is bare": "西南部裸露。",
     "planes are on the runway, which has no cars": "跑道上停着飞机，没有汽车。",
+    "a sunken ship near the beach": "海滩附近有一艘沉没的船。",
+    "a submerged bridge over the river": "河上有一座被淹没的桥梁。",
+    "bare land next to the road": "道路旁是没有植被的裸地。",
+    "neither ships nor cars in the port": "港口里没有船，也没有汽车。",
+    "a dense rainforest": "绿色热带雨林。",
+    "a midwestern town": "中西部城镇。",
 }
 UNFAITHFUL = [
     ("two hundred cars in a parking lot", "停车场里有两辆汽车。", "number"),
@@ -1045,6 +1051,7 @@ UNFAITHFUL = [
     ("2 planes", "2.5架飞机停在那里", "number"),
     ("one plane is on the apron", "一些飞机停在停机坪上。", "number missing"),
     ("a plane is on the runway", "跑道上没有飞机。", "negation added"),
+    ("fifty cars in a parking lot", "停车场里一半是汽车。", "number missing"),
     ("two planes are on the runway", "跑道上没有两架飞机。", "negation added"),
     ("some houses are scattered near a lake", "湖边散布着一些红色房屋。", "colour added"),  # scatte-red
     ("many rectangular buildings", "许多棕色的长方形建筑。", "colour added"),
