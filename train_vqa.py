@@ -139,10 +139,10 @@ def score_majority(train: list[QuestionScene], scenes: list[QuestionScene]) -> d
             [[known.get(q.kind or "question", known[None]) for q in scene.questions] for scene in scenes], scenes
         )
 
-    found = of(truths)
+    found, bucket = of(truths), cache(metrics.bucket)  # few answers, said many times
     for protocol in set(protocols_of(found)) - {"exact"}:
         classed = metrics.PROTOCOLS[protocol]
-        found[protocol] = of([metrics.bucket(a, k) if k in classed else a for a, k in zip(truths, kinds)])[protocol]
+        found[protocol] = of([bucket(a, k) if k in classed else a for a, k in zip(truths, kinds)])[protocol]
     return found
 
 
