@@ -750,6 +750,8 @@ def _leave_out_useless(values, base: dict, argv: list[str]) -> None:
         setattr(values, name, plain)  # of a resumed run that an earlier version let begin with it
     towers = {"image": "image_tower", "text": "text_tower", "vision": "vision_tower", "merger": "merger"}
     frozen = {name: f"--{flag}" for name, flag in towers.items() if getattr(values, flag, None) == "frozen"}
+    if getattr(values, "vision_tower", None) == "full":  # which includes it
+        frozen.pop("merger", None)
     if getattr(values, "freeze_vision_model", False):
         frozen["vision"] = "--no_freeze_vision_model"
     for name, flag in frozen.items():

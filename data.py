@@ -173,7 +173,8 @@ def say_trained_images(config, args, folder: str | Path, splits: dict[str, list]
     if not was_trained_on(known, config.train_file):
         refuse_trained_images(config, args, folder, splits["test"] or splits["val"], say, warn=True)
     elif known.get("trained_on", now := rows_digest(splits["train"])) != now:
-        say(f"warning: {config.train_file} has changed since: images that were trained on may be held out now")
+        why = "or another --seed, --max_samples or the like draws other rows"
+        say(f"warning: {config.train_file} has changed since: images that were trained on may be held out now ({why})")
 
 
 def refuse_resume_on_held_out(config, args, splits: dict[str, list], trained_on: str, say: Callable) -> None:

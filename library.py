@@ -90,7 +90,7 @@ MASK = re.compile(  # and previews, beside the pictures of Planet, Landsat, HLS 
     r"^MSK_.*|(?:^|[._])(?:udm2?|B?QA(?:_PIXEL|_RADSAT|_AEROSOL)?|SCL|AOT|WVP|Fmask|CLD(?:PRB)?|SNW(?:PRB)?|PVI|S[AZ]A|V[AZ]A"
     r"|ST_(?:ATRAN|CDIST|DRAD|EMIS|EMSD|TRAD|URAD)|SR_ATMOS_OPACITY)(?:_\d+m)?(?:_clip)?\.(?:tiff?|jp2)$"
     r"|^(?:GF|ZY|CB|HJ|SV)\d.*-(?:MSS|PAN|MUX|PMS|NAD|FWD|BWD)\d*(?:_thumb)?\.jpe?g$"
-    r"|^(?:GF|ZY|CB|HJ|SV)\d.*_L\d[A-Z]\d+(?:-[A-Z]+\d*)?(?:[._-]thumb)?\.jpe?g$"
+    r"|^(?:GF|ZY|CB|HJ|SV)\d.*_L\d[A-Z](?:_[A-Z]+_L\d+|\d+(?:-[A-Z]+\d*)?)(?:[._-]thumb)?\.jpe?g$"
     r"|-QL_(?:VNIR|SWIR|QUALITY_\w+|PIXELMASK_\w+)\.tiff?$|^(?:PREVIEW|ICON)_.*\.jpe?g$|-BROWSE\.jpe?g$|^BROWSE\..*\.jpe?g$"
     r"|^S2.*-ql\.jpg$|^L[A-Z]\d\d_.*_thumb_(?:large|small)\.jpe?g$",
     re.IGNORECASE,

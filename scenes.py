@@ -349,8 +349,8 @@ def _form_of(path: Path, content, roots: list[Path], left_out: list[Rejected]) -
             return "karpathy", content["images"], ("filename", "sentences")
         listed = [image if isinstance(image, dict) else {} for image in content["images"]]
         # Some converters list an image once for each of its annotations.
-        once = {(str(image["id"]), image.get("file_name")): image for image in listed if "id" in image}
-        entries = [{**image, "captions": []} for image in (*once.values(), *(i for i in listed if "id" not in i))]
+        keys = [json.dumps(image, sort_keys=True) if "id" in image else n for n, image in enumerate(listed)]
+        entries = [{**image, "captions": []} for image in dict(zip(keys, listed)).values()]
         named = Counter(str(entry["id"]) for entry in entries if "id" in entry)
         if twice := [number for number, count in named.items() if count > 1]:
             raise InputError(f"{path}: field 'images': id {twice[0]} stands for {named[twice[0]]} images")

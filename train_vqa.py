@@ -352,6 +352,11 @@ def refuse_other_settings(model: VQA, config: VQAConfig, argv: list[str]) -> Non
     for name, value in own.items():
         if flag_given(f"--{name}", argv) and asked[name] != value:
             raise InputError(f"--{name}: {config.lora} was trained with {value!r} and keeps that; leave the flag out")
+    for side, names in model.parameter_groups().items():
+        if not config.eval_only and not names and getattr(config, f"{side}_learning_rate", None) is not None:
+            raise InputError(
+                f"--{side}_learning_rate: that part is frozen in {config.lora}, and learns nothing; leave it out"
+            )
 
 
 class AnswerRun(Run):

@@ -248,7 +248,7 @@ NOUN_ENDS = re.compile(
 IMPLIED = {2: r"\b(both|pair|couple|double|dual|twin|two|second)\b", 3: r"\b(triang|triple|tri-|three)",
            4: r"\b(square|four|corner|quadrup)", 5: r"\b(star\b|pentag|quintup)", 6: r"\b(half a dozen|hexag)", 8: r"\boctag",
            12: r"\bdozen", 100: r"\bhundred", 1000: r"\bthousand", 10: r"\b(cross|ten\b|intersect)"}  # fmt: skip
-HALF = re.compile(r"\b50 ?(?:%|per ?cent)")
+HALF = re.compile(r"\b(?:50|fifty)[- ]?(?:%|per ?cent)", re.IGNORECASE)
 NUMBER_IN_WORDS = {  # Chinese for a number, without one
     "many": "[上成][百千万]|成[荫片]|多|大量|不少|无数|若干|成群|少量|少数|林立|遍布|覆盖|大片|些|[密茂满几数]",
     0: "[没无未]", 1: "[单独唯]", 2: "双|俩|一对|成对|一分为二", 6: "打", 12: "打",
@@ -501,6 +501,7 @@ DENIED = re.compile(r"\b(?:no|without|0|zero)(?: any)? (\w+)")
 OTHER_DENIAL = re.compile(
     r"\b(?:not|none|never|nothing|neither|without|hardly|empty|few|free of|lack\w*|absen\w+|devoid)\b|n't\b"
 )
+PLAIN = "了?(?:(?:任何|[大小新旧长高][型的]?|[红橙黄绿蓝紫粉棕褐黑白灰]色?)的)?"  # "no red ship", not "land that has no trees"
 STREAMS = re.compile(r"\bstreams?(?= (?:along|past|through|down|by|into)\b)")  # traffic does
 
 
@@ -523,7 +524,7 @@ def check_glossary(captions: list[str], text: str, glossary: dict[str, list[str]
             if (
                 at
                 and term not in denied
-                and all(re.search(f"(?<![淹沉埋吞])没有?[^的了]{{0,4}}?(?:{one_of})", part) for part in at)
+                and all(re.search(f"(?<![淹沉埋吞])没有?{PLAIN}[^的了]{{0,4}}?(?:{one_of})", part) for part in at)
             ):
                 wrong.append(("negation added", f"原文没有说没有{accepted[0]}（{term}）"))
     for accepted in sorted((one for several in said.values() for one in several), key=len, reverse=True):

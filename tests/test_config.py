@@ -389,6 +389,7 @@ def test_settings_that_would_do_nothing_are_refused():
         refused(lambda config=config, words=words: parse(config, [*run, *words]), told)
     parse(VQAConfig, [*run, "--vision_learning_rate=1e-5", "--vision_tower=lora"])
     assert parse(VQAConfig, [*run, "--vision_learning_rate=1e-5", "--lora=adapter"])[0].vision_learning_rate == 1e-5
+    parse(VQAConfig, [*run, "--merger_learning_rate=1e-5", "--vision_tower=full"])  # which includes the merger
     parse(CaptionConfig, [*run, "--vision_learning_rate=1e-5", "--no_freeze_vision_model"])
     with pytest.raises(SystemExit):  # the vision encoder of a captioner has a size of its own
         parse(CaptionConfig, [*run, "--max_pixels=784"])

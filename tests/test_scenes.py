@@ -751,6 +751,9 @@ def test_coco_annotations_of_no_image(folder, capsys):
     assert [(left.row, left.reason) for left in found.left_out] == [(row, NO_IMAGE) for row in (1, 2, 3)]
     again = save(folder / "again.json", {"images": [images[0], images[0]], "annotations": said[:1]})
     assert [scene.texts for scene in read_scenes(again).scenes] == [["one"]]
+    parted = [images[0] | {"split": "train"}, images[0] | {"split": "test"}]
+    parted = save(folder / "parted.json", {"images": parted, "annotations": said[:1]})
+    refused(lambda: read_scenes(parted), "id 1 stands for 2 images")
     images[1]["id"] = 1
     twice = save(folder / "twice.json", {"images": images, "annotations": said})
     refused(lambda: read_scenes(twice), "field 'images': id 1 stands for 2 images")

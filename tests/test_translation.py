@@ -1025,6 +1025,7 @@ FAITHFUL = {
     "neither ships nor cars in the port": "港口里没有船，也没有汽车。",
     "a dense rainforest": "绿色热带雨林。",
     "a midwestern town": "中西部城镇。",
+    "fifty percent of the land is bare": "一半的土地裸露。",
 }
 UNFAITHFUL = [
     ("two hundred cars in a parking lot", "停车场里有两辆汽车。", "number"),
@@ -1052,6 +1053,7 @@ UNFAITHFUL = [
     ("one plane is on the apron", "一些飞机停在停机坪上。", "number missing"),
     ("a plane is on the runway", "跑道上没有飞机。", "negation added"),
     ("fifty cars in a parking lot", "停车场里一半是汽车。", "number missing"),
+    ("a red ship is in the port", "港口里没有红色的船。", "negation added"),
     ("two planes are on the runway", "跑道上没有两架飞机。", "negation added"),
     ("some houses are scattered near a lake", "湖边散布着一些红色房屋。", "colour added"),  # scatte-red
     ("many rectangular buildings", "许多棕色的长方形建筑。", "colour added"),
