@@ -26,6 +26,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
@@ -77,13 +78,16 @@ def user_errors():
         raise
 
 
+# What torch and numpy say of a file that they could not write whole, without the system's reason.
+CUT_SHORT = re.compile(r"inline_container\S* *\. unexpected pos|PytorchStreamWriter|requested and \d+ written")
+
+
 def _of_the_machine(error: Exception) -> str | None:
     """What an error says that is neither the input's nor the program's."""
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-        return f"the disk is full ({error}); make room, and go on from the last whole checkpoint or run the same command again"
-    if re.search(r"inline_container\S* *\. unexpected pos|PytorchStreamWriter|requested and \d+ written", str(error)):
-        what = f"a file could not be written whole, mostly because the disk is full ({error})"
-        return f"{what}; make room, and go on from the last whole checkpoint or run the same command again"
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+    if full or CUT_SHORT.search(str(error)):
+        what = "the disk is full" if full else "a file could not be written whole, mostly because the disk is full"
+        return f"{what} ({error}); make room, and go on from the last whole checkpoint or run the same command again"
     if isinstance(error, RuntimeError) and re.match(
         r"DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)
     ):
@@ -706,15 +710,10 @@ class _Begun:
         checkpoint = resolve_checkpoint(given)
         self.checkpoint = checkpoint if checkpoint.parent.name else checkpoint.absolute()  # "." has no parent
         try:
-            state, record = (
-                json.loads((checkpoint / name).read_text(encoding="utf-8"))
-                for name in ("trainer_state.json", "config.json")
-            )
-            self.step, self.recorded, script = (
-                state.get("global_step"),
-                dict(record["settings"]),
-                SCRIPTS.get(record.get("task")),
-            )
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            record = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+            self.step, self.recorded = state.get("global_step"), dict(record["settings"])
+            script = SCRIPTS.get(record.get("task"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(
@@ -748,6 +747,11 @@ def _leave_out_useless(values, base: dict, argv: list[str]) -> None:
         if getattr(values, name) != plain and flag_given(f"--{name}", argv):
             raise InputError(f"--{name}: {reason}; leave it out")
         setattr(values, name, plain)  # of a resumed run that an earlier version let begin with it
+
+
+def _leave_out_frozen_rates(values, argv: list[str]) -> None:
+    """Learning rates of parts that learn nothing are refused, and dropped where a resumed run recorded one. Raises
+    InputError."""
     towers = {"image": "image_tower", "text": "text_tower", "vision": "vision_tower", "merger": "merger"}
     frozen = {name: f"--{flag}" for name, flag in towers.items() if getattr(values, flag, None) == "frozen"}
     if getattr(values, "vision_tower", None) == "full":  # which includes it
@@ -760,7 +764,7 @@ def _leave_out_useless(values, base: dict, argv: list[str]) -> None:
             continue
         if flag_given(f"--{rate}", argv):
             raise InputError(f"--{rate}: that part is frozen, and learns nothing; leave it out, or train it ({flag})")
-        setattr(values, rate, None)  # of such a run, too
+        setattr(values, rate, None)
 
 
 def _choose_precision(values, argv: list[str]) -> None:
@@ -861,6 +865,7 @@ def parse(config_class: type, argv: list[str] | None = None, description: str = 
         parser.set_defaults(**(base | known | {"output_dir": str(begun.run)}))
     values = parser.parse_args(argv)
     _leave_out_useless(values, base, argv)
+    _leave_out_frozen_rates(values, argv)
     if flag_given("--temperature", argv) and values.temperature < 0.01:
         raise InputError(f"--temperature {values.temperature}: expected 0.01 or more, where the loss cuts it off")
     if begun:
@@ -1064,6 +1069,20 @@ def flock(file, free: bool = False) -> None:
         raise
     except OSError:  # a file system without locks, as on some clusters
         return
+
+
+def take_lock(file, stale: Callable[[], bool] = lambda: True) -> bool:
+    """`flock`, tried for 6 s while `stale()`: of an owner that was killed, the processes that read for it hold the lock until
+    they notice, in 5 s. False: another has it."""
+    for _ in range(30):
+        try:
+            flock(file)
+            return True
+        except BlockingIOError:
+            if not stale():
+                return False
+        time.sleep(0.2)
+    return False
 
 
 def in_workers(function, jobs: list, workers: int, chunksize: int = 1) -> list:

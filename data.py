@@ -26,7 +26,16 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from config import DataConfig, InputError, by_content, processors, record_of, use_files_of_training, was_trained_on
+from config import (
+    CUT_SHORT,
+    DataConfig,
+    InputError,
+    by_content,
+    processors,
+    record_of,
+    use_files_of_training,
+    was_trained_on,
+)
 from imagery import RENDERING, ImageError, ImageSettings, file_state, guessed_bands, read_image, read_rgb
 from scenes import (
     Question,
@@ -261,7 +270,7 @@ def _kept(entry: Path, what: str):
         yield temporary
         os.replace(temporary, entry)
     except (OSError, SafetensorError) as error:
-        why = "the disk is full" if re.search(r"requested and \d+ written", str(error)) else error  # numpy's words
+        why = "the disk is full" if CUT_SHORT.search(str(error)) else error
         raise InputError(f"{entry.parent}: cannot keep {what}: {why}; see --cache_dir") from None
     finally:
         with contextlib.suppress(OSError):  # it has become the entry, or its folder is none

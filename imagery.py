@@ -719,12 +719,12 @@ def _percentile_limits(scene, bands, settings, whole):
     h, w = scene.height, scene.width
     scale = min(1.0, SAMPLE_SIDE / max(h, w))
     if whole is not None and scale == 1:
-        samples = [whole]
+        measured = _by_band([whole])
     else:
         out = (max(1, round(h * scale)), max(1, round(w * scale)))
         levels = [1, *(o for o in scene.overviews if o <= 1 / scale)]  # what GDAL may read instead of full size
         if h * w / max(levels) ** 2 <= settings.max_pixels:
-            samples = _samples(scene, bands, settings, [((0, 0, w, h), out)])
+            measured = _by_band(_samples(scene, bands, settings, [((0, 0, w, h), out)]))
         else:
             # Huge: a grid of patches instead of decoding all of it; many small ones, for land changes from place to place.
             # More and smaller ones where its data lie in a few places of a large canvas.
@@ -732,12 +732,11 @@ def _percentile_limits(scene, bands, settings, whole):
                 ph, pw = min(h, SAMPLE_SIDE // patches), min(w, SAMPLE_SIDE // patches)
                 rows, cols = (np.linspace(0, n - p, patches).astype(int).tolist() for n, p in ((h, ph), (w, pw)))
                 grid = [((c, r, pw, ph), (ph, pw)) for r in rows for c in cols]
-                samples = _samples(scene, bands, settings, grid)
-                found = max(np.count_nonzero(_telling(values)) for values in _by_band(samples))
-                if found >= 1000:
+                measured = _by_band(_samples(scene, bands, settings, grid))
+                if max(np.count_nonzero(_telling(values)) for values in measured) >= 1000:
                     break
     limits = []
-    for values in _by_band(samples):
+    for values in measured:
         telling = _telling(values)
         if telling.size == 0:
             limits.append((0.0, 1.0))

@@ -792,9 +792,8 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
             f" found {len(images)} images and {str(turns[0].get(content))[:80]!r}"
         )
     pairs = tuple(zip(said[::2], said[1::2]))
-    learnt = [
-        n for n, turn in enumerate(turns[1::2]) if turn.get("loss") not in (False, 0)
-    ]  # ms-swift's mark of others
+    # "loss": ms-swift's mark of answers that are only said.
+    learnt = [n for n, turn in enumerate(turns[1::2]) if turn.get("loss") not in (False, 0)]
     if not learnt:
         raise InputError(f'field {listed!r}: no answer in it is to be learnt, each has "loss": false')
     return images[0].strip(), [Question(*pairs[n], kind, number, pairs[:n]) for n in learnt]

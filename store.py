@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from config import InputError, flock
+from config import InputError, flock, take_lock
 
 FORMAT = 1  # of the payload and of index.json; an index of another number is refused
 # The graph (HNSW, Malkov & Yashunin 2018). On 100,000 x 512 in 1000 clusters, one core: a build takes 100 s of CPU and
@@ -672,21 +672,18 @@ class _Edge(Store):
         except OSError as error:
             what = f"cannot be written ({error.strerror}), and an index is written to even to be read"
             raise InputError(f"{self.location}: {what}: copy it to a folder that you may write") from None
-        for attempt in range(30):
-            try:
-                flock(self._lock)
-                self._lock.truncate(0)
-                self._lock.write(str(os.getpid()))
-                self._lock.flush()
-                return
-            except BlockingIOError:
-                owner = note.read_text(encoding="ascii") or "unknown"
-            if Path(f"/proc/{owner}").exists() or not Path("/proc").exists() or attempt == 29:
-                break
-            time.sleep(0.2)  # its owner was killed, and worker processes hold the lock until they notice, in 5 s
+
+        def owner() -> str:
+            return note.read_text(encoding="ascii") or "unknown"
+
+        if take_lock(self._lock, lambda: Path("/proc").exists() and not Path(f"/proc/{owner()}").exists()):
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
+            return
         self._lock.close()
         raise InputError(
-            f"{self.location}: in use by another process (pid {owner}); close that, or keep the index on a Qdrant server"
+            f"{self.location}: in use by another process (pid {owner()}); close that, or keep the index on a Qdrant server"
             " (--store http://...), which many may use at once"
         )
 

@@ -10,7 +10,6 @@ Leaves in output/training_YYYYMMDD_HHMMSS/: best_model/, checkpoint-N/, config.j
 report.html, and TensorBoard events.
 """
 
-import contextlib
 import re
 import sys
 from collections import Counter
@@ -473,9 +472,8 @@ def _stored(feature_store: FeatureStore, compute, items: list[str], name=str) ->
     item_of = {name(item): item for item in items}
 
     def made(chunk):
-        with contextlib.ExitStack() as plain:  # in the model's own precision, also within a training's autocast
-            for device in ("cpu", "cuda"):
-                plain.enter_context(torch.autocast(device, enabled=False))
+        # In the model's own precision, also within a training's autocast.
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return compute([item_of[key] for key in chunk]).float().numpy()
 
     return feature_store.get([name(item) for item in items], made)

@@ -24,7 +24,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
-from config import PROJECTOR_STAGE, InputError, flock, resolve_checkpoint
+from config import PROJECTOR_STAGE, InputError, flock, resolve_checkpoint, take_lock
 from data import SceneSampler, digest_of, fitting_workers, refuse_resume_on_held_out, rows_digest
 from report import write_json
 from scenes import load_json, load_splits
@@ -446,20 +446,16 @@ def own_folder(args):
         yield
         return
     try:
-        for attempt in range(30):
-            try:
-                flock(held)
-                break
-            except BlockingIOError:
-                if attempt == 29:
-                    raise InputError(
-                        f"{folder}: another training is writing to it; wait for its end, or give another --output_dir"
-                    ) from None
-            time.sleep(0.2)  # of one that was killed, processes that read hold the lock until they notice, in 5 s
-        if args.resume_from_checkpoint:  # which may have gone meanwhile
-            resolve_checkpoint(args.resume_from_checkpoint)
-        yield
-        flock(held, free=True)  # closing would leave it to processes that have it open too
+        if not take_lock(held):
+            raise InputError(
+                f"{folder}: another training is writing to it; wait for its end, or give another --output_dir"
+            )
+        try:
+            if args.resume_from_checkpoint:  # which may have gone meanwhile
+                resolve_checkpoint(args.resume_from_checkpoint)
+            yield
+        finally:
+            flock(held, free=True)  # closing would leave it to processes that have it open too
     finally:
         os.close(held)
 

@@ -278,9 +278,8 @@ def english_numbers(text: str) -> list[tuple[float | str, str]]:
     """[(value or "many", the noun it counts)] of one caption."""
     text, found = AND_A_HALF.sub(lambda m: f"{WORDS[m[1]]}.5", FRACTION.sub(" ", text.lower())), []
     for match in ENGLISH_NUMBER.finditer(text):
-        if re.match(
-            r"(?:st|nd|rd|th|s)\b|-(?:way|leaf)\b", text[match.end() :]
-        ):  # the 2nd, the 1990s, a four-way crossing
+        # The 2nd, the 1990s, a four-way crossing.
+        if re.match(r"(?:st|nd|rd|th|s)\b|-(?:way|leaf)\b", text[match.end() :]):
             continue
         if match["vague"]:
             value = "many"
