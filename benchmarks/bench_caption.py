@@ -45,7 +45,6 @@ import json
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -57,7 +56,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from bench_vqa import ROOT, RSVQA, SEED, TOKENIZER, StepWatch, quiet, say, span, synchronize, warm_steps
-from common import peak_memory
+from common import in_own_process, peak_memory
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
@@ -448,10 +447,7 @@ def measure_memory(bench: Bench, argv: list[str], sides: dict[str, int]) -> dict
     result, fixed = {}, ["--bases", *bench.bases, "--cache", bench.cache, "--data", bench.options.data]
     for side, size in sides.items():
         more = [*fixed, "--measure", side, "--rows", str(size)]
-        child = subprocess.run([sys.executable, __file__, *argv, *more], capture_output=True, text=True, check=False)
-        if child.returncode:
-            raise SystemExit(f"{side!r} failed in a process of its own:\n{child.stderr[-2000:]}")
-        result[side] = json.loads(child.stdout.strip().splitlines()[-1])
+        result[side] = in_own_process(__file__, [*argv, *more])
     return result
 
 

@@ -28,7 +28,6 @@ import logging
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -44,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import transformers
-from common import peak_memory
+from common import in_own_process, peak_memory
 from PIL import Image
 from transformers import PrinterCallback, Qwen2_5_VLConfig, TrainerCallback, TrainingArguments
 
@@ -553,15 +552,7 @@ def measure_child(options) -> None:
 
 
 def measure_memory(argv: list[str]) -> dict:
-    result = {}
-    for side in ("ours", "theirs"):
-        child = subprocess.run(
-            [sys.executable, __file__, *argv, "--measure", side], capture_output=True, text=True, check=False
-        )
-        if child.returncode:
-            raise SystemExit(f"the {side} side failed in a process of its own:\n{child.stderr[-2000:]}")
-        result[side] = json.loads(child.stdout.strip().splitlines()[-1])
-    return result
+    return {side: in_own_process(__file__, [*argv, "--measure", side]) for side in ("ours", "theirs")}
 
 
 # ----------------------------------------------------------------------------------------------------

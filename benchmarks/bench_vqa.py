@@ -54,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 import transformers
-from common import peak_memory
+from common import in_own_process, peak_memory
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
@@ -702,10 +702,7 @@ def measure_memory(bench: Bench, argv: list[str], best: dict) -> dict:
     result = {}
     for side in ("ours", "tower", "rows"):
         more = ["--measure", side, "--rows", str(best["rows"]), "--base", str(bench.base)]
-        child = subprocess.run([sys.executable, __file__, *argv, *more], capture_output=True, text=True, check=False)
-        if child.returncode:
-            raise SystemExit(f"the {side} side failed in a process of its own:\n{child.stderr[-2000:]}")
-        result[side] = json.loads(child.stdout.strip().splitlines()[-1])
+        result[side] = in_own_process(__file__, [*argv, *more])
     return result
 
 

@@ -1,7 +1,9 @@
 """What the benchmarks share. Without imports of the project: swift_worker.py runs in a venv of its own."""
 
+import json
 import re
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,3 +19,11 @@ def peak_memory(device: str) -> int:
     if status.exists():
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_own_process(script: str, argv: list[str]) -> dict:
+    """The JSON that `script argv` prints last, in a process whose peak of memory is its own."""
+    child = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise SystemExit(f"{' '.join(argv)} failed in a process of its own:\n{child.stderr[-2000:]}")
+    return json.loads(child.stdout.strip().splitlines()[-1])

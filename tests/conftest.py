@@ -3,11 +3,6 @@
 import json
 import os
 import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -325,99 +320,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def run_on_two_processes(*words) -> None:
-    """`torchrun --nproc_per_node 2 words...` in the project's folder; fails with what the processes said."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, words)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[1])
-    assert made.returncode == 0, made.stderr[-3000:]
-
-
-# As torchrun, but the script is imported once for both, which takes longer than what is tested.
-FORKED = """
-import importlib, os, signal, sys, traceback
-
-module, port, *argv = sys.argv[1:]
-module = importlib.import_module(module)
-running = set()
-for rank in "01":
-    if not (child := os.fork()):
-        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        try:
-            module.main(argv)
-            sys.stdout.flush()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    running.add(child)
-while running:
-    child, status = os.wait()
-    running.discard(child)
-    if status:
-        for other in running:
-            os.kill(other, signal.SIGKILL)
-        sys.exit(1)
-"""
-
-
-def run_forked(script: str | Path, *words) -> None:
-    """As `run_on_two_processes`, for a script whose `main` takes the words."""
-    root, script = Path(__file__).parents[1], Path(script)
-    command = [sys.executable, "-c", FORKED, script.stem, str(free_port()), *map(str, words)]
-    places = {"PYTHONPATH": os.pathsep.join([str(root), str(root / script.parent)]), "OMP_NUM_THREADS": "1"}
-    made = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=root, env=os.environ | places)
-    assert made.returncode == 0, made.stderr[-3000:]
-
-
 def free_port() -> int:
     with socket.socket() as made:
         made.bind(("127.0.0.1", 0))
         return made.getsockname()[1]
-
-
-# Qwen-VL's processor has a part for videos, which needs torchvision. Where that is absent the server starts without the part:
-# nobody asks about a video, and the images go through the Pillow processor, as in this project.
-START = """
-import sys
-from transformers import ProcessorMixin
-from transformers.cli.transformers import main
-from transformers.models.auto.video_processing_auto import AutoVideoProcessor
-from transformers.utils import is_torchvision_available
-
-if not is_torchvision_available():
-    check = ProcessorMixin.check_argument_for_proper_class
-    AutoVideoProcessor.from_pretrained = lambda *_, **__: None
-    ProcessorMixin.check_argument_for_proper_class = lambda self, name, given: given is None or check(self, name, given)
-sys.exit(main())
-"""
-
-
-@contextmanager
-def transformers_serve(name: str, folder: Path):
-    """`transformers serve NAME` in `folder`; gives the address, ends the server whatever happens."""
-    port = free_port()
-    words = ["serve", name, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with open(folder / "log", "wb") as log:
-        running = subprocess.Popen(
-            [sys.executable, "-c", START, *words], cwd=folder, stdout=log, stderr=log,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        try:
-            end = time.monotonic() + 180
-            while True:
-                try:
-                    opener.open(f"http://127.0.0.1:{port}/health", timeout=1)
-                    break
-                except OSError:
-                    assert running.poll() is None and time.monotonic() < end, (folder / "log").read_text()[-3000:]
-                    time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            running.terminate()
-            try:
-                running.wait(20)
-            except subprocess.TimeoutExpired:
-                running.kill()
-                running.wait()

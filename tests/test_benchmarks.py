@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from official_layout import write_clip, write_qwen3, write_qwen_vl
 from PIL import Image
 
 from config import InputError
+from tests.processes import run_script
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 BENCH = FOLDER / "bench_match.py"
@@ -45,7 +47,7 @@ def tiny(tmp_path_factory) -> list[str]:
 
 
 def run(*arguments: str, script: Path = BENCH) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+    return run_script([sys.executable, script, *arguments])
 
 
 @pytest.fixture
@@ -58,11 +60,13 @@ def load_benchmark(monkeypatch):
 
 @pytest.fixture
 def run_here(load_benchmark, monkeypatch, capsys):
-    """run_here(name, *words): what the benchmark prints, without a process of its own (its children have theirs)."""
+    """run_here(name, *words): what the benchmark prints, without a process of its own; its children are forks."""
 
     def run_here(name: str, *words: str) -> str:
         bench = load_benchmark(name)
         monkeypatch.setattr(bench, "quiet", lambda options: None)
+        run = SimpleNamespace(run=lambda command, **how: run_script(command))
+        monkeypatch.setattr(load_benchmark("common"), "subprocess", run)
         bench.main(list(words))
         return capsys.readouterr().out
 

@@ -16,6 +16,7 @@ import cli_demo
 from config import InputError
 from model import VQA
 from tests.conftest import draw
+from tests.processes import run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,10 +31,7 @@ def pictures(tmp_path_factory):
 
 def talk(chat_adapter, lines, *flags) -> subprocess.CompletedProcess:
     words = ["cli_demo.py", "--from_pretrained", chat_adapter, "--max_length", "6", "--device", "cpu", *flags]
-    text = "\n".join(map(str, lines)) + "\n"
-    return subprocess.run(
-        [sys.executable, *map(str, words)], input=text, capture_output=True, text=True, timeout=120, cwd=ROOT
-    )
+    return run_script([sys.executable, *words], input="\n".join(map(str, lines)) + "\n")
 
 
 def test_a_conversation_through_a_pipe(chat_adapter, pictures):

@@ -4,8 +4,7 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from rasterio.transform import from_origin
 from rasterio.warp import transform_bounds
 
 import library as module
+import search
 import store
 from config import InputError
 from imagery import ImageSettings, read_image, tile_windows
@@ -39,8 +39,8 @@ from library import (
 from model import DualEncoder, pixel_store
 from scenes import files_below
 from store import Filter
-from tests.conftest import run_on_two_processes
 from tests.official_layout import write_clip
+from tests.processes import FORKS, forked, run_on_two
 
 ROOT = Path(__file__).parents[1]
 GEOTIFFS = ROOT.parent / "shared/data/geotiff"
@@ -461,66 +461,42 @@ def test_what_workers_get_can_be_sent_to_them(model, folder):
 
 
 def test_two_processes_share_the_work(matcher, model, folder, tmp_path):
-    words = [
-        "index",
-        folder,
-        "--store",
-        tmp_path / "two",
-        "--model",
-        matcher,
-        "--device",
-        "cpu",
-        "--tile",
-        64,
-        "--stride",
-        48,
-    ]
     (folder / "broken.jpg").unlink()
-    run_on_two_processes("search.py", *words, "--workers", 0, "--batch_size", 3)
+    words = ["index", folder, "--store", tmp_path / "two", "--model", matcher, "--device", "cpu",
+             "--tile", 64, "--stride", 48, "--workers", 0, "--batch_size", 3]  # fmt: skip
+    run_on_two(search.main, [str(word) for word in words])
     index_library(model, folder, tmp_path / "one", **SMALL)
     same_contents(contents(tmp_path / "one"), contents(tmp_path / "two"))
     with store.open(tmp_path / "two") as index:
         assert len(index.files()) == 5
 
 
+def index_slowly(matcher, folder, place, told):
+    """Index `folder`, saying after each write how much has been added."""
+    module.FLUSH, write = 6, module._Writer.write
+
+    def write_and_tell(self, turns):
+        write(self, turns)
+        told.send(self.report.added)
+        time.sleep(0.05)
+
+    module._Writer.write = write_and_tell
+    index_library(DualEncoder.from_pretrained(matcher), folder, place, **SMALL)
+
+
 def test_a_kill_loses_only_what_was_in_flight(model, matcher, folder, tmp_path):
     """SIGKILL in the middle of a large file, three times; then a run to the end."""
     for n in range(12):
         write_tif(folder / f"more_{n}.tif", 150, 200, seed=10 + n)
-    # One process imports, and forks one to be killed for every line that it reads.
-    code = f"""
-import os, signal, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import library
-from model import DualEncoder
-library.FLUSH = 6
-real = library._Writer.write
-def write(self, turns):
-    real(self, turns); os.write(told, b"%d\\n" % self.report.added); time.sleep(0.05)
-library._Writer.write = write
-for _ in sys.stdin:
-    telling, told = os.pipe()
-    if not (child := os.fork()):
-        signal.alarm(120)
-        model = DualEncoder.from_pretrained({str(matcher)!r})
-        library.index_library(model, {str(folder)!r}, {str(tmp_path / "x")!r}, **{SMALL!r})
-    os.close(told)
-    with os.fdopen(telling) as lines:
-        added = [next(lines) for _ in range(5)]
-    os.kill(child, signal.SIGKILL)
-    os.wait()
-    print(added[-1], end="", flush=True)
-"""
-    held, pipe = 0, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipe) as process:
-        for _ in range(3):
-            process.stdin.write("\n")
-            process.stdin.flush()
-            said = process.stdout.readline()
-            with store.open(tmp_path / "x") as index:
-                assert index.count() >= held + int(said) - 1, "what was written is there"  # one tile is made again
-                held = index.count()
-        process.stdin.close()
+    held = 0
+    for _ in range(3):
+        said, told = FORKS.Pipe(duplex=False)
+        with forked(index_slowly, matcher, folder, tmp_path / "x", told):
+            told.close()
+            added = [said.recv() for _ in range(5)]
+        with store.open(tmp_path / "x") as index:
+            assert index.count() >= held + added[-1] - 1, "what was written is there"  # one tile is made again
+            held = index.count()
     report = index_library(model, folder, tmp_path / "x", **SMALL)
     assert 0 < report.added < 13 * 12 + 4 - held + 13
     index_library(model, folder, tmp_path / "fresh", **SMALL)

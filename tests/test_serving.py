@@ -11,7 +11,8 @@ import train_vqa
 from benchmarks import served_answers
 from model import VQA
 from scenes import Question
-from tests.conftest import draw, transformers_serve
+from tests.conftest import draw
+from tests.processes import transformers_serve
 
 SERVING = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai", "transformers.cli.serve"))
 

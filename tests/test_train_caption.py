@@ -15,7 +15,8 @@ import caption
 import train_caption
 from config import InputError, resolve_checkpoint
 from model import Captioner
-from tests.conftest import draw, run_forked
+from tests.conftest import draw
+from tests.processes import run_on_two
 
 SMALL = ["--preset=demo", "--stretch=auto", "--num_epochs=2", "--batch_size=4", "--disable_tqdm=true", "--learning_rate=0.003",
          "--max_rejected=0.2", "--max_caption_tokens=32", "--freeze_language_model_except_layers=1"]  # fmt: skip
@@ -116,7 +117,7 @@ def test_two_processes_equal_one_with_twice_the_batch(run, bases, drawn, tmp_pat
     run(*flags, output="one")
     words = [*SMALL, *bases, f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'two'}",
              f"--data_path={drawn.captions}", *flags, "--batch_size=2", "--ddp_backend=gloo"]  # fmt: skip
-    run_forked("train_caption.py", *words)
+    run_on_two(train_caption.main, words)
     one, two = (load_file(tmp_path / name / "final" / "language" / "model.safetensors") for name in ("one", "two"))
     base = transformers.AutoModelForCausalLM.from_pretrained(bases[1].split("=")[1]).state_dict()
     moved = [name for name in one if not torch.equal(one[name], base[name])]

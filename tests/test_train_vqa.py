@@ -21,7 +21,8 @@ from config import (
 )
 from model import VQA, load_processor
 from scenes import read_chat, read_conversations
-from tests.conftest import conversation, draw, relative, run_on_two_processes
+from tests.conftest import conversation, draw, relative
+from tests.processes import run_on_two_processes
 from trainer import read_history
 
 SMALL = ["--preset=demo", "--min_pixels=784", "--max_pixels=12544", "--stretch=auto", "--lora_rank=4", "--num_train_epochs=2",

@@ -4,8 +4,9 @@ import json
 import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,14 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import config
 import losses
+import model
 import train_match
 import trainer as trainer_module
 from config import InputError, record_of, resolve_checkpoint
 from imagery import ImageSettings
 from model import DualEncoder
 from scenes import Scene, is_chinese
-from tests.conftest import draw, run_forked
+from tests.conftest import draw
+from tests.processes import FORKS, forked, run_on_two
 from trainer import SceneTrainer, read_history
 
 ROOT = Path(__file__).parents[1]
@@ -683,67 +687,60 @@ def test_metrics_of_a_resumed_run_continue(tmp_path):
     assert read_history(tmp_path / "none") == []
 
 
-# One process imports, and forks one for each run that it reads of.
-CHILD = """
-import json, os, shutil, signal, sys, time
-import model, trainer, train_match
-save_file, rmtree, save = model.save_file, shutil.rmtree, trainer.SceneTrainer._save_optimizer_and_scheduler
-def die_at(place):
-    if asked["where"] == place:
-        asked["count"] -= 1
-        if asked["count"] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-def half_a_file(tensors, path, *rest):
-    save_file(tensors, path, *rest)
-    data = open(path, "rb").read()
-    with open(path, "wb") as file:
-        file.write(data[: len(data) // 2])
-        file.flush()
-        die_at("weights")
-        file.write(data[len(data) // 2 :])
-def half_a_tree(path, *rest, **options):
-    if str(path).endswith(".deleted"):
-        os.remove(os.path.join(path, "model.safetensors"))
-        die_at("delete")
-    rmtree(path, *rest, **options)
-def slow(self, folder):
-    os.write(saving, b"x")
-    time.sleep(asked["sleep"])
-    save(self, folder)
-    die_at("optimizer")
-model.save_file, shutil.rmtree, trainer.SceneTrainer._save_optimizer_and_scheduler = half_a_file, half_a_tree, slow
-train_match.write_report = lambda *a: None
-train_match.histogram_baseline = lambda *a: {}
-for line in sys.stdin:
-    asked = json.loads(line)
-    seen, saving = os.pipe()
-    if not (child := os.fork()):
-        signal.alarm(120)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        train_match.main(asked["argv"])
-        os._exit(0)
-    os.close(saving)
-    if asked["kill_after"] is not None and os.read(seen, 1):
-        time.sleep(asked["kill_after"])
-        os.kill(child, signal.SIGKILL)
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
+def train_and_die(argv, where, count, sleep, saving):
+    """Training that is killed (`os.kill`) at the `count`-th time it comes to `where`, and says when it begins to save."""
+    save_file, rmtree, save = model.save_file, shutil.rmtree, SceneTrainer._save_optimizer_and_scheduler
+    left = {where: count}
+
+    def die_at(place):
+        if place in left:
+            left[place] -= 1
+            if left[place] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def half_a_file(tensors, path, *rest):
+        save_file(tensors, path, *rest)
+        data = Path(path).read_bytes()
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
+            file.flush()
+            die_at("weights")
+            file.write(data[len(data) // 2 :])
+
+    def half_a_tree(path, *rest, **options):
+        if str(path).endswith(".deleted"):
+            os.remove(os.path.join(path, "model.safetensors"))
+            die_at("delete")
+        rmtree(path, *rest, **options)
+
+    def slow(self, folder):
+        saving.send("now")
+        time.sleep(sleep)
+        save(self, folder)
+        die_at("optimizer")
+
+    model.save_file, shutil.rmtree, SceneTrainer._save_optimizer_and_scheduler = half_a_file, half_a_tree, slow
+    train_bare([argv])
 
 
-@pytest.fixture
-def child():
-    """Runs training in a process of its own that is killed inside a checkpoint write; gives its exit status."""
-    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen([sys.executable, "-c", CHILD], cwd=ROOT, **pipe) as process:
+def train_bare(runs):
+    """Trainings without the page and the baseline of colours, one after another."""
+    train_match.write_report = lambda *a: None
+    train_match.histogram_baseline = lambda *a: {}
+    for argv in runs:
+        train_match.main(argv)
 
-        def train(argv, where="", count=1, sleep=0.0, kill_after=None) -> int:
-            asked = {"argv": argv, "where": where, "count": count, "sleep": sleep, "kill_after": kill_after}
-            process.stdin.write(json.dumps(asked) + "\n")
-            process.stdin.flush()
-            return int(process.stdout.readline())
 
-        yield train
-        process.stdin.close()
+def killed(argv, where="", count=1, sleep=0.0, kill_after=None) -> int:
+    """`train_and_die` in a process of its own; gives its exit status."""
+    seen, saving = FORKS.Pipe(duplex=False)
+    with forked(train_and_die, argv, where, count, sleep, saving) as process:
+        if kill_after is not None:
+            assert seen.poll(120)
+            time.sleep(kill_after)
+            process.kill()
+        process.join(120)
+        return process.exitcode
 
 
 def assert_whole(run: Path) -> list[str]:
@@ -757,15 +754,15 @@ def assert_whole(run: Path) -> list[str]:
     return sorted(path.name for path in found)
 
 
-def test_sigkill_inside_a_checkpoint_write(child, flags, uninterrupted, tmp_path, monkeypatch):
+def test_sigkill_inside_a_checkpoint_write(flags, uninterrupted, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    assert child([*flags, f"--output_dir={run}", *HARD.split()], where="weights", count=2) == -9
+    assert killed([*flags, f"--output_dir={run}", *HARD.split()], where="weights", count=2) == -9
     assert assert_whole(run) == ["checkpoint-3"] and (run / "checkpoint-6.partial").exists()
     resume = ["--resume_from_checkpoint", str(run)]
-    assert child(resume, sleep=0.4, kill_after=random.uniform(0, 0.8)) == -9
+    assert killed(resume, sleep=0.4, kill_after=random.uniform(0, 0.8)) == -9
     assert "checkpoint-3" in assert_whole(run)
     # Steps 6, 9 and 12 are saved; with two kept, 3 goes when 9 is there. Killed in the middle of that.
-    assert child(resume, where="delete", count=1) == -9
+    assert killed(resume, where="delete", count=1) == -9
     whole = assert_whole(run)
     assert "checkpoint-9" in whole or "checkpoint-12" in whole
     monkeypatch.setattr(train_match, "write_report", lambda *a: None)
@@ -778,16 +775,6 @@ def test_sigkill_inside_a_checkpoint_write(child, flags, uninterrupted, tmp_path
 # Two processes
 
 
-WORKER = """
-import train_match
-train_match.write_report = lambda *a: None
-train_match.histogram_baseline = lambda *a: {{}}
-
-def main(_):
-    for argv in {runs!r}:
-        train_match.main(argv)
-"""
-
 PARALLEL = {
     "infonce": "--loss infonce --image_tower full",
     "semi_hard_cached": "--in_batch_negatives semi_hard --margin 0.5 --grad_cache_chunk 1",
@@ -795,12 +782,6 @@ PARALLEL = {
 }
 EXACT = "--lora_dropout 0 --optim sgd --max_grad_norm 0 --learning_rate 0.02 --texts_per_scene 2 --save_strategy steps "
 EXACT += "--save_steps 3 --eval_strategy steps --eval_steps 3 --save_total_limit 10 --num_train_epochs 2 "
-
-
-def launch(tmp_path, runs) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(runs=runs))
-    run_forked(script)
 
 
 def test_two_processes_equal_one_with_twice_the_batch(train, flags, tmp_path):
@@ -811,7 +792,7 @@ def test_two_processes_equal_one_with_twice_the_batch(train, flags, tmp_path):
         runs.append([*flags, *EXACT.split(), *words.split(), *out, "--ddp_backend=gloo"])
     runs.append(["--resume_from_checkpoint", str(tmp_path / "two" / "infonce" / "checkpoint-6"),
                  f"--output_dir={tmp_path / 'two' / 'resumed'}"])  # fmt: skip
-    launch(tmp_path, runs)
+    run_on_two(train_bare, runs)
     for name, words in PARALLEL.items():
         train(tmp_path / "one" / name, EXACT + words)
         one, two = tmp_path / "one" / name, tmp_path / "two" / name
@@ -823,25 +804,17 @@ def test_two_processes_equal_one_with_twice_the_batch(train, flags, tmp_path):
     assert_identical(*(weights(tmp_path / "two" / name / "checkpoint-8") for name in ("infonce", "resumed")))
 
 
-APART = """
-import os
-import pytest
-import config
-import train_match
-
-config.refuse_apart.__defaults__ = (1,)  # seconds
-
-def main(_):
+def train_apart(flags, files, out):
     rank = int(os.environ["RANK"])
-    with pytest.raises(config.InputError, match="process 1 has other training rows than process 0"):
-        train_match.main([*{flags!r}, "--output_dir={out}", f"--train_file={{{files!r}[rank]}}"])
+    config.refuse_apart.__defaults__ = (1,)  # seconds
+    with pytest.raises(InputError, match="process 1 has other training rows than process 0"):
+        train_match.main([*flags, f"--output_dir={out}", f"--train_file={files[rank]}"])
     os.environ["LOCAL_WORLD_SIZE"] = "1"  # each on a machine of its own, and then in a folder of its own
-    os.mkdir(f"{out}{{rank}}")
-    os.chdir(f"{out}{{rank}}")
-    with pytest.raises(config.InputError, match="--output_dir run: not the same folder on all machines"):
-        train_match.main([*{flags!r}, "--output_dir=run"])
-    train_match.main([*{flags!r}, "--output_dir={out}", "--max_steps=1"])
-"""
+    os.mkdir(f"{out}{rank}")
+    os.chdir(f"{out}{rank}")
+    with pytest.raises(InputError, match="--output_dir run: not the same folder on all machines"):
+        train_match.main([*flags, "--output_dir=run"])
+    train_match.main([*flags, f"--output_dir={out}", "--max_steps=1"])
 
 
 def test_machines_that_see_other_rows_or_other_folders_are_refused(flags, drawn, tmp_path):
@@ -850,9 +823,7 @@ def test_machines_that_see_other_rows_or_other_folders_are_refused(flags, drawn,
     shorter = given.with_name("shorter.json")
     shorter.write_text(json.dumps(rows[:-1]))
     out = tmp_path / "run"
-    script = tmp_path / "apart.py"
-    script.write_text(APART.format(flags=[*flags, "--ddp_backend=gloo"], files=[str(given), str(shorter)], out=out))
-    run_forked(script)
+    run_on_two(train_apart, [*flags, "--ddp_backend=gloo"], [given, shorter], out)
     assert (out / "best_model").is_dir() and not list(out.glob(".seen_by_all*"))
 
 

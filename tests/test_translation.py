@@ -6,8 +6,6 @@ import json
 import os
 import random
 import re
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,8 +18,10 @@ import pytest
 from PIL import Image
 
 import translation_en2zh as script
+from config import user_errors
 from scenes import read_conversations
-from tests.conftest import free_port, transformers_serve
+from tests.conftest import free_port
+from tests.processes import forked, transformers_serve
 
 ROOT = Path(__file__).parents[1]
 GLOSSARY = script.read_glossary(str(script.PROMPTS / "glossary_zh.json"))
@@ -625,21 +625,10 @@ def test_chinese_without_english_is_judged_by_its_form():
 # ----------------------------------------------------------------------------------------------------
 # Kills
 
-FORKS = """
-import os, sys
-sys.path.insert(0, {root!r})
-import openai, data, report, translation_en2zh, tqdm
-from config import user_errors
-for line in sys.stdin:  # importing takes seconds and is no part of a run: every run is a fork of this process
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        with user_errors():
-            sys.exit(translation_en2zh.main(line.rstrip("\\n").split("\\t")))
-    print(child, flush=True)
-    _, status = os.waitpid(child, 0)
-    print("code", os.waitstatus_to_exitcode(status), flush=True)
-"""
+
+def translate(words):
+    with user_errors():
+        sys.exit(script.main(words))
 
 
 def test_kills_lose_nothing_and_pay_nothing_twice(tmp_path, server):
@@ -649,45 +638,33 @@ def test_kills_lose_nothing_and_pay_nothing_twice(tmp_path, server):
     server.sent_back = set(range(0, count, 50))  # these take two requests
     words = ["--input", source, "--output", tmp_path / "zh.json", "--base_url", server.url, "--model", "m",
              "--concurrency", workers, "--each"]  # fmt: skip
-    line = "\t".join(map(str, words)) + "\n"
-    runs = subprocess.Popen(
-        [sys.executable, "-c", FORKS.format(root=str(ROOT))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+    words = [str(word) for word in words]
     cache = tmp_path / "zh.json.cache.jsonl"
-
-    def say() -> int:
-        runs.stdin.write(line)
-        runs.stdin.flush()
-        return int(runs.stdout.readline().split()[-1])
-
-    try:
-        kept = 0
-        for at in (1, 400, 1000, 1700, count + 15):  # the last one falls among the second tries
-            pid = say()
+    kept = 0
+    for at in (1, 400, 1000, 1700, count + 15):  # the last one falls among the second tries
+        with forked(translate, words):
             while server.total() < at:
                 time.sleep(0.002)
-            os.kill(pid, signal.SIGKILL)
-            assert runs.stdout.readline().split() == ["code", "-9"]
-            assert not (tmp_path / "zh.json").exists()
-            lines = cache.read_bytes().split(b"\n")[:-1] if cache.exists() else []
-            assert len(lines) >= kept
-            kept = len(lines)
-            if at == 1000:  # the kill that falls into a write
-                with open(cache, "ab") as file:
-                    file.write(b'{"key": "abc", "te')
-        say()
-        assert runs.stdout.readline().split() == ["code", "0"]
-        repeated = server.total() - len(server.seen)
-        assert len(server.seen) == count + count // 50 and repeated <= 5 * workers
-        assert [row["label"] for row in rows_in(tmp_path / "zh.json")] == [chinese(i) for i in range(count)]
-        before = server.total()
-        say()
-        assert runs.stdout.readline().split() == ["code", "0"] and server.total() == before
-        assert rows_in(tmp_path / "zh.json.report.json")["requests"] == 0
-    finally:
-        runs.kill()
-        runs.wait()
+        assert not (tmp_path / "zh.json").exists()
+        lines = cache.read_bytes().split(b"\n")[:-1] if cache.exists() else []
+        assert len(lines) >= kept
+        kept = len(lines)
+        if at == 1000:  # the kill that falls into a write
+            with open(cache, "ab") as file:
+                file.write(b'{"key": "abc", "te')
+
+    def run() -> int:
+        with forked(translate, words) as process:
+            process.join(120)
+            return process.exitcode
+
+    assert run() == 0
+    repeated = server.total() - len(server.seen)
+    assert len(server.seen) == count + count // 50 and repeated <= 5 * workers
+    assert [row["label"] for row in rows_in(tmp_path / "zh.json")] == [chinese(i) for i in range(count)]
+    before = server.total()
+    assert run() == 0 and server.total() == before
+    assert rows_in(tmp_path / "zh.json.report.json")["requests"] == 0
 
 
 def test_half_a_line_is_ignored(tmp_path):

@@ -1,8 +1,6 @@
 """The page's Converse tab: turns, both answers side by side, stop, clear; in-process and in a browser."""
 
 import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -10,8 +8,9 @@ import pytest
 from config import InputError
 from model import VQA
 from tests.conftest import draw, free_port
-from tests.test_web_demo import CHROMIUM, ROOT
-from web_demo import Page, build_parser, turns_of
+from tests.processes import forked
+from tests.test_web_demo import CHROMIUM
+from web_demo import Page, build_parser, main, turns_of
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +158,12 @@ def test_browser_converses(chat_adapter, picture, tmp_path):
         pytest.skip(f"{CHROMIUM} is not installed")
     follow_up = "And <b>now</b>, a<b &amp; <image> <img src=x.png>?"  # what is said is no page
     port, log = free_port(), tmp_path / "log"
-    words = ["web_demo.py", "--from_pretrained", chat_adapter, "--port", port, "--device", "cpu"]
-    with log.open("wb") as file:
-        server = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-    try:
+    words = ["--from_pretrained", str(chat_adapter), "--port", str(port), "--device", "cpu"]
+    log.touch()
+    with forked(main, words, log=log) as server:
         until = time.monotonic() + 120
         while b"Ctrl-C stops it" not in log.read_bytes():
-            assert server.poll() is None and time.monotonic() < until, log.read_text()
+            assert server.is_alive() and time.monotonic() < until, log.read_text()
             time.sleep(0.2)
         with sync_api.sync_playwright() as play:
             browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -209,6 +207,3 @@ def test_browser_converses(chat_adapter, picture, tmp_path):
             tab.get_by_role("button", name="清空").click()
             sync_api.expect(tab.get_by_text(follow_up, exact=True)).to_have_count(0, timeout=60_000)
             browser.close()
-    finally:
-        server.terminate()
-        server.wait(20)
