@@ -11,9 +11,12 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,6 +75,41 @@ class AsAskedNow(TrainerCallback):
             )
 
 
+class CheckpointAtSIGTERM(TrainerCallback):
+    """SIGTERM (a job's time is over, its machine is taken away) ends training with a checkpoint of the step under way. Of one
+    process alone: several might stop at different steps, and wait for each other for ever."""
+
+    def __init__(self):
+        self.asked = False
+
+    @contextlib.contextmanager
+    def waits(self):
+        before = signal.signal(signal.SIGTERM, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+
+    def on_step_end(self, args, state, control, **_):
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control, **_):
+        if self.asked:
+            control.should_save = control.should_evaluate = False
+
+
+def _ignoring_sigterm(begin, number: int) -> None:
+    """A reading process begins. A job's end tells all of its processes: this one's batches are needed to end the step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    begin(number)
+
+
 class NoStepAfterTheLast(TrainerCallback):
     """The Trainer asks whether training is over after a step only, and would go one too far from a checkpoint of the end."""
 
@@ -111,6 +149,10 @@ class SceneTrainer(Trainer):
             model=model, args=args, train_dataset=train_dataset, data_collator=collator, callbacks=callbacks,
             eval_dataset=train_dataset,  # the Trainer asks for one; `evaluate` below leaves evaluation to the task
         )  # fmt: skip
+        self.sigterm = None
+        if self.args.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self.sigterm = CheckpointAtSIGTERM()
+            self.add_callback(self.sigterm)
         self.add_callback(NoStepAfterTheLast())  # after the progress bar's: it raises, and each that has begun is ended
         self.saved_step = self.trained = None
         first = range(min(len(train_dataset), self.args.train_batch_size))
@@ -142,6 +184,13 @@ class SceneTrainer(Trainer):
         # Not the argument: --auto_find_batch_size lowers this one.
         self.sampler = SceneSampler(size, self._train_batch_size * self.args.world_size, seed)
         return self.sampler
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if self.sigterm:
+            inner = getattr(loader, "base_dataloader", loader)  # accelerate's own keeps what it wraps there
+            inner.worker_init_fn = partial(_ignoring_sigterm, inner.worker_init_fn)
+        return loader
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -189,9 +238,16 @@ class SceneTrainer(Trainer):
         # every layer's input, in time and in memory, for the same numbers.
         self.model.train()
         self.resumed = kwargs.get("resume_from_checkpoint")
-        with disable_input_dtype_casting(self.model, active=self.args.bf16 or self.args.fp16):
+        with (
+            disable_input_dtype_casting(self.model, active=self.args.bf16 or self.args.fp16),
+            self.sigterm.waits() if self.sigterm else contextlib.nullcontext(),
+        ):
             try:
-                return super().train(*args, **kwargs)
+                made = super().train(*args, **kwargs)
+                if self.sigterm and self.sigterm.asked:
+                    self._say_what_is_kept()
+                    raise SystemExit(128 + signal.SIGTERM)
+                return made
             except _Finished:
                 print(f"nothing is left to train: step {self.state.global_step} is the last of these settings")
                 if self.args.load_best_model_at_end and self.state.best_global_step:

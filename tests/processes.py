@@ -37,6 +37,7 @@ def forked(function, *args, log: Path | None = None, folder: Path = ROOT, **envi
 
 
 def _call(function, args, log, folder, environment):
+    multiprocessing.set_start_method(None, force=True)  # the platform's own again, for what this process starts
     os.environ.update(environment)
     os.chdir(folder)
     _redirect(os.devnull, *[log or os.devnull] * 2)

@@ -743,6 +743,38 @@ def killed(argv, where="", count=1, sleep=0.0, kill_after=None) -> int:
         return process.exitcode
 
 
+def train_in_a_group(argv, stepping):
+    """Training in a process group of its own, as a job's processes are; says so after each step."""
+    step = SceneTrainer.training_step
+
+    def slow(self, *given, **how):
+        stepping.send(self.state.global_step)
+        time.sleep(0.5)
+        return step(self, *given, **how)
+
+    os.setpgrp()
+    SceneTrainer.training_step = slow
+    train_bare([argv])
+
+
+def test_sigterm_saves_the_step_that_is_under_way(flags, uninterrupted, tmp_path, monkeypatch):
+    run, log = tmp_path / "run", tmp_path / "log"
+    argv = [*flags, f"--output_dir={run}", *HARD.split(), "--dataloader_num_workers=1"]
+    said, stepping = FORKS.Pipe(duplex=False)
+    with forked(train_in_a_group, argv, stepping, log=log) as process:
+        while said.recv() < 4:
+            pass
+        os.killpg(process.pid, signal.SIGTERM)  # its reading process gets it, too
+        process.join(120)
+        assert process.exitcode == 128 + signal.SIGTERM
+    assert f"{run / 'checkpoint-5'} is kept: --resume_from_checkpoint {run} goes on" in log.read_text()
+    assert assert_whole(run) == ["checkpoint-3", "checkpoint-5"] and not (run / "best_model").exists()
+    monkeypatch.setattr(train_match, "write_report", lambda *a: None)
+    monkeypatch.setattr(train_match, "histogram_baseline", lambda *a: {})
+    train_match.main(["--resume_from_checkpoint", str(run)])
+    assert_same_run(uninterrupted, run, 12)
+
+
 def assert_whole(run: Path) -> list[str]:
     found = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
     for path in found:
