@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import textwrap
@@ -1054,6 +1055,40 @@ def cache_folder(given: str | None) -> str | None:
     if Path(given).exists() and not Path(given).is_dir():
         raise InputError(f"--cache_dir {given}: is a file, expected a folder")
     return given
+
+
+PARTIAL, DOOMED = ".partial", ".deleted"  # end the names of folders that are being written, and being removed
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give what lies in `partial` its name. `folder` is the old one or the new one, whole, whenever the process is killed."""
+    for path in partial.rglob("*"):  # on disk before it gets its name: a rename may outlive its content
+        if path.is_file():
+            with open(path, "rb+") as file:  # Windows brings only what is open for writing to the disk
+                os.fsync(file.fileno())
+    if not folder.exists():
+        os.replace(partial, folder)
+        return
+    doomed = f"{folder}{DOOMED}"
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    os.replace(partial, folder)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path):
+    """Gives a new folder to fill, which takes the place of `folder` at the end: whole or not at all, and nothing is left of what
+    failed."""
+    folder = folder.resolve()  # a link, perhaps to a larger disk, stays
+    partial = Path(f"{folder}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        put_in_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def flock(file, free: bool = False) -> None:

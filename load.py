@@ -15,7 +15,6 @@ the same command again; a model counts as present only after `verify_model` has 
 """
 
 import argparse
-import contextlib
 import errno
 import fnmatch
 import glob
@@ -27,13 +26,12 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import demo_bases
-from config import InputError, user_errors
+from config import PARTIAL, InputError, user_errors, whole_folder
 from demo_bases import DEMO
 
 FULL = [
@@ -465,20 +463,6 @@ def find_copy(source: Path, name: str, only: bool) -> Path:
     raise InputError(f"no {name} in {source}: expected {places[0]} or {places[1]} with a config.json")
 
 
-@contextlib.contextmanager
-def _made_whole(folder: Path):
-    """A new folder to fill; it is verified and takes the place of `folder`, or nothing is changed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".copying-", dir=folder.parent) as temp:
-        new = Path(temp) / "new" / folder.name
-        new.mkdir(parents=True)
-        yield new
-        verify_model(new)
-        if folder.exists():
-            folder.rename(Path(temp) / "old")
-        new.rename(folder)
-
-
 def copy_model(name: str, source: Path, root=".", only: bool = True) -> Path:
     """Copy `name` from a folder into `root/org/model`, whole or not at all; at once if it is there and whole.
 
@@ -488,18 +472,19 @@ def copy_model(name: str, source: Path, root=".", only: bool = True) -> Path:
         return folder
     place = find_copy(source, name, only)
     sizes = choose_files({path.name: path.stat().st_size for path in place.iterdir() if path.is_file()})
-    has_bins = any(path.endswith(".bin") for path in sizes)
+    partial = Path(f"{folder.resolve()}{PARTIAL}")
+    _check_space(partial, sizes)
     try:
-        if not has_bins:
-            verify_model(place)
-    except InputError as error:
-        raise InputError(f"{str(error).rpartition(': ')[0]}: copy that folder again") from None
-    _check_space(folder.with_name(f".{folder.name}.new"), sizes)
-    try:
-        with _made_whole(folder) as new:
+        if not any(path.endswith(".bin") for path in sizes):
+            verify_model(place)  # before gigabytes are copied
+        with whole_folder(folder) as new:
             for path in sizes:
                 shutil.copyfile(place / path, new / path)
             convert_bin(new)
+            verify_model(new)
+    except InputError as error:
+        reason = str(error).rpartition(": ")[0].replace(str(partial), str(place))
+        raise InputError(f"{reason}: copy that folder again") from None
     except OSError as error:
         raise InputError(_explain(error, name, "modelscope", str(place), folder)[0]) from error
     return folder
@@ -589,7 +574,7 @@ def convert_open_clip(path: Path, folder: Path, like: str | None = None, root=".
             f"{path} does not fit {base} in {len(wrong)} tensors ({said}): give the base that it was trained from with --like"
         )
     try:
-        with _made_whole(folder) as new:
+        with whole_folder(folder) as new:
             for name in choose_files({file.name: 0 for file in base.iterdir() if file.is_file()}):
                 if ".safetensors" not in name:
                     shutil.copyfile(base / name, new / name)
@@ -599,6 +584,7 @@ def convert_open_clip(path: Path, folder: Path, like: str | None = None, root=".
                 metadata={"format": "pt"},
             )
             shutil.copymode(new / "config.json", new / "model.safetensors")
+            verify_model(new)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
     print(f"{path}: {shape}, with the settings of {like}")

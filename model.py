@@ -10,7 +10,6 @@ import hashlib
 import heapq
 import itertools
 import json
-import os
 import re
 import shutil
 import threading
@@ -49,7 +48,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.siglip.modeling_siglip import SiglipModel, SiglipVisionModel
 from transformers.pytorch_utils import Conv1D
 
-from config import InputError
+from config import InputError, whole_folder
 from data import (
     CaptionPrompt,
     ChatPrompt,
@@ -247,20 +246,6 @@ def save_trained(folder: Path, tensors: dict[str, torch.Tensor], weights: str, s
     open_weights(folder, name)
     model.tokenizer.save_pretrained(folder)
     save_processor(model.processor, folder, model.qwen.config.model_type if hasattr(model, "qwen") else None)
-
-
-@contextlib.contextmanager
-def _whole(folder: Path):
-    """Gives a path beside `folder`, which becomes it at the end: whole or not at all, and nothing is left of what failed."""
-    partial = Path(f"{folder}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-        if folder.is_dir():
-            folder.rmdir()  # the caller saw that it is empty
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_processor(processor, folder: Path, family: str | None) -> None:
@@ -1269,25 +1254,21 @@ class VQA(nn.Module):
         """Write base and adapter as one model in the layout of the base, which plain transformers and vLLM load, with the
         adapter's `vqa.json` (prompt, bands, stretch) for whoever asks it, unless not `settings`; `dtype` of the file: by
         default the base's. The model itself has no adapter any more after it."""
-        folder = Path(folder).resolve()  # a link, perhaps to a larger disk, stays
         base = base_folder(self.settings.base_model)
         record = json.loads((base / "config.json").read_text(encoding="utf-8"))
         name = record.get("dtype") or record.get("torch_dtype") or "float32"
         merged = self.peft.merge_and_unload(safe_merge=True).to(dtype or getattr(torch, name))
-        with _whole(folder) as partial:
-            self._write_merged(merged, base, partial, record, settings)
-
-    def _write_merged(self, merged, base: Path, partial: Path, record: dict, settings: bool) -> None:
-        merged.save_pretrained(partial)
-        self.tokenizer.save_pretrained(partial)
-        save_processor(self.processor, partial, record["model_type"])
-        if settings:
-            write_settings(partial / VQA_SETTINGS, self.settings)
-        open_weights(partial, "config.json")
-        for name in ("chat_template.json", "chat_template.jinja", "vocab.json", "merges.txt"):
-            if (base / name).is_file() and not (partial / name).exists():
-                shutil.copy(base / name, partial / name)
-        keep_settings_of(base, partial, merged.dtype)
+        with whole_folder(Path(folder)) as new:
+            merged.save_pretrained(new)
+            self.tokenizer.save_pretrained(new)
+            save_processor(self.processor, new, record["model_type"])
+            if settings:
+                write_settings(new / VQA_SETTINGS, self.settings)
+            open_weights(new, "config.json")
+            for name in ("chat_template.json", "chat_template.jinja", "vocab.json", "merges.txt"):
+                if (base / name).is_file() and not (new / name).exists():
+                    shutil.copyfile(base / name, new / name)
+            keep_settings_of(base, new, merged.dtype)
 
     # -- for the trainer
 

@@ -27,12 +27,20 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
-from config import PROJECTOR_STAGE, InputError, flock, resolve_checkpoint, take_lock
+from config import (
+    DOOMED,
+    PARTIAL,
+    PROJECTOR_STAGE,
+    InputError,
+    flock,
+    put_in_place,
+    resolve_checkpoint,
+    take_lock,
+    whole_folder,
+)
 from data import SceneSampler, digest_of, fitting_workers, refuse_resume_on_held_out, rows_digest
 from report import write_json
 from scenes import load_json, load_splits
-
-PARTIAL, DOOMED = ".partial", ".deleted"
 
 
 class _Finished(Exception):
@@ -376,14 +384,7 @@ class SceneTrainer(Trainer):
             self.state.save_to_json(str(partial / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            for path in partial.rglob("*"):  # on disk before it gets its name: a rename may outlive its content
-                if path.is_file():
-                    with open(path, "rb+") as file:  # Windows brings only what is open for writing to the disk
-                        os.fsync(file.fileno())
-            if final.exists():  # from before this run went back to an earlier checkpoint
-                os.replace(final, f"{final}{DOOMED}")
-                shutil.rmtree(f"{final}{DOOMED}", ignore_errors=True)
-            os.replace(partial, final)
+            put_in_place(partial, final)  # one may be there from before this run went back to an earlier checkpoint
             self._drop_old(run)
         self.accelerator.wait_for_everyone()
 
@@ -443,20 +444,9 @@ class SceneTrainer(Trainer):
         """Write the model as it stands (after training: the best one) to the run's folder `name`, whole or not at all.
         `write(folder)` writes another form of it than a checkpoint's."""
         final = Path(self.args.output_dir) / name
-        partial = final.with_name(final.name + PARTIAL)
         if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        if write is None:
-            self.save_model(str(partial), _internal_call=True)
-        elif self.args.should_save:
-            write(partial)
-        if self.args.should_save:
-            if final.exists():
-                shutil.rmtree(str(final) + DOOMED, ignore_errors=True)
-                os.replace(final, str(final) + DOOMED)
-            os.replace(partial, final)
-            shutil.rmtree(str(final) + DOOMED, ignore_errors=True)
+            with whole_folder(final) as new:
+                (write or self._save)(new)
         self.accelerator.wait_for_everyone()
         return final
 

@@ -22,6 +22,7 @@ from config import (
     refuse_other_parallelism,
     resolve_checkpoint,
     user_errors,
+    whole_folder,
 )
 from tests.conftest import refused
 
@@ -345,6 +346,21 @@ def test_resolve_checkpoint(tmp_path):
     (cut / "trainer_state.json").write_text('{"global_st')  # the one before it counts
     assert resolve_checkpoint(run) == last  # 100 is after 9, by number
     assert resolve_checkpoint(str(first)) == first
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk")
+    for number in (1, 2):
+        with whole_folder(link) as new:
+            (new / f"{number}.txt").write_text("whole")
+        assert [path.name for path in link.iterdir()] == [f"{number}.txt"]  # the old one is gone
+    with pytest.raises(ValueError, match="broken"), whole_folder(link) as new:
+        (new / "3.txt").write_text("half")
+        raise ValueError("broken")
+    assert [path.name for path in link.iterdir()] == ["2.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"] and link.is_symlink()
 
 
 def test_new_run_into_a_used_folder(tmp_path):

@@ -321,6 +321,15 @@ def test_a_broken_copy_leaves_nothing_and_spares_what_is_there(tiny, model, tmp_
     refused(lambda: load.copy_model("Org/Other", tmp_path, tmp_path), "Org/Other", "config.json")
 
 
+def test_a_copy_of_old_weights_that_lacks_a_file_names_the_source(tiny, tmp_path):
+    usb = Path(shutil.copytree(tiny, tmp_path / "usb", ignore=shutil.ignore_patterns("*.safetensors*")))
+    torch.save(load_file(tiny / SHARD), usb / "pytorch_model.bin")
+    (usb / "tokenizer_config.json").unlink()
+    lacking = f"{usb / 'tokenizer_config.json'} is missing: copy that folder again"
+    refused(lambda: load.copy_model(NAME, usb, tmp_path), lacking)
+    assert not list((tmp_path / NAME).parent.iterdir())
+
+
 # --- the official layout, and the demo bases ---
 
 
