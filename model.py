@@ -485,10 +485,10 @@ class DualEncoder(Encoder):
             torch.manual_seed(seed)  # the heads and LoRA start the same whatever was drawn before
             return cls(settings, *towers, tokenizer, processor, base)
 
-    def save_pretrained(self, folder: str | Path, state_dict: dict | None = None) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write the trained tensors and all that use must share with training into `folder`."""
-        source = self.state_dict() if state_dict is None else state_dict
-        tensors = {name: source[name] for name in self.trained_names()}
+        state = self.state_dict()
+        tensors = {name: state[name] for name in self.trained_names()}
         save_trained(Path(folder), tensors, WEIGHTS, self.settings, SETTINGS, self)
         self.base_config.save_pretrained(Path(folder) / "base_config")
 
@@ -1169,17 +1169,15 @@ class VQA(nn.Module):
         model.eval().check_alive(folder)
         return model
 
-    def adapter_state(self, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+    def adapter_state(self) -> dict[str, torch.Tensor]:
         """The trained tensors under the names peft saves them by."""
         from peft import get_peft_model_state_dict
 
-        if state_dict is not None:
-            state_dict = {key.removeprefix("peft."): value for key, value in state_dict.items()}
-        return get_peft_model_state_dict(self.peft, state_dict, save_embedding_layers=False)
+        return get_peft_model_state_dict(self.peft, save_embedding_layers=False)
 
-    def save_pretrained(self, folder: str | Path, state_dict: dict | None = None) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter in peft's layout, with settings, tokenizer and image processor."""
-        save_trained(Path(folder), self.adapter_state(state_dict), ADAPTER, self.settings, VQA_SETTINGS, self)
+        save_trained(Path(folder), self.adapter_state(), ADAPTER, self.settings, VQA_SETTINGS, self)
         record = self.peft.peft_config["default"]
         training, record.inference_mode = record.inference_mode, True
         record.save_pretrained(str(folder))
@@ -1740,10 +1738,10 @@ class Captioner(nn.Module):
         model.load_trained(folder)
         return _in_dtype(model, dtype).to(device).eval()
 
-    def save_pretrained(self, folder: str | Path, state_dict: dict | None = None) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write the trained tensors and all that use must share with training; the bases are named, not copied."""
-        source = self.state_dict() if state_dict is None else state_dict
-        tensors = {name: source[name] for name in self.trained_names()}
+        state = self.state_dict()
+        tensors = {name: state[name] for name in self.trained_names()}
         save_trained(Path(folder), tensors, PROJECTOR, self.settings, CAPTIONER, self)
 
     def save_whole(self, folder: str | Path) -> None:

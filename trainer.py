@@ -137,7 +137,7 @@ def check_best_metric(args, promised: Collection[str], evaluate: Callable[[], di
 class SceneTrainer(Trainer):
     """Trains `model` on scenes; see the module's docstring for what `task` provides.
 
-    `model` provides `save_pretrained(folder, state_dict)`, `load_trained(folder)`, `trained_names()` and
+    `model` provides `save_pretrained(folder)`, `load_trained(folder)`, `trained_names()` and
     `parameter_groups()`. `settings` (JSON-able) is written to `config.json` of the run and of every checkpoint. `watched` are
     the scenes that the task evaluates on: a resume compares its scores with those of the same scenes and metric alone.
     """
@@ -187,10 +187,10 @@ class SceneTrainer(Trainer):
     # -- data and optimizer
 
     def _get_train_sampler(self, train_dataset=None):
-        size = len(train_dataset if train_dataset is not None else self.train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # Not the argument: --auto_find_batch_size lowers this one.
-        self.sampler = SceneSampler(size, self._train_batch_size * self.args.world_size, seed)
+        batch = self._train_batch_size * self.args.world_size
+        self.sampler = SceneSampler(len(self.train_dataset), batch, seed)
         return self.sampler
 
     def get_train_dataloader(self):
@@ -202,16 +202,16 @@ class SceneTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            model = self.model if model is None else model
-            named = dict(self.accelerator.unwrap_model(model).named_parameters())
+            model = self.model
+            named = dict(model.named_parameters())
             # As OpenCLIP has it: matrices decay; biases, gains of norms and the temperature do not. Where nothing does, the
             # groups are the Trainer's, which checkpoints of earlier versions have.
             if self.args.weight_decay:
                 decayed = {name for name, parameter in named.items() if parameter.ndim > 1}
             else:
-                decayed = set(self.get_decay_parameter_names(self.accelerator.unwrap_model(model)))
+                decayed = set(self.get_decay_parameter_names(model))
             groups = []
-            for module, names in self.accelerator.unwrap_model(model).parameter_groups().items():
+            for module, names in model.parameter_groups().items():
                 rate = self.rates.get(module)
                 rate = self.args.learning_rate if rate is None else rate
                 for decay in (True, False):
@@ -326,14 +326,13 @@ class SceneTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         start = time.perf_counter()
-        model = self.accelerator.unwrap_model(self.model)
-        training = model.training
-        model.eval()
+        training = self.model.training
+        self.model.eval()
         with self.accelerator.autocast():
-            found = self.task.evaluate(model)
+            found = self.task.evaluate(self.model)
         if self.args.world_size > 1:  # one's word counts: what is saved and when to stop must not differ by a last bit
             (found,) = broadcast_object_list([found])
-        model.train(training)  # here, not in every step: it visits thousands of modules
+        self.model.train(training)  # here, not in every step: it visits thousands of modules
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
         self.log(metrics)
@@ -352,7 +351,7 @@ class SceneTrainer(Trainer):
         if not self.args.should_save:
             return
         output_dir = Path(output_dir or self.args.output_dir)
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+        self.model.save_pretrained(output_dir)
         write_json(output_dir / "config.json", self.settings)
 
     def _save_checkpoint(self, model, trial=None):
@@ -409,7 +408,7 @@ class SceneTrainer(Trainer):
                 f"{resume_from_checkpoint}: cannot resume, it holds no optimizer and scheduler (was it saved with"
                 " --save_only_model?); give another checkpoint"
             )
-        self.accelerator.unwrap_model(model or self.model).load_trained(resume_from_checkpoint)
+        self.model.load_trained(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """A checkpoint brings the rates and the decay that it was made with; what this run asks for goes before."""
@@ -438,7 +437,7 @@ class SceneTrainer(Trainer):
             schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_best_model(self):
-        self.accelerator.unwrap_model(self.model).load_trained(self.state.best_model_checkpoint)
+        self.model.load_trained(self.state.best_model_checkpoint)
 
     def save_best(self, name: str = "best_model", write=None) -> Path:
         """Write the model as it stands (after training: the best one) to the run's folder `name`, whole or not at all.
