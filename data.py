@@ -505,10 +505,10 @@ class TokenStore:
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def __getitem__(self, path: str) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """(N, D) tokens and the image's grid (t, h, w) in patches; KeyError when they were not prepared."""
+        """(N, D) tokens and the image's grid (t, h, w) in patches; KeyError where they are not kept, or cut short."""
         try:
             stored = load_file(self._entry(path))
-        except FileNotFoundError:
+        except (FileNotFoundError, SafetensorError):
             raise KeyError(path) from None
         return stored["tokens"], tuple(stored["grid"].tolist())
 

@@ -110,6 +110,9 @@ def test_cached_features_and_checkpointing_change_nothing(captioner, scenes, tmp
     model.prepare_tokens(some, store, paths[1:])
     assert np.allclose(model.embed_images(paths, store, tokens=some), pooled, atol=1e-6)
     assert model.caption(paths, store=store, tokens=some, max_tokens=6) == said
+    for file in some.folder.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-5])  # as a machine that went down leaves them
+    assert model.caption(paths, store=store, tokens=some, max_tokens=6) == said
     again = loss_and_gradient(model, cached, packing=True)
     model.gradient_checkpointing_enable()
     third = loss_and_gradient(model, cached, packing=True)
