@@ -601,16 +601,14 @@ def object_mentions(captions, present, words: dict[str, list[str]], ignore=(), *
         named = {owner.get(word.lower()) for word in wanted.findall(dropped.sub(" | ", text))} - {None}  # None: "shıps"
         counts.append((len(named & set(there)), len(named), len(set(there))))
     right, named, there = np.array(counts, dtype=float).reshape(-1, 3).T
-    draw = np.random.default_rng(seed).integers(0, len(counts), (samples, len(counts)))
+    drawn = _resampled_means(np.stack([right, right], 1), np.stack([named, there], 1), samples, seed)
 
-    def share(total):
+    def share(total, means):
         if not total.sum():
             return None, None
-        counted = total[draw].sum(1)
-        drawn = right[draw].sum(1)[counted > 0] / counted[counted > 0]  # a draw that counts nothing says nothing
-        return float(right.sum() / total.sum()), _percentiles(drawn, 0.95)
+        return float(right.sum() / total.sum()), _percentiles(means[~np.isnan(means)], 0.95)
 
-    (precision, precision_interval), (recall, recall_interval) = share(named), share(there)
+    (precision, precision_interval), (recall, recall_interval) = map(share, (named, there), drawn.T)
     return {
         "precision": precision, "precision_interval": precision_interval, "recall": recall, "recall_interval": recall_interval,
         "hallucinating": float((named > right).mean()), "named": int(named.sum()), "present": int(there.sum()),
