@@ -342,12 +342,19 @@ class MatchRun(Run):
     # -- what is made at the first start, and kept: a resumed run has another model in its place
 
     def start_white(self) -> None:
-        """Bring the projection heads to where a run begins, once."""
-        if not self.white:
-            start_white(
-                self.model, self.splits["train"], self.train_data, self.store, self.features, self.args.eval_batch_size
-            )
+        """Whiten the projection heads, once, on a fixed sample of training images and texts: the same on every process."""
+        if self.white:
+            return
         self.white = True
+        scenes, known, draw = self.splits["train"], self.train_data.texts, np.random.default_rng(0)
+        paths = [scenes[i].image for i in sorted(draw.permutation(len(scenes))[:512])]
+        texts = [known[i] for i in sorted(draw.permutation(len(known))[:2048])]
+        model, size = self.model.eval(), self.args.eval_batch_size
+        pool_images = partial(model.embed_images, store=self.store, batch_size=size, pool_only=True)
+        pool_texts = partial(model.embed_texts, batch_size=4 * size, pool_only=True)
+        image, text = self.features.get("image", pool_images)(paths), self.features.get("text", pool_texts)(texts)
+        if len(paths) > 1 and len(texts) > 1:
+            model.whiten_heads(torch.as_tensor(image), torch.as_tensor(text))
 
     def kept_at_start(self, name: str):
         """What the first start of the run that is resumed left as `name`, and from where; (None, path) where it left nothing."""
@@ -532,26 +539,6 @@ def evaluate_only(config: MatchConfig, args, argv: list[str], keep: bool) -> dic
         write_report(run, results, splits[tested], image, text, texts, store.picture)
         print(f"report  {run / 'report.html'}")
     return results
-
-
-def start_white(model, scenes, dataset, store, features, batch_size) -> None:
-    """Whiten the projection heads on a fixed sample of training images and texts; the same on every process."""
-    draw = np.random.default_rng(0)
-    paths = [scenes[i].image for i in sorted(draw.permutation(len(scenes))[:512])]
-    texts = [dataset.texts[i] for i in sorted(draw.permutation(len(dataset.texts))[:2048])]
-    model.eval()
-    image = (
-        features["image"](paths)
-        if "image" in features
-        else model.embed_images(paths, store=store, batch_size=batch_size, pool_only=True)
-    )
-    text = (
-        features["text"](texts)
-        if "text" in features
-        else model.embed_texts(texts, batch_size=4 * batch_size, pool_only=True)
-    )
-    if len(paths) > 1 and len(texts) > 1:
-        model.whiten_heads(torch.as_tensor(image), torch.as_tensor(text))
 
 
 def flat(found: dict) -> dict:
