@@ -710,11 +710,11 @@ def _packed_logits(model, scenes: list[dict], states_of):
     """Scenes as `data.pack` takes them -> logits (M, V) of what is to be predicted, and labels (M,); `states_of` gives the
     last layer (L, D) from (tree, the rest of the batch)."""
     from data import pack
-    from model import TREE_KEYS, SceneTree
+    from model import SceneTree
 
     batch = pack(scenes, split=True)
     labels, places = batch.pop("labels"), batch.pop("label_rows")
-    tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
+    tree = SceneTree.of(batch)
     return model.lm_head(states_of(tree, batch)[places]), labels
 
 

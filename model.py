@@ -858,6 +858,12 @@ class SceneTree:
     kept: dict[int, tuple] | None = None
     continued: torch.Tensor | None = None
 
+    @classmethod
+    def of(cls, batch: dict, **more) -> "SceneTree":
+        """Takes the tables that `data.pack` made out of a batch."""
+        names = ("order", "prefix_rows", "prefix_lengths", "branch_rows", "branch_lengths", "long_rows")
+        return cls(**{name: batch.pop(name) for name in names}, **more)
+
     def prefix_hidden(self) -> torch.Tensor:
         """(S, 1, 1, 1, 1, P): True where a short prefix is filled up."""
         places = torch.arange(self.prefix_rows.shape[1], device=self.prefix_lengths.device)
@@ -953,9 +959,6 @@ def _attend(q, contexts, groups: int, scaling: float) -> torch.Tensor:
 
 AttentionInterface.register("scene", scene_attention)
 AttentionMaskInterface.register("scene", sdpa_mask)
-
-
-TREE_KEYS = ("order", "prefix_rows", "prefix_lengths", "branch_rows", "branch_lengths", "long_rows")
 
 
 def packed_states(model, tree: SceneTree, input_ids, position_ids, image_rows=None, image_tokens=None) -> torch.Tensor:
@@ -1337,7 +1340,7 @@ class VQA(nn.Module):
             logits = self.qwen(input_ids=input_ids, mm_token_type_ids=(input_ids == self.prompt.image_token).int(),
                                use_cache=False, **batch).logits[:, :-1]  # fmt: skip
             return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
-        tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
+        tree = SceneTree.of(batch)
         hidden = self.hidden_states(tree, input_ids, **batch)
         return F.cross_entropy(self.qwen.lm_head(hidden.index_select(0, label_rows)).float(), labels, reduction="sum")
 
@@ -1449,7 +1452,7 @@ class VQA(nn.Module):
         token, position (S, Q) of the token to come)."""
         batch = {name: value.to(self.device) for name, value in pack(scenes, row_align(self.device)).items()}
         batch.pop("labels"), batch.pop("label_rows")
-        tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS}, keep=keep, kept={})
+        tree = SceneTree.of(batch, keep=keep, kept={})
         positions = batch["position_ids"][0, 0]
         hidden = self.hidden_states(tree, **batch)
         last = tree.branch_rows.gather(2, (tree.branch_lengths - 1).clamp(min=0)[..., None])[..., 0]  # (S, Q)
@@ -1886,7 +1889,7 @@ class Captioner(nn.Module):
             logits = self.language(inputs_embeds=embedded, logits_to_keep=last, **plain).logits
             logits = logits[:, -last:-1]  # some models ignore what is to be kept
             return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, first + 1 :].flatten(), reduction="sum")
-        tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
+        tree = SceneTree.of(batch)
         hidden = packed_words(self.language.base_model, tree, embedded, batch["position_ids"][0])
         hidden = hidden.index_select(0, label_rows)
         return F.cross_entropy(self.language.get_output_embeddings()(hidden).float(), labels, reduction="sum")
@@ -1913,7 +1916,7 @@ class Captioner(nn.Module):
         self.eval()
         with self.mixed():
             try:
-                tree = SceneTree(**{name: batch[name] for name in TREE_KEYS})
+                tree = SceneTree.of(batch)
                 embedded, body = words(batch["input_ids"]), self.language.base_model
                 hidden = packed_words(body, tree, embedded, batch["position_ids"][0])
                 packed = self.language.get_output_embeddings()(hidden[batch["label_rows"]]).float()

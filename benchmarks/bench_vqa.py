@@ -65,7 +65,7 @@ import data2csv
 import demo_bases
 from config import InputError, VQAConfig, user_errors
 from data import QuestionCollator, QuestionDataset, SceneSampler, pad_rows, row_align
-from model import TREE_KEYS, VQA, SceneTree, pixel_store
+from model import VQA, SceneTree, pixel_store
 from report import write_json
 from scenes import QuestionScene, read_conversations
 from trainer import PackedTask, SceneTrainer
@@ -718,7 +718,7 @@ def held_out(bench: Bench, batches: list[dict]) -> dict:
         for piece in pieces:
             batch = {name: value.to(model.device) for name, value in piece.items()}
             labels, rows = batch.pop("labels"), batch.pop("label_rows")
-            tree = SceneTree(**{name: batch.pop(name) for name in TREE_KEYS})
+            tree = SceneTree.of(batch)
             logits = model.qwen.lm_head(model.hidden_states(tree, **batch)[rows]).float()
             total, count = total + F.cross_entropy(logits, labels, reduction="sum").item(), count + len(labels)
             wrong = logits.argmax(-1) != labels
