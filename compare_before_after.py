@@ -10,7 +10,6 @@ answers come from one model in memory (`VQA.before`), with one prompt, one readi
 
 import argparse
 import dataclasses
-import json
 import os
 import random
 import shlex
@@ -280,15 +279,6 @@ def preset_config(preset: str) -> VQAConfig:
     return VQAConfig(**{key: value for key, value in PRESETS["VQAConfig"][preset].items() if key in known})
 
 
-def named_base(lora: str) -> str | None:
-    """The base in peft's own record; what cannot be read there, `VQA.from_pretrained` complains about."""
-    try:
-        record = json.loads((Path(lora) / "adapter_config.json").read_text(encoding="utf-8"))
-        return record.get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        return "?"
-
-
 @dataclasses.dataclass
 class Drawn:
     """What of transformers' TrainingArguments the splits of a run depend on."""
@@ -336,8 +326,6 @@ def checked(args) -> None:
         raise InputError(f"--lora {args.lora}: no such folder; `python {train}` makes one")
     if args.prompt and not is_foreign(args.lora):
         raise InputError(f"--prompt: {args.lora} records the prompt it was trained with")
-    if is_foreign(args.lora) and not args.base and not named_base(args.lora):
-        raise InputError(f"--lora {args.lora}: names no base; give its folder with --base")
 
 
 def show(rows: list[dict], shown: list[dict], lines: list[str], broken: list[str]) -> None:
