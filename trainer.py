@@ -169,6 +169,8 @@ class SceneTrainer(Trainer):
             lambda: collator([train_dataset[0, i] for i in first]),
             self.args.dataloader_prefetch_factor or 2,
         )
+        if not self.args.dataloader_num_workers:  # torch takes these for reading processes alone
+            self.args.dataloader_prefetch_factor, self.args.dataloader_persistent_workers = None, False
         self.args.dataloader_pin_memory &= self.args.device.type == "cuda"  # torch warns of pages that it cannot lock
         world, per_step = self.args.world_size, self.args.train_batch_size * self.args.world_size
         if world > 1 and len(train_dataset) < per_step:

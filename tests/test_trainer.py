@@ -681,6 +681,12 @@ def test_what_a_killed_process_leaves_is_cleared(train, tmp_path, uninterrupted)
     assert_same_run(uninterrupted, run, 12)
 
 
+def test_flags_of_reading_processes_do_no_harm_where_none_have_room(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    words = "--dataloader_num_workers 2 --dataloader_prefetch_factor 4 --dataloader_persistent_workers true"
+    train(tmp_path / "run", f"--max_steps 1 {words}")
+
+
 def test_metrics_of_a_resumed_run_continue(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
     assert [row["step"] for row in read_history(tmp_path)] == [1, 2]
