@@ -126,9 +126,28 @@ def write_captions(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """({image: caption}, {image: why it has none}) of images whose pixels `store` (`data.PixelStore`) reads, some of which
     `tokens` (`data.TokenStore`) may hold encoded. What is written before an error or Ctrl-C is left beside the output file."""
+    from tqdm import tqdm
+
+    from imagery import ImageError
+
     captions, broken = {}, {}
+    hidden = None if len(paths) > args.batch_size else True  # None: shown in a terminal
     try:
-        _write_captions(model, store, paths, args, streamer, tokens, captions, broken)
+        for start in tqdm(range(0, len(paths), args.batch_size), "captions", unit="batch", leave=False, disable=hidden):
+            whole, pixels = [], {}
+            for path in paths[start : start + args.batch_size]:
+                try:
+                    pixels[path] = store[path]
+                    whole.append(path)
+                except ImageError as error:
+                    broken[path] = str(error)
+            if whole:
+                made = model.caption(
+                    whole, prompt=args.prompt, store=pixels, batch_size=args.batch_size, max_tokens=args.max_length,
+                    num_beams=args.num_beams, temperature=args.temperature, top_p=args.top_p, streamer=streamer,
+                    tokens=tokens,
+                )  # fmt: skip
+                captions |= dict(zip(whole, made))
     except BaseException:
         if captions and args.output_file:
             from report import write_json
@@ -139,30 +158,6 @@ def write_captions(
             print(f"\n{len(captions)} captions so far -> {part}", file=sys.stderr)
         raise
     return captions, broken
-
-
-def _write_captions(model, store, paths, args, streamer, tokens, captions: dict, broken: dict) -> None:
-    from imagery import ImageError
-
-    for start in range(0, len(paths), args.batch_size):
-        whole, pixels = [], {}
-        for path in paths[start : start + args.batch_size]:
-            try:
-                pixels[path] = store[path]
-                whole.append(path)
-            except ImageError as error:
-                broken[path] = str(error)
-        if whole:
-            made = model.caption(
-                whole, prompt=args.prompt, store=pixels, batch_size=args.batch_size, max_tokens=args.max_length,
-                num_beams=args.num_beams, temperature=args.temperature, top_p=args.top_p, streamer=streamer,
-                tokens=tokens,
-            )  # fmt: skip
-            captions |= dict(zip(whole, made))
-        if len(paths) > args.batch_size and sys.stderr.isatty():
-            print(f"\r{min(start + args.batch_size, len(paths))} of {len(paths)} images", end="", file=sys.stderr)
-    if len(paths) > args.batch_size and sys.stderr.isatty():
-        print(file=sys.stderr)
 
 
 def say_broken(broken: dict[str, str]) -> int:
