@@ -1920,6 +1920,8 @@ class Captioner(nn.Module):
                 embedded, body = words(batch["input_ids"]), self.language.base_model
                 hidden = packed_words(body, tree, embedded, batch["position_ids"][0])
                 packed = self.language.get_output_embeddings()(hidden[batch["label_rows"]]).float()
+            except torch.OutOfMemoryError:  # a RuntimeError, too, but none that says how the model attends
+                raise
             except (TypeError, ValueError, RuntimeError, AttributeError):
                 return False
             finally:

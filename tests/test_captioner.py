@@ -120,6 +120,17 @@ def test_cached_features_and_checkpointing_change_nothing(captioner, scenes, tmp
         assert other[0] == pytest.approx(plain[0], rel=1e-6) and relative(other[1], plain[1]) < 1e-5
 
 
+def test_a_full_memory_is_no_attention_of_its_own(captioner, monkeypatch):
+    model = captioner()
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("model.packed_words", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.can_pack()
+
+
 def test_what_all_captions_begin_with_is_run_once(captioner, scenes):
     model = captioner()
     apart, together = examples_of(model, scenes), examples_of(model, scenes, share=True)
