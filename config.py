@@ -1061,7 +1061,8 @@ PARTIAL, DOOMED = ".partial", ".deleted"  # end the names of folders that are be
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Give what lies in `partial` its name. `folder` is the old one or the new one, whole, whenever the process is killed."""
+    """Give what lies in `partial` its name. Whenever the process is killed `folder` is the old one or the new one, whole; for the
+    moment between two renames there is none, and the old one lies beside it."""
     for path in partial.rglob("*"):  # on disk before it gets its name: a rename may outlive its content
         if path.is_file():
             with open(path, "rb+") as file:  # Windows brings only what is open for writing to the disk

@@ -63,8 +63,8 @@ def read_splits(source: str, config: str | None) -> dict:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     local = Path(source).is_dir()
-    if local and not any(Path(source).rglob("*.parquet")):
-        raise InputError(f"{source}: no parquet file in this folder; images in folders need no conversion")
+    if local and not any(path.suffix in (".parquet", ".tar") for path in Path(source).rglob("*")):
+        raise InputError(f"{source}: no parquet file or tar shard in this folder; images in folders need no conversion")
     if not local and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):  # ./folder, when it is not there
         raise InputError(f"{source}: neither a folder nor ORG/NAME of a dataset")
     try:
@@ -99,7 +99,10 @@ def find_columns(features: dict, given: dict[str, str | None]) -> dict[str, str]
         if what == "answer" and "question" not in found:
             names = names[:2]  # "ground_truth" is a caption then
         taken = {*found.values(), *given.values()}
-        if column := next((name for name in names if name in features and name not in taken), None):
+        column = next((name for name in names if name in features and name not in taken), None)
+        if what == "caption" and column is None:  # caption_1, caption_2 ...
+            column = next((name for name in features if _base(name) in names and name not in taken), None)
+        if column:
             found[what] = column
     pictures = [name for name, kind in features.items() if _holds_pictures(kind)]
     if not given.get("image") and found.get("image") not in pictures:
@@ -113,7 +116,9 @@ def find_columns(features: dict, given: dict[str, str | None]) -> dict[str, str]
         del found["name"]  # a number is no file name
     if ("question" in found) != ("answer" in found):
         missing = "answer" if "question" in found else "question"
-        raise InputError(f"no column of {missing}s; give --{missing}. There are: {listed}")
+        raise InputError(
+            f"no column of {missing}s; give --{missing}, the same as the other where one column holds both. There are: {listed}"
+        )
     if "label" in found and _holds_lists(features[found["label"]]):
         raise InputError(
             f"column {found['label']!r} holds several labels an image, and one is needed; give another --label, or --caption."
@@ -124,6 +129,18 @@ def find_columns(features: dict, given: dict[str, str | None]) -> dict[str, str]
             f"no captions, questions or labels; give --caption, --question and --answer, or --label. There are: {listed}"
         )
     return found
+
+
+def _base(column: str) -> str:
+    """A column's name without its number: of caption_2 caption."""
+    return re.sub(r"[_ -]?\d+$", "", column)
+
+
+def caption_columns(features: dict, columns: dict[str, str]) -> list[str]:
+    """The column of captions and those that are it but for a number, raw and raw_1 to raw_4 of NWPU-Captions."""
+    first = columns.get("caption")
+    return [name for name in features if first and _base(name) == _base(first) and name not in
+            {column for what, column in columns.items() if what != "caption"}]  # fmt: skip
 
 
 def _holds_pictures(kind) -> bool:
@@ -201,11 +218,13 @@ def collect(
         rows = splits[split].cast_column(columns["image"], datasets.Image(decode=False))
         label, *kinds = (rows.features.get(columns.get(what)) for what in ("label", "type", "answer"))
         kinds = [getattr(kind, "feature", kind) for kind in kinds]  # of a list: what it is a list of
+        told = caption_columns(rows.features, columns)
         bar = tqdm(rows, desc=split, unit="row", leave=False, disable=not sys.stderr.isatty())
         for number, row in enumerate(bar):
             image = row[columns["image"]] or {}
             wanted = row.get(columns.get("name")) or image.get("path") or f"{split}_{number:06d}"
-            captions, value, questions = texts_of(row.get(columns.get("caption"))), row.get(columns.get("label")), []
+            captions = [text for column in told for text in texts_of(row[column])]
+            value, questions = row.get(columns.get("label")), []
             for what, kind in zip(("type", "answer"), kinds):
                 if isinstance(kind, datasets.ClassLabel):
                     row = row | {columns[what]: _named(kind, row[columns[what]])}
@@ -268,6 +287,7 @@ def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
     if odd := [v for v in answers if isinstance(v, dict) and "answer" not in v]:
         raise InputError(f"an answer that is an object of {sorted(odd[0])}, without 'answer'")
     answers = [v["answer"] if isinstance(v, dict) else v for v in answers]  # VQAv2's
+    own = [v.get("type") if isinstance(v, dict) else None for v in asked]
     asked = [v.get("question") if isinstance(v, dict) else v for v in asked]
     if odd := [v for v in asked if not isinstance(v, str | None)]:
         raise InputError(f"a question that is no text: {str(odd[0])[:60]}")
@@ -279,7 +299,7 @@ def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
     if len(answers) != len(asked):
         raise InputError(f"{len(asked)} questions and {len(answers)} answers")
     kinds = row.get(columns.get("type"))
-    kinds = kinds if isinstance(kinds, list) and len(kinds) == len(asked) else [kinds] * len(asked)
+    kinds = kinds if isinstance(kinds, list) and len(kinds) == len(asked) else [kinds] * len(asked) if kinds else own
     kinds = [str(kind).strip() if isinstance(kind, (str, int)) else "" for kind in kinds]
     said = [
         {"question": (q or "").strip(), "answer": _as_text(a), "type": kind}
@@ -331,7 +351,11 @@ def main(argv: list[str] | None = None) -> None:
     if features is None:
         raise InputError(f"{args.dataset}: its files do not say what their columns are")
     columns = find_columns(features, {what: getattr(args, what) for what in NAMES})
-    print("columns: " + ", ".join(f"{what} = {column}" for what, column in columns.items()))
+    told = caption_columns(features, columns)
+    shown = columns | ({"caption": " and ".join(told)} if told else {})
+    print("columns: " + ", ".join(f"{what} = {column}" for what, column in shown.items()))
+    if unread := [name for name in features if name not in (*columns.values(), *told, "__url__")]:
+        print(f"not read: {', '.join(unread)}")
     ours = split_names(splits)
     for split in [split for split, name in ours.items() if name is None]:
         print(f"split {split}: left out, it is none of train, val and test")

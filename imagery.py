@@ -535,7 +535,9 @@ def guessed_bands(paths: list, settings: ImageSettings) -> str | None:
 
 
 # T33UUP_B04_10m.jp2, S2A_36QWD/B04.tif, LC08_SR_B4.TIF
-ONE_BAND = re.compile(r"(?:^|(?<=[._/\\]))(?:S[RT]_)?B(\d{1,2}|8A)(?=(?:_\d+m)?\.(?:tiff?|jp2)$)", re.IGNORECASE)
+ONE_BAND = re.compile(
+    r"(?:^|(?<=[._/\\]))(?:S[RT]_)?B(\d{1,2}|8A)(?:_VCID_[12])?(?=(?:_\d+m)?\.(?:tiff?|jp2)$)", re.IGNORECASE
+)
 
 # Where a Sentinel-2 product has a scene at 10, 20 and 60 m, IMG_DATA/R20m/T33UUP_20200615_B04_20m.jp2, and in true colour.
 GRID = re.compile(r"(?<=[/\\])R\d+m(?=[/\\])|_(\d+)m(?=\.\w+$)")
@@ -639,16 +641,18 @@ def join_bands(paths: list, settings: ImageSettings) -> tuple[list, str | None]:
         else:
             for scene in alike:
                 del reds[scene]
+    apart = [
+        files[0]
+        for scene, files in scenes.items()
+        if scene not in reds and len(files) >= 3 and not settings.bands[0].isdigit()
+    ]
+    named = "`--bands sentinel2` (or landsat8, ...) makes one of B4, B3 and B2 that have one grid and a CRS; others "
+    grey = (
+        f"scenes with a file for each band: {len(apart)}, such as {apart[0]}, each a grey picture by itself;"
+        f" {named if settings.bands == 'auto' else ''}join first, `rio stack -f GTiff B04.tif B03.tif B02.tif -o rgb.tif`"
+    ) if apart else None  # fmt: skip
     if not reds:
-        apart = [files[0] for files in scenes.values() if len(files) >= 3 and not settings.bands[0].isdigit()]
-        named = (
-            "`--bands sentinel2` (or landsat8, ...) makes one of B4, B3 and B2 that have one grid and a CRS; others "
-        )
-        note = (
-            f"scenes with a file for each band: {len(apart)}, such as {apart[0]}, each a grey picture by itself;"
-            f" {named if settings.bands == 'auto' else ''}join first, `rio stack -f GTiff B04.tif B03.tif B02.tif -o rgb.tif`"
-        ) if apart else None  # fmt: skip
-        return paths, note
+        return paths, grey
     others = {path for scene, red in reds.items() for path in scenes[scene] if path != red}
     same: dict[str, list[str]] = {}  # one place and time at several resolutions: the finest stands for all, and for TCI
     for scene in sorted(reds, key=lambda scene: int((GRID.findall(scene) or [0])[-1] or 0)):
@@ -660,7 +664,7 @@ def join_bands(paths: list, settings: ImageSettings) -> tuple[list, str | None]:
     left_out = f"; {len(others)} files beside them are left out (--bands 1: each by itself)" if others else ""
     return [path for path in paths if path not in others], (
         f"scenes with a file for each band: {len(reds)}; red, green and blue are one picture under the name of red's, such as"
-        f" {next(iter(reds.values()))}{left_out}"
+        f" {next(iter(reds.values()))}{left_out}" + (f"\n{grey}" if grey else "")
     )
 
 

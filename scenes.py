@@ -89,13 +89,7 @@ def load_json(path: str | Path):
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder, expected a .json or .jsonl file") from None
     except UnicodeDecodeError as error:
-        kind = path.suffix.lower()
-        remedy = "save the file as UTF-8"
-        if kind in (".xlsx", ".xls", ".ods"):
-            remedy = "a spreadsheet: export it as CSV"
-        elif kind == ".parquet":
-            remedy = f"python hub2data.py {path.parent} makes images and captions, questions or labels of parquet files"
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); {remedy}") from None
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); {_remedy(path)}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if path.suffix.lower() in (".jsonl", ".ndjson"):
@@ -106,6 +100,16 @@ def load_json(path: str | Path):
         return rows
     kinds = "" if path.suffix.lower() == ".json" else "; what is read are .json, .jsonl, .csv and .tsv files"
     return parse_json(text, str(path), more=kinds)
+
+
+def _remedy(path: Path) -> str:
+    """What to do with a file that is no text."""
+    kind = path.suffix.lower()
+    if kind in (".xlsx", ".xls", ".ods"):
+        return "a spreadsheet: export it as CSV"
+    if kind in (".parquet", ".tar"):
+        return f"python hub2data.py {path.parent} makes images and captions, questions or labels of {kind} files"
+    return "save the file as UTF-8"
 
 
 def parse_json(text: str, source: str, line: int | None = None, more: str = ""):
@@ -129,8 +133,8 @@ TEXT_FIELDS = (
 NEGATIVE_FIELDS = ("negative", "negatives")
 QUESTION_FIELDS = ("question", "prompt", "query", "instruction")
 ANSWER_FIELDS = ("answer", "ground_truth", "response", "output", "label")
-TYPE_FIELDS = ("type", "question_type")
-NUMBERED = re.compile(rf"({'|'.join(TEXT_FIELDS)})(_?\d+)?", re.IGNORECASE)  # caption_1, caption_2 ...
+TYPE_FIELDS = ("type", "question_type", "question type")
+NUMBERED = re.compile(rf"({'|'.join(TEXT_FIELDS)})([_ -]?\d+)?", re.IGNORECASE)  # caption_1, caption_2 ...
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)  # texts in a list as Python writes it
 
 
@@ -143,7 +147,7 @@ def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
         raise InputError(f"{path}: no such file; check the path (now in {Path.cwd().name}/)") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}: line {line}: not UTF-8 text; save the file as UTF-8") from None
+        raise InputError(f"{path}: line {line}: not UTF-8 text; {_remedy(Path(path))}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if "\0" in text:
@@ -383,9 +387,12 @@ def _form_of(path: Path, content, roots: list[Path], left_out: list[Rejected]) -
     if isinstance(content, list):
         content = _gathered(content)
         first = next((entry for entry in content if isinstance(entry, dict)), {})
+        if isinstance(first.get("filename"), str) and isinstance(first.get("sentences"), list):
+            return "karpathy", content, ("filename", "sentences")
         image, text = _field(first, IMAGE_FIELDS), _field(first, TEXT_FIELDS, (str, list))
         # VRSBench has answers and boxes in files of this form, too.
         asked = text == "ground_truth" and "caption" not in str(first.get("type", "caption"))
+        asked |= text is not None and text == _question_in(first)  # LLaVA's and GeoChat-Bench's
         if image and (positive := _field(first, ("positive",))):
             return "triplets", content, (image, positive)
         if image and text and not asked:
@@ -393,7 +400,7 @@ def _form_of(path: Path, content, roots: list[Path], left_out: list[Rejected]) -
         if not content:
             raise InputError(f"{path}: the list is empty")
         have = f"its first row has {sorted(first)}" if first else "its rows are not objects"
-        if "conversations" in first or "question" in first:
+        if "conversations" in first or _question_in(first):
             have += " (questions and conversations are for train_vqa.py, the latter with --task chat)"
     else:
         have = f"its top level is {type(content).__name__}"
@@ -442,6 +449,8 @@ def _rows_of(form: str, entry, fields: tuple[str, str]) -> tuple[str, list[tuple
     if not isinstance(entry, dict):
         raise InputError(f"expected an object, found {type(entry).__name__}")
     (image, field), split = fields, _split_in(entry)
+    if "changeflag" in entry:  # LEVIR-CC, SECOND-CC
+        raise InputError("a caption of what changed between two images; a row is read with one image")
     if form == "triplets":
         own = _field(entry, NEGATIVE_FIELDS, (str, list))
         given = entry.get(own)  # one, or several; a table has an empty cell where there is none
@@ -604,7 +613,7 @@ def _names_in(folder: Path) -> dict[str, str]:
 def _in_other_case(path: Path) -> Path | None:
     """A file beside `path` whose name is the same but for capitals."""
     name = _names_in(path.parent).get(path.name.lower())
-    return path.with_name(name) if name else None
+    return path.with_name(name) if name not in (None, path.name) else None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -668,9 +677,12 @@ def read_conversations(
     path = Path(path)
     content = load_rows(path)
     if isinstance(content, dict) and isinstance(content.get("questions"), list):
-        raise InputError(
-            f"{path}: questions of RSVQA without their answers: run data2csv.py and csv2json.py on their folder"
-        )
+        remedy = "run data2csv.py and csv2json.py on their folder"
+        if any(
+            isinstance(row, dict) and "question_id" in row for row in content["questions"][:1]
+        ):  # VQAv2's form: HRVQA
+            remedy = "join them with the answers by question_id, into rows of image, question, answer"
+        raise InputError(f"{path}: questions without their answers: {remedy}")
     content = _listed(content)
     if not isinstance(content, list) or not content:
         have = f"an object with {list(content)[:5]}" if isinstance(content, dict) else f"{json.dumps(content)[:20]}"
@@ -714,7 +726,7 @@ def read_chat(path: str | Path, **options) -> SceneFile:
     rows = _listed(load_rows(Path(path))) if Path(path).is_file() else None
     first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
     del rows  # the file is read again below, and is not to be held twice
-    asked, answered = _field(first, QUESTION_FIELDS), _field(first, ANSWER_FIELDS)  # a label beside captions is a class
+    asked, answered = _question_in(first), _field(first, ANSWER_FIELDS)  # a label beside captions is a class
     one = (
         asked
         and answered
@@ -760,6 +772,8 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
     kind, number = entry.get(_field(entry, TYPE_FIELDS)), entry.get("id")
     if not (kind is None or isinstance(kind, str)):
         raise InputError(f"field 'type': expected a text, found {type(kind).__name__}")
+    if kind is None and isinstance(category := entry.get(_field(entry, ("category",))), str):  # COCO's is a number
+        kind = category
     number = None if number is None else str(number)
     form = next((form for form in CONVERSATIONS if form[0] in entry), None)
     if form is None:
@@ -799,6 +813,11 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
     return images[0].strip(), [Question(*pairs[n], kind, number, pairs[:n]) for n in learnt]
 
 
+def _question_in(row: dict) -> str | None:
+    """The name of a row's question; `text` where it is numbered, as LLaVA's and GeoChat-Bench's are."""
+    return _field(row, (*QUESTION_FIELDS, "text") if "question_id" in row else QUESTION_FIELDS)
+
+
 def _listed_images(entry: dict) -> list:
     """The images of a row: the list of ms-swift and others, of names or of {"path"}, or LLaVA's one."""
     named = entry.get("images") or entry.get("image") or []
@@ -822,7 +841,8 @@ def _said(turn: dict, content: str) -> tuple[str, list]:
         return _text(turn, content), []
     parts = [part for part in turn[content] if isinstance(part, dict)]
     text = " ".join(part["text"] for part in parts if isinstance(part.get("text"), str))
-    images = [part["image"] for part in parts if part.get("type") == "image" and part.get("image")]
+    named = [part.get("image") or part.get("path") or part.get("url") for part in parts if part.get("type") == "image"]
+    images = list(filter(None, named))
     return _text({content: text}, content), images
 
 
@@ -832,7 +852,7 @@ def _asked(entry: dict, kind: str | None, number: str | None) -> tuple[str, list
         if len(images := _listed_images(entry)) != 1:
             raise InputError(f"field 'images': expected one image, found {len(images)}")
         entry = {**entry, "image": images[0]}
-    image, question, answer = (_field(entry, known) for known in (IMAGE_FIELDS, QUESTION_FIELDS, ANSWER_FIELDS))
+    image, question, answer = _field(entry, IMAGE_FIELDS), _question_in(entry), _field(entry, ANSWER_FIELDS)
     if question and question.lower() == "instruction" and isinstance(more := entry.get("input"), str) and more.strip():
         entry = {**entry, question: f"{_text(entry, question)}\n{more.strip()}"}
     if not (image and question and answer):
@@ -841,6 +861,11 @@ def _asked(entry: dict, kind: str | None, number: str | None) -> tuple[str, list
             f"there is neither 'conversations' nor {what} (the row has {', '.join(entry)}); {OTHER_QUESTIONS}"
         )
     value = entry[answer]
+    choices = entry.get(_field(entry, ("options", "choices", "candidates")))
+    if choices and isinstance(value, str) and re.fullmatch(r"\(?[A-Ha-h][.)]?", value.strip()):
+        raise InputError(
+            f"the answer {value!r} names one of several choices, which are not read: write them into the question"
+        )
     if type(value) in (int, float) and math.isfinite(value):  # a count, perhaps out of a table that made it 3.0
         entry = {**entry, answer: str(int(value) if value == int(value) else value)}
     history = entry.get("history") or []

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -335,3 +336,38 @@ def test_from_the_hub(captions, tmp_path):
     assert len(json.loads((tmp_path / "data/rsicd/captions.json").read_text())) == 5
     assert runs[1].returncode == 2 and runs[1].stderr.startswith("error: org/absent: cannot be loaded as a dataset")
     assert "Traceback" not in runs[1].stderr and not (tmp_path / "data/absent").exists()
+
+
+def test_numbered_columns_are_captions_and_what_is_not_read_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    columns = {"image": [image(0)], "raw": ["a"], "raw_1": ["b"], "raw_2": ["c"], "options": [["x", "y"]]}
+    hub2data.main([str(write(tmp_path / "nwpu", "all", columns)), "--output", "one"])
+    assert read_scenes("one").scenes[0].texts == ["a", "b", "c"]
+    said = capsys.readouterr().out
+    assert "caption = raw and raw_1 and raw_2" in said and "not read: options\n" in said
+    columns = {"image": [image(0)], "caption 1": ["a"], "caption 2": ["b"]}
+    hub2data.main([str(write(tmp_path / "spaces", "all", columns)), "--output", "two"])
+    assert read_scenes("two").scenes[0].texts == ["a", "b"]
+
+
+def test_types_of_questions_that_are_objects(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = [
+        [{"question": "a?", "answer": "1", "type": "count"}, {"question": "b?", "answer": "yes", "type": "presence"}]
+    ]
+    source = write(tmp_path / "qa", "all", {"image": [image(0)], "qa": pairs})
+    hub2data.main([str(source), "--output", "out", "--question", "qa", "--answer", "qa"])
+    rows = Path("out/rsvqa-dataset.csv").read_text().splitlines()
+    assert rows[1:] == ["images/all_000000.png,a?,1,count", "images/all_000000.png,b?,yes,presence"]
+
+
+def test_tar_shards_of_webdataset(tmp_path, capsys):
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "000000.tar", "w") as shard:
+        for n in range(2):
+            for name, data in ((f"{n}.png", png(n)), (f"{n}.txt", f"ship {n}".encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+    hub2data.main([str(tmp_path / "shards"), "--output", str(tmp_path / "out")])
+    assert sorted(scene.texts[0] for scene in read_scenes(tmp_path / "out").scenes) == ["ship 0", "ship 1"]

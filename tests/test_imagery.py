@@ -1252,6 +1252,17 @@ def test_bands_that_cannot_be_joined_are_said():
     assert imagery.join_bands(["harbour_B1.tif", "harbour_B2.tif", "farm_1.png"], ImageSettings())[1] is None
 
 
+def test_bands_that_cannot_be_joined_are_said_beside_those_that_are(tmp_path):
+    """Of Landsat 7 the thermal bands, twice, are not pictures of their own."""
+    data = np.random.default_rng(0).integers(1, 255, (12, 12), dtype=np.uint8)
+    for band in ("1", "2", "3", "4", "6_VCID_1", "6_VCID_2"):
+        write_band(tmp_path / f"LE07_L1TP_1_02_T1_B{band}.TIF", data)
+    patch = [tmp_path / f"rect_B{band}.tif" for band in ("01", "02", "03")]
+    kept, note = imagery.join_bands([*sorted(tmp_path.glob("LE07*")), *patch], ImageSettings())
+    assert [path.name for path in kept] == ["LE07_L1TP_1_02_T1_B3.TIF", *(path.name for path in patch)]
+    assert "5 files beside them are left out" in note and "rect_B01.tif, each a grey picture by itself" in note
+
+
 # ----------------------------------------------------------------------------------------------------
 # Where little of a file is data
 

@@ -792,3 +792,56 @@ def test_an_image_that_is_written_into_its_row(folder, read):
     rows[1]["image"] = "A" * 5000
     found = read(save(folder / "rows.json", rows), max_rejected=0.5)
     assert len(found.scenes) == 3 and len(found.rejected[0].reason) < 400
+
+
+@pytest.mark.parametrize("heading", ["caption 2", "caption-2", "caption_2", "caption2"])
+def test_headings_of_spreadsheets_are_numbered_columns(folder, heading):
+    picture(folder / "a.png")
+    (folder / "c.csv").write_text(f"image,caption,{heading}\na.png,a ship,two ships\n")
+    assert read_scenes(folder / "c.csv").scenes[0].texts == ["a ship", "two ships"]
+
+
+def test_numbered_texts_are_questions(folder):
+    """LLaVA's question files and GeoChat-Bench's; an answer file of LLaVA has a prompt and a text."""
+    picture(folder / "a.png")
+    row = {"question_id": 1, "image": "a.png", "text": "Is there water?", "category": "presence", "ground_truth": "yes"}
+    path = save(folder / "bench.jsonl", row)
+    for read in (read_chat, read_conversations):
+        (question,) = read(path).scenes[0].questions
+        assert (question.text, question.answer, question.kind) == ("Is there water?", "yes", "presence")
+    with pytest.raises(InputError, match=r"questions and conversations are for train_vqa\.py"):
+        read_scenes(path)
+    answers = save(
+        folder / "answers.jsonl", {"question_id": 1, "image": "a.png", "prompt": "Describe it.", "text": "a ship"}
+    )
+    assert read_scenes(answers).scenes[0].texts == ["a ship"]
+
+
+def test_a_letter_of_several_choices_is_no_answer(folder):
+    picture(folder / "a.png")
+    row = {"image": "a.png", "question": "What?", "options": ["A. ship", "B. car"], "answer": "A"}
+    with pytest.raises(InputError, match=r"the answer 'A' names one of several choices.*write them into the question"):
+        read_conversations(save(folder / "q.json", [row]))
+    assert (
+        read_conversations(save(folder / "q.json", [row | {"answer": "ship"}])).scenes[0].questions[0].answer == "ship"
+    )
+
+
+@pytest.mark.parametrize("key", ["image", "path", "url"])
+def test_images_among_the_parts_of_a_turn(folder, key):
+    picture(folder / "a.png")
+    turn = [{"type": "image", key: "a.png"}, {"type": "text", "text": "What?"}]
+    row = {"messages": [{"role": "user", "content": turn}, {"role": "assistant", "content": "a ship"}]}
+    assert read_conversations(save(folder / "q.json", [row])).scenes[0].questions[0].text == "What?"
+
+
+def test_a_bare_list_of_karpathys_entries(folder):
+    (folder / "UCM").mkdir()
+    picture(folder / "UCM" / "a.png")
+    entry = {"filepath": "UCM", "filename": "a.png", "sentences": [{"raw": "a ship"}], "split": "train"}
+    assert read_scenes(save(folder / "c.json", [entry])).scenes[0].texts == ["a ship"]
+    with pytest.raises(InputError, match="what changed between two images"):
+        read_scenes(save(folder / "cc.json", {"images": [entry | {"changeflag": 1}]}))
+    asked = {"questions": [{"question_id": 1, "image_id": 2, "question": "What?"}]}
+    with pytest.raises(InputError, match="join them with the answers by question_id"):
+        read_conversations(save(folder / "q.json", asked))
