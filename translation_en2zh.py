@@ -31,6 +31,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -672,18 +673,17 @@ class Groups:
     """Numbers texts so that those which say the same in nearly the same words have one number.
 
     Alike are texts with the same numbers, directions, colours and negations in the same order, whose sets of three neighbouring
-    characters have a Jaccard similarity of at least `LIKENESS`. Two such sets must share one of the rarest members of each,
-    so only texts that do are compared (prefix filter, Chaudhuri et al. 2006). texts: all that may come; they tell what is
-    rare. A text joins the first group whose first text it is like, so that the numbers depend on the order of asking.
+    characters have a Jaccard similarity of at least `LIKENESS`. A text joins the first group whose first text it is like, so
+    that the numbers depend on the order of asking. `BLOCK` first texts are compared at once, each in a bit of its own.
     """
 
-    LIKENESS = 0.8
+    LIKENESS, BLOCK = 0.8, 2**14
 
-    def __init__(self, texts: list[str]):
+    def __init__(self):
         self.known: dict[str, int] = {}
-        self.firsts: list[set[str]] = []
-        self.places: dict[tuple, list[int]] = {}
-        self.frequency = Counter(part for text in dict.fromkeys(map(plain, texts)) for part in self.parts(text))
+        self.count = 0
+        self.blocks: dict[tuple, list[tuple[list, dict[str, int]]]] = {}
+        """facts -> ([(group, parts)] of first texts with these facts, {part: an integer with bit n set where text n has it})"""
 
     @staticmethod
     def parts(text: str) -> set[str]:
@@ -692,21 +692,30 @@ class Groups:
     def of(self, text: str) -> int:
         text = plain(text)
         if text not in self.known:
-            parts = self.parts(text)
-            rare = sorted(parts, key=lambda part: (self.frequency[part], part))
-            facts = tuple(FACTS.findall(text))
-            keys = [(facts, part) for part in rare[: len(rare) - math.ceil(self.LIKENESS * len(rare)) + 1]]
-            near = sorted({number for key in keys for number in self.places.get(key, ())})
-            near = [n for n in near if self.LIKENESS <= len(self.firsts[n]) / len(parts) <= 1 / self.LIKENESS]
-            like = (n for n in near if len(parts & self.firsts[n]) >= self.LIKENESS * len(parts | self.firsts[n]))
-            number = next(like, None)
-            if number is None:
-                number = len(self.firsts)
-                self.firsts.append(parts)
-                for key in keys:
-                    self.places.setdefault(key, []).append(number)
-            self.known[text] = number
+            parts, blocks = self.parts(text), self.blocks.setdefault(tuple(FACTS.findall(text)), [([], {})])
+            self.known[text] = next((n for block in blocks for n in self._alike(parts, *block)), self.count)
+            if self.known[text] == self.count:
+                self.count += 1
+                if len(blocks[-1][0]) == self.BLOCK:
+                    blocks.append(([], {}))
+                firsts, having = blocks[-1]
+                having.update({part: having.get(part, 0) | 1 << len(firsts) for part in parts})
+                firsts.append((self.known[text], parts))
         return self.known[text]
+
+    def _alike(self, parts: set[str], firsts: list, having: dict[str, int]) -> Iterator[int]:
+        # Bits n of `counts`, the lowest first, say how many of `parts` text n has, and as much more as sets the last of them
+        # from LIKENESS of `parts` on, for fewer cannot do.
+        size, every = len(parts).bit_length(), (1 << len(firsts)) - 1
+        more = (1 << size) - math.ceil(self.LIKENESS * len(parts))
+        counts = [every * (more >> i & 1) for i in range(size + 1)]
+        for part in parts & having.keys():
+            carry = having[part]
+            for i, bits in enumerate(counts):
+                counts[i], carry = bits ^ carry, bits & carry
+        for (number, known), bit in zip(firsts, reversed(f"{counts[-1]:b}")):
+            if bit == "1" and len(parts & known) >= self.LIKENESS * len(parts | known):
+                yield number
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1153,7 +1162,7 @@ class Translator:
         copies before and after: texts that an earlier image has too."""
         limit = self.args.max_duplicates
         taken = [item for item in items if not item.reasons]
-        groups = Groups([item.text for item in taken])
+        groups = Groups()
         before = copies(taken, groups)
         images: dict[int, list[str]] = {}  # group of texts -> the images that keep one
         over: list[Item] = []
