@@ -55,8 +55,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from bench_vqa import ROOT, RSVQA, SEED, TOKENIZER, StepWatch, quiet, say, span, synchronize, warm_steps
-from common import in_own_process, peak_memory
+from bench_vqa import ROOT, RSVQA, SEED, TOKENIZER, StepWatch, quiet, span, synchronize, warm_steps
+from common import check_options, measured_apart, peak_memory, read_words, say
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
@@ -139,11 +139,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--measure", choices=list(SIDES), help=argparse.SUPPRESS)  # a child that prints its peak memory
     add("--cache", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    for name in ("steps", "our_steps", "images", "captions", "eval_every", "eval_images", "threads"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: expected at least 1")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here")
+    check_options(options, "steps", "our_steps", "images", "captions", "eval_every", "eval_images", "threads")
     if options.data is None:
         options.data = str(UCM if UCM.exists() else DEMO)
         if not UCM.exists():
@@ -168,12 +164,9 @@ def write_bases(folder: Path, shape: str, tokenizer: Path, dtype: torch.dtype) -
     vision_config = transformers.CLIPVisionConfig(**vision, image_size=224, patch_size=16)
     transformers.CLIPVisionModel(vision_config).to(dtype).save_pretrained(folder / "vision")
     CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size=224).save_pretrained(folder / "vision")
-    vocab = json.loads((tokenizer / "vocab.json").read_text())
-    merges = [tuple(line.split(" ")) for line in (tokenizer / "merges.txt").read_text().splitlines() if " " in line]
-    merges = merges[1:] if merges[0][0].startswith("#version") else merges
     language = folder / "language"
     language.mkdir(parents=True)
-    made = demo_bases.write_qwen_tokenizer(language, vocab, merges, "qwen3")
+    made = demo_bases.write_qwen_tokenizer(language, *read_words(tokenizer), "qwen3")
     config = demo_bases.qwen_config(made, "qwen3", text)
     config |= {"head_dim": head_dim, "vocab_size": 151936, "torch_dtype": str(dtype).removeprefix("torch.")}
     demo_bases.write_qwen_settings(language, config)
@@ -444,11 +437,8 @@ def compare(bench: Bench, sides: dict[str, int]) -> dict:
 
 def measure_memory(bench: Bench, argv: list[str], sides: dict[str, int]) -> dict:
     """{side: {"loaded", "peak"} bytes}, each in a process of its own that trains two steps."""
-    result, fixed = {}, ["--bases", *bench.bases, "--cache", bench.cache, "--data", bench.options.data]
-    for side, size in sides.items():
-        more = [*fixed, "--measure", side, "--rows", str(size)]
-        result[side] = in_own_process(__file__, [*argv, *more])
-    return result
+    argv = [*argv, "--bases", *bench.bases, "--cache", bench.cache, "--data", bench.options.data]
+    return {side: measured_apart(__file__, [*argv, "--rows", str(size)], side) for side, size in sides.items()}
 
 
 def race(bench: Bench, size: int) -> dict:

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import transformers
-from common import in_own_process, peak_memory
+from common import KeepsLosses, check_options, measured_apart, peak_memory, say
 from PIL import Image
 from transformers import PrinterCallback, Qwen2_5_VLConfig, TrainerCallback, TrainingArguments
 
@@ -108,11 +108,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--json", help="write every number here")
     add("--measure", choices=["ours", "theirs"], help=argparse.SUPPRESS)  # a child that prints its peak memory
     options = parser.parse_args(argv)
-    for name in ("rounds", "steps", "scenes", "texts", "mini_batch", "threads"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: expected at least 1")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here")
+    check_options(options, "rounds", "steps", "scenes", "texts", "mini_batch", "threads")
     if importlib.util.find_spec("sentence_transformers") is None:
         raise InputError(f"sentence-transformers is not installed; run `pip install {PEER}`")
     if options.data == "data/demo/triplets_train.json" and not options.image_root:
@@ -308,15 +304,6 @@ class StepEnds(TrainerCallback):
         self.ends.append(time.perf_counter())
         if len(self.ends) == 1:
             self.clock.total.clear()  # the warm-up step
-
-
-class KeepsLosses:
-    """Mixed into either trainer: the loss of every step."""
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        self.losses = [*getattr(self, "losses", []), loss.detach().float()]
-        return loss
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -551,16 +538,8 @@ def measure_child(options) -> None:
     print(json.dumps({"loaded": before, "peak": peak_memory(options.device)}))
 
 
-def measure_memory(argv: list[str]) -> dict:
-    return {side: in_own_process(__file__, [*argv, "--measure", side]) for side in ("ours", "theirs")}
-
-
 # ----------------------------------------------------------------------------------------------------
 # The run
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -612,7 +591,7 @@ def main(argv: list[str] | None = None) -> dict:
     bench.config.grad_cache_chunk = max(1, options.mini_batch // options.texts) if options.loss == "cached" else 0
 
     results["profile"] = profile(bench, work)
-    results["memory"] = measure_memory(argv)
+    results["memory"] = {side: measured_apart(__file__, argv, side) for side in ("ours", "theirs")}
     say(table(results))
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)

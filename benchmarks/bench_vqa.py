@@ -54,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 import transformers
-from common import in_own_process, peak_memory
+from common import KeepsLosses, check_options, measured_apart, peak_memory, read_words, say
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
@@ -151,11 +151,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
 
 def check(options, *positive: str) -> None:
-    for name in positive:
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: expected at least 1")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here")
+    check_options(options, *positive)
     if not Path(options.data).exists():
         raise InputError(f"--data {options.data}: not there; give a folder of RSVQA files or a conversations file")
     if not options.base and not (Path(options.tokenizer) / "vocab.json").exists():
@@ -169,11 +165,8 @@ def check(options, *positive: str) -> None:
 def write_base(folder: Path, shape: str, tokenizer: Path, max_pixels: int, dtype: torch.dtype) -> None:
     """A base with random weights and Qwen2's whole vocabulary, in the layout of the hubs."""
     family, text, vision = SHAPES[shape]
-    vocab = json.loads((tokenizer / "vocab.json").read_text())
-    merges = [tuple(line.split(" ")) for line in (tokenizer / "merges.txt").read_text().splitlines() if " " in line]
-    merges = merges[1:] if merges[0][0].startswith("#version") else merges
     folder.mkdir(parents=True)
-    made = demo_bases.write_qwen_tokenizer(folder, vocab, merges, family)
+    made = demo_bases.write_qwen_tokenizer(folder, *read_words(tokenizer), family)
     config = demo_bases.qwen_config(made, family, text, vision)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     demo_bases.write_qwen_settings(folder, config, max_pixels)
@@ -383,15 +376,6 @@ class RowCollator:
         labels = [[-100] * len(asked) + said for asked, said in zip(prompts, answers)]
         batch = self.batch([asked + said for asked, said in zip(prompts, answers)], pixels)
         return batch | {"labels": pad_rows(labels, -100)}
-
-
-class KeepsLosses:
-    """Mixed into either trainer: the loss of every micro-batch."""
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        self.losses = [*getattr(self, "losses", []), loss.detach().float()]
-        return loss
 
 
 class StepWatch(TrainerCallback):
@@ -699,11 +683,8 @@ def measure_child(options) -> None:
 
 
 def measure_memory(bench: Bench, argv: list[str], best: dict) -> dict:
-    result = {}
-    for side in ("ours", "tower", "rows"):
-        more = ["--measure", side, "--rows", str(best["rows"]), "--base", str(bench.base)]
-        result[side] = in_own_process(__file__, [*argv, *more])
-    return result
+    argv = [*argv, "--rows", str(best["rows"]), "--base", str(bench.base)]
+    return {side: measured_apart(__file__, argv, side) for side in ("ours", "tower", "rows")}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -864,10 +845,6 @@ def race_line(name: str, runs: list[dict]) -> str:
 
 # ----------------------------------------------------------------------------------------------------
 # The run
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def span(values: list[float], digits: int = 1) -> str:
