@@ -20,6 +20,7 @@ from pathlib import Path
 from config import InputError, in_workers, processors
 from demo_data import KINDS, LINES, NAMES, REGIONS, corners, one
 from imagery import ImageSettings, read_image
+from report import write_json
 
 DEMO = ["qwen2_5_vl", "clip", "qwen3"]
 TAGS = """endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end
@@ -84,10 +85,6 @@ DEMO_SIZES = {  # changing anything here rebuilds the demo bases: it is part of 
 }
 
 
-def _write_json(path: Path, value, indent=2) -> None:
-    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def byte_bpe(vocab=None, merges=None, suffix: str = "", split: str = QWEN_SPLIT):
     """A byte-level `tokenizers.Tokenizer`: Qwen's by default; CLIP's has the suffix `</w>`."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -117,7 +114,7 @@ def train_bpe(texts, vocab_size: int, suffix: str = "", split: str = QWEN_SPLIT)
 
 def _write_vocab(folder: Path, tokenizer, vocab: dict, merges: list, head: str = "") -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "vocab.json", vocab, indent=None)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "merges.txt").write_text(head + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
 
 
@@ -144,9 +141,9 @@ def write_qwen_tokenizer(folder: Path, vocab: dict, merges: list, family: str):
         "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
     }
     # fmt: on
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
     if family != "qwen3":
-        _write_json(folder / "chat_template.json", chat)
+        write_json(folder / "chat_template.json", chat)
     return Qwen2Tokenizer.from_pretrained(folder)
 
 
@@ -173,7 +170,7 @@ def write_weights(model, folder: Path, shards: int = 1) -> None:
         shutil.copymode(folder / "config.json", folder / name)  # safetensors writes files no one else can read
     if shards > 1:
         where = {key: name for name, part in zip(names, parts) for key in part}
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def qwen_config(tokenizer, family: str, text: dict, vision: dict | None = None) -> dict:
@@ -220,18 +217,18 @@ def qwen_config(tokenizer, family: str, text: dict, vision: dict | None = None) 
 
 def write_qwen_settings(folder: Path, config: dict, max_pixels: int = 168 * 168) -> None:
     """config.json, generation_config.json and, for a model that sees, preprocessor_config.json."""
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     end, pad = config["eos_token_id"], config["bos_token_id"]
     sampling = {"repetition_penalty": 1.05, "temperature": 1e-06}
     if config["model_type"] == "qwen3":
         sampling = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     ends = {"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [end, pad], "do_sample": True}
-    _write_json(folder / "generation_config.json", {**ends, **sampling, "transformers_version": "4.51.0"})
+    write_json(folder / "generation_config.json", {**ends, **sampling, "transformers_version": "4.51.0"})
     if "vision_config" in config:
         sizes = {"min_pixels": 56 * 56, "max_pixels": max_pixels, "patch_size": 14, "temporal_patch_size": 2}
         kind = "Qwen2_5_VLProcessor" if config["model_type"] == "qwen2_5_vl" else "Qwen2VLProcessor"
         sizes |= {"merge_size": 2, **PIXELS, "image_processor_type": "Qwen2VLImageProcessor", "processor_class": kind}
-        _write_json(folder / "preprocessor_config.json", sizes)
+        write_json(folder / "preprocessor_config.json", sizes)
 
 
 def demo_texts(data_dir: Path, more: str | Path | None = None) -> dict[str, list]:
@@ -909,15 +906,15 @@ def _write_clip_settings(folder: Path, texts: list[str]) -> None:
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)
     _write_vocab(folder, tokenizer.backend_tokenizer, vocab, merges, head="#version: 0.2\n")
     roles = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
-    _write_json(folder / "special_tokens_map.json", roles)
+    write_json(folder / "special_tokens_map.json", roles)
     # fmt: off
-    _write_json(folder / "tokenizer_config.json", {
+    write_json(folder / "tokenizer_config.json", {
         **roles, "do_lower_case": True, "errors": "replace", "model_max_length": 77, "tokenizer_class": "CLIPTokenizer",
     })
     tower = {"hidden_act": "quick_gelu", "projection_dim": 128}
     text = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 4}
     ids = {"bos_token_id": vocab[start], "eos_token_id": vocab[end], "pad_token_id": vocab[end]}
-    _write_json(folder / "config.json", {
+    write_json(folder / "config.json", {
         "architectures": ["CLIPModel"], "model_type": "clip", "initializer_factor": 1.0,
         "logit_scale_init_value": 2.6592, "projection_dim": 128, "torch_dtype": "float32",
         "text_config": {"model_type": "clip_text_model", **tower, **text, **ids, "max_position_embeddings": 77,
@@ -925,7 +922,7 @@ def _write_clip_settings(folder: Path, texts: list[str]) -> None:
         "vision_config": {"model_type": "clip_vision_model", **tower, **DEMO_SIZES["clip"], "image_size": side,
                           "patch_size": 14},
     })
-    _write_json(folder / "preprocessor_config.json", {
+    write_json(folder / "preprocessor_config.json", {
         "crop_size": side, "do_center_crop": True, "do_normalize": True, "do_resize": True,
         "feature_extractor_type": "CLIPFeatureExtractor", **PIXELS, "resample": 3, "size": side,
     })
@@ -1028,8 +1025,7 @@ def build(data_dir, output_dir, seed: int, verify, more=None) -> dict:
                 (temp / name).rename(output_dir / name)
             built = {"fingerprint": fingerprint, "seed": seed, "seconds": round(time.time() - began, 1)}
             built["measured"] = measured
-            _write_json(temp / record.name, built)
-            (temp / record.name).rename(record)
+            write_json(record, built)
     except OSError as error:
         raise InputError(f"{output_dir} cannot be written: {error.strerror or error}") from error
     except BrokenProcessPool:

@@ -402,7 +402,7 @@ def _houses(t: dict, ground: _Ground, rng) -> list[dict]:
 
 def _summed(t: dict) -> dict:
     """Fill in what follows from the objects: counts (zeros too), groups with their place, the place of the clouds."""
-    of = {k: [o for o in t["objects"] if o["kind"] == k] for k in KINDS}
+    of = {k: _of(t, k) for k in KINDS}
     t["counts"] = {k: len(v) for k, v in of.items()} | {k: sum(x["kind"] == k for x in t["lines"]) for k in LINES}
     t["groups"] = [{"kind": k, "count": len(v), "where": place_of(t, v)} for k, v in of.items() if v]
     t["cloud_where"] = place_of(t, t["clouds"]) if t["clouds"] else None
