@@ -156,12 +156,13 @@ def conversation(number: int, row: dict[str, str]) -> dict:
 
 def write_together(texts: dict[Path, str]) -> None:
     """Write all files beside their places, then rename them: a failure leaves every old file as it was."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+    places = {path: Path(os.path.realpath(path)) for path in texts}  # a link stays one
+    temporary = {path: place.with_name(f".{place.name}.{os.getpid()}.tmp") for path, place in places.items()}
     try:
         for path, text in texts.items():
             temporary[path].write_text(text, encoding="utf-8")
         for path in texts:
-            os.replace(temporary[path], path)
+            os.replace(temporary[path], places[path])
     except (OSError, UnicodeError) as error:
         raise InputError(f"{path}: cannot be written: {error}") from None
     finally:

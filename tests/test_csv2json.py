@@ -98,6 +98,14 @@ def test_rows(here, call):
     assert [row["split"] for row in test] == ["test", "test_phili"]
 
 
+def test_a_link_to_another_disk_stays_one(here, call):
+    ten(here)
+    (here / "disk").mkdir()
+    (here / "data_vl.json").symlink_to(here / "disk" / "data_vl.json")
+    assert call()[0] == 0 and (here / "data_vl.json").is_symlink()
+    assert len(load(here / "disk" / "data_vl.json")) == 30
+
+
 def test_split_by_image(here, call):
     ten(here)
     code, out, _ = call()
