@@ -22,7 +22,6 @@ import dataclasses
 import email.utils
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -30,11 +29,13 @@ import statistics
 import sys
 import time
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import numpy as np
 
 from config import (
     SURROGATE,
@@ -674,16 +675,16 @@ class Groups:
 
     Alike are texts with the same numbers, directions, colours and negations in the same order, whose sets of three neighbouring
     characters have a Jaccard similarity of at least `LIKENESS`. A text joins the first group whose first text it is like, so
-    that the numbers depend on the order of asking. `BLOCK` first texts are compared at once, each in a bit of its own.
+    that the numbers depend on the order of asking.
     """
 
-    LIKENESS, BLOCK = 0.8, 2**14
+    LIKENESS = 0.8
 
     def __init__(self):
         self.known: dict[str, int] = {}
         self.count = 0
-        self.blocks: dict[tuple, list[tuple[list, dict[str, int]]]] = {}
-        """facts -> ([(group, parts)] of first texts with these facts, {part: an integer with bit n set where text n has it})"""
+        self.firsts: dict[tuple, tuple[list[int], array, dict[str, array]]] = {}
+        """facts -> of the first texts with these facts (their groups, how many parts each has, {part: which of them have it})"""
 
     @staticmethod
     def parts(text: str) -> set[str]:
@@ -692,30 +693,23 @@ class Groups:
     def of(self, text: str) -> int:
         text = plain(text)
         if text not in self.known:
-            parts, blocks = self.parts(text), self.blocks.setdefault(tuple(FACTS.findall(text)), [([], {})])
-            self.known[text] = next((n for block in blocks for n in self._alike(parts, *block)), self.count)
-            if self.known[text] == self.count:
+            parts, facts = self.parts(text), tuple(FACTS.findall(text))
+            groups, sizes, having = self.firsts.setdefault(facts, ([], array("i"), {}))
+            alike = self._alike(parts, sizes, having)
+            self.known[text] = groups[alike[0]] if len(alike) else self.count
+            if not len(alike):
+                for part in parts:
+                    having.setdefault(part, array("i")).append(len(groups))
+                groups.append(self.count)
+                sizes.append(len(parts))
                 self.count += 1
-                if len(blocks[-1][0]) == self.BLOCK:
-                    blocks.append(([], {}))
-                firsts, having = blocks[-1]
-                having.update({part: having.get(part, 0) | 1 << len(firsts) for part in parts})
-                firsts.append((self.known[text], parts))
         return self.known[text]
 
-    def _alike(self, parts: set[str], firsts: list, having: dict[str, int]) -> Iterator[int]:
-        # Bits n of `counts`, the lowest first, say how many of `parts` text n has, and as much more as sets the last of them
-        # from LIKENESS of `parts` on, for fewer cannot do.
-        size, every = len(parts).bit_length(), (1 << len(firsts)) - 1
-        more = (1 << size) - math.ceil(self.LIKENESS * len(parts))
-        counts = [every * (more >> i & 1) for i in range(size + 1)]
-        for part in parts & having.keys():
-            carry = having[part]
-            for i, bits in enumerate(counts):
-                counts[i], carry = bits ^ carry, bits & carry
-        for (number, known), bit in zip(firsts, reversed(f"{counts[-1]:b}")):
-            if bit == "1" and len(parts & known) >= self.LIKENESS * len(parts | known):
-                yield number
+    def _alike(self, parts: set[str], sizes: array, having: dict[str, array]) -> np.ndarray:
+        """Which first texts these parts are like. Compared with all at once: a template's texts have most parts in common."""
+        found = [np.frombuffer(having[part], np.intc) for part in parts if part in having]
+        shared = np.bincount(np.concatenate([np.empty(0, np.intc), *found]), minlength=len(sizes))
+        return np.flatnonzero(shared >= self.LIKENESS * (len(parts) + np.array(sizes) - shared))
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -561,8 +561,7 @@ def test_nearly_the_same_words_are_one_group_unless_a_fact_differs():
     assert groups.of(long.format("四") + "远处还有一片沙漠和许多弯弯曲曲的河流以及一座灯塔。") == 4
 
 
-def test_groups_are_what_comparing_all_with_all_finds(monkeypatch):
-    monkeypatch.setattr(script.Groups, "BLOCK", 16)
+def test_groups_are_what_comparing_all_with_all_finds():
     dice = random.Random(0)
     words = ["一片农田", "许多树木", "几条小路", "整齐排列", "停车场旁", "茂盛生长", "一座机场", "宁静景象"]
     texts = ["".join(dice.choices(words, k=8)) for _ in range(60)]
