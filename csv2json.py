@@ -11,6 +11,7 @@ format is another file.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -167,7 +168,8 @@ def write_together(texts: dict[Path, str]) -> None:
         raise InputError(f"{path}: cannot be written: {error}") from None
     finally:
         for path in temporary.values():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def counts(splits) -> str:

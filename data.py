@@ -164,7 +164,10 @@ def refuse_trained_images(config, args, folder: str | Path, held: list, say: Cal
         say(f"warning: {folder}: the images that it was trained on cannot be looked at ({error})")
         return
     if known.get("trained_on", told := rows_digest(trained)) != told:
-        say(f"warning: {theirs.train_file} has changed since: what {folder} was trained on cannot be told for certain")
+        say(
+            f"warning: {theirs.train_file} has changed since {folder} was trained: images that it was trained on may be held out"
+            " now"
+        )
     seen = {"train": trained, "held out": held}
     if leaks := find_leaks(seen, by_content(images_of(seen))):
         message = f"{len(leaks)} images that are held out were in the training of {folder}, first {leaks[0][2]}"

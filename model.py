@@ -66,7 +66,7 @@ from data import (
     token_batch,
 )
 from imagery import ImageSettings
-from scenes import Question, QuestionScene
+from scenes import Question, QuestionScene, load_json
 
 WEIGHTS, SETTINGS = "model.safetensors", "dual_encoder.json"
 
@@ -179,10 +179,14 @@ def refuse_other_base(root: Path, settings, folder: Path, flag: str) -> None:
 
 def refuse_other_bases(file: Path, settings) -> None:
     """Raises InputError unless a checkpoint's settings (`file`) name the bases of the model that takes over its tensors."""
-    known, own = json.loads(file.read_text(encoding="utf-8")), asdict(settings)
+    known, own = load_json(file), asdict(settings)
     for side, flag in BASE_FLAGS.items():
         mark, name = f"{side}_fingerprint", f"{side}_model"
-        if mark in own and known[mark] != own[mark]:
+        if mark not in own:
+            continue
+        if not isinstance(known, dict) or not {mark, name} <= known.keys():
+            raise InputError(f"{file}: names no {name}; {file.parent} is not whole, give another checkpoint")
+        if known[mark] != own[mark]:
             raise InputError(
                 f"{own[name]}: this base (fingerprint {own[mark]}) is not the one {file.parent} was trained on ({known[mark]},"
                 f" {known[name]}); give the right one with {flag}"
@@ -1191,15 +1195,23 @@ class VQA(nn.Module):
         refuse_other_bases(Path(folder) / VQA_SETTINGS, self.settings)
         self.set_tensors(Path(folder) / ADAPTER, read_adapter(folder)[0])
 
-    def set_tensors(self, where, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy adapter tensors, by peft's names, into this model. Raises InputError unless they are the expected ones."""
-        from peft import set_peft_model_state_dict
+    def refuse_checkpoint(self, folder: str | Path) -> None:
+        """Raises InputError where `load_trained` would; nothing is copied."""
+        refuse_other_bases(Path(folder) / VQA_SETTINGS, self.settings)
+        self._refuse_tensors(Path(folder) / ADAPTER, read_adapter(folder)[0])
 
+    def _refuse_tensors(self, where, tensors: dict[str, torch.Tensor]) -> None:
         own = self.adapter_state()
         shapes = [key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
         _refuse_keys(where, own.keys() - tensors.keys(), tensors.keys() - own.keys(), shapes)
         if broken := next((key for key, value in tensors.items() if not value.isfinite().all()), None):
             raise InputError(f"{where}: tensor {broken} holds NaN or infinity: the run that wrote it diverged")
+
+    def set_tensors(self, where, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy adapter tensors, by peft's names, into this model. Raises InputError unless they are the expected ones."""
+        from peft import set_peft_model_state_dict
+
+        self._refuse_tensors(where, tensors)
         set_peft_model_state_dict(self.peft, tensors)
         for key, value in self.adapter_state().items():
             if not torch.equal(value.cpu(), tensors[key].to(value.dtype).cpu()):

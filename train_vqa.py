@@ -369,6 +369,8 @@ class AnswerRun(Run):
         super().__init__(config, args, changed)
         self.splits = self.read(argv)
         self.model = self.load(argv)
+        if args.resume_from_checkpoint:  # here, and not after the answers before training
+            self.model.refuse_checkpoint(args.resume_from_checkpoint)
         self.store = pixel_store(self.model, config.cache_dir)
         used = [self.tested] if config.eval_only else [*self.splits]  # of the others the answers alone are needed
         self.leave_out_unusable(used)

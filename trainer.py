@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -39,7 +40,7 @@ from config import (
     whole_folder,
 )
 from data import SceneSampler, digest_of, fitting_workers, refuse_resume_on_held_out, rows_digest
-from report import write_json
+from report import write_atomic, write_json
 from scenes import load_json, load_splits
 
 
@@ -68,11 +69,18 @@ class AsAskedNow(TrainerCallback):
         if not resumed or over:
             return
         say = print if state.is_world_process_zero else lambda _: None
-        before = load_json(Path(resumed) / "config.json").get("best_by")
+        before, best = load_json(Path(resumed) / "config.json").get("best_by"), self.trainer.best_checkpoint(resumed)
+        why = None
         if before and before != self.trainer.settings["best_by"] and state.best_metric is not None:
+            why = "resumed with another metric or other validation data"
+        elif args.load_best_model_at_end and state.best_global_step and not best:
+            why = f"checkpoint-{state.best_global_step}, the best step's, is not there any more"
+        elif args.load_best_model_at_end and best:  # the Trainer looks where it was when it was written
+            state.best_model_checkpoint = str(best)
+        if why:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
             state.stateful_callbacks.pop(EarlyStopping.__name__, None)
-            say("resumed with another metric or other validation data: the best step is looked for from here on")
+            say(f"{why}: the best step is looked for from here on")
         was, steps = load_json(Path(resumed) / "trainer_state.json")["epoch"], len(train_dataloader)
         now = state.global_step / math.ceil(steps / args.gradient_accumulation_steps)
         if abs(now - was) > 2 / steps:
@@ -132,6 +140,18 @@ def check_best_metric(args, promised: Collection[str], evaluate: Callable[[], di
     best = args.metric_for_best_model.removeprefix("eval_") if args.load_best_model_at_end else None
     if best and best not in promised and best not in (found := evaluate() if evaluate else promised):
         raise InputError(f"--metric_for_best_model {best}: expected one of {', '.join(found)}")
+
+
+@contextlib.contextmanager
+def _read_whole(checkpoint):
+    """What torch and pickle say of files that are cut short becomes an InputError."""
+    try:
+        yield
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in reason:
+            raise
+        raise InputError(f"{checkpoint}: a file in it is not whole ({reason}); give an earlier checkpoint") from None
 
 
 class SceneTrainer(Trainer):
@@ -280,18 +300,23 @@ class SceneTrainer(Trainer):
         if self.args.process_index == 0:
             print(f"\n{said}", file=sys.stderr)
 
-    def _find_best(self, resumed) -> None:
-        """Where the best checkpoint lies now: the run may have been moved, or end in another folder. Raises InputError."""
+    def best_checkpoint(self, resumed) -> str | Path | None:
+        """Where the best checkpoint lies now: the run may have been moved, or end in another folder."""
         name = f"checkpoint-{self.state.best_global_step}"
         known = [
             self.state.best_model_checkpoint,
             Path(self.args.output_dir) / name,
             resumed and Path(resumed).parent / name,
         ]
-        found = next((path for path in known if path and Path(path).is_dir()), None)
+        return next((path for path in known if path and Path(path).is_dir()), None)
+
+    def _find_best(self, resumed) -> None:
+        """Raises InputError where the best checkpoint is gone."""
+        found = self.best_checkpoint(resumed)
         if found is None:
+            lost = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             raise InputError(
-                f"{known[1]}: the best step's weights are not there any more; give the checkpoint to use itself"
+                f"{lost}: the best step's weights are not there any more; give the checkpoint to use itself"
             )
         self.state.best_model_checkpoint = str(found)
 
@@ -417,7 +442,8 @@ class SceneTrainer(Trainer):
         groups = self.optimizer.param_groups if checkpoint else []
         asked = [(group["initial_lr"], group["weight_decay"]) for group in groups]
         try:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with _read_whole(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:
             raise InputError(
                 f"{checkpoint}: cannot resume, its optimizer was made for other groups of parameters ({error}); resume with the"
@@ -437,6 +463,10 @@ class SceneTrainer(Trainer):
         if asked and hasattr(schedule, "base_lrs"):
             schedule.base_lrs = [rate for rate, _ in asked]
             schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _load_rng_state(self, checkpoint):
+        with _read_whole(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self):
         self.model.load_trained(self.state.best_model_checkpoint)
@@ -608,7 +638,7 @@ class MetricsFile(TrainerCallback):
             shutil.rmtree(leftover, ignore_errors=True)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_history(folder) if row["step"] <= state.global_step] if state.global_step else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_log(self, args, state, control, logs=None, **_):
         if state.is_world_process_zero and logs and hasattr(self, "path"):
@@ -619,15 +649,13 @@ class MetricsFile(TrainerCallback):
 
 
 def read_history(run: str | Path) -> list[dict]:
-    """Rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    """Rows of a run's metrics.jsonl; what is none, as a last line cut short by a kill, is left out."""
     rows = []
     path = Path(run) / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 def gather_rows(accelerator, tensor: torch.Tensor, fill: int = 0) -> list[torch.Tensor]:

@@ -638,3 +638,7 @@ def test_what_cannot_be_scored_is_refused_with_a_reason():
             call()
     with pytest.raises(ValueError, match="samples"):
         scores(["a"], [["a"]], java=False, samples=0)
+
+
+def test_of_training_images_as_near_as_each_other_the_first_one_speaks():
+    assert nearest_captions([[1.0, 0]], [[1, 5e-4], [1, 0]], [["first"], ["second"]]) == ["first"]

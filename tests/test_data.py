@@ -12,9 +12,18 @@ from PIL import Image
 
 import data
 from config import DataConfig, InputError
-from data import FeatureStore, MatchCollator, MatchDataset, PixelStore, QwenResize, SceneSampler, drop_unreadable
+from data import (
+    FeatureStore,
+    MatchCollator,
+    MatchDataset,
+    PixelStore,
+    QwenResize,
+    SceneSampler,
+    drop_too_long,
+    drop_unreadable,
+)
 from imagery import ImageSettings
-from scenes import Scene, load_splits
+from scenes import Question, QuestionScene, Scene, load_splits
 from tests.conftest import captions, picture, refused, save
 from tests.official_layout import write_qwen_vl
 
@@ -350,3 +359,13 @@ def test_no_more_processes_than_shared_memory_has_room_for(monkeypatch, capsys):
         assert data.fitting_workers(8, batch, ahead=2) == fit
         assert ("--shm-size" in capsys.readouterr().err) == (fit < 8)
     assert data.fitting_workers(0, None, 2) == 0
+
+
+def test_answers_of_short_tokens_are_counted():
+    class Letters:
+        def __call__(self, texts, **_):
+            return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+    scenes = [QuestionScene("a.png", [Question("?", "x" * 12), Question("?", "y")], "train")]
+    kept = drop_too_long({"train": scenes}, Letters(), 1.0, answer=("--max_answer_tokens", 10))
+    assert [question.answer for question in kept["train"][0].questions] == ["y"]

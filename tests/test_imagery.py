@@ -1241,6 +1241,16 @@ def test_a_sentinel_2_product_is_one_picture(tmp_path):
     assert imagery.join_bands(coarse, ImageSettings())[0][0].name == "T33UUP_20200615T101559_B04_20m.tif"
 
 
+def test_limits_are_of_these_settings(tmp_path):
+    path, values = tmp_path / "a.tif", np.arange(1, 10_001, dtype=np.uint16).reshape(100, 100)
+    with rasterio.open(path, "w", driver="GTiff", width=100, height=100, count=1, dtype="uint16") as file:
+        file.write(values, 1)
+    one, two = (
+        read_image(path, ImageSettings(stretch="percentile", percentiles=at)).limits for at in ((2, 98), (10, 90))
+    )
+    assert one != two
+
+
 def test_bands_that_cannot_be_joined_are_said():
     patch = [f"x/S2A_45_B{band}.tif" for band in ("01", "02", "03", "8A")]
     kept, note = imagery.join_bands([*patch, "a.tif"], ImageSettings())

@@ -200,6 +200,8 @@ def test_mr_interval_matches_a_plain_resampling_of_images():
         drawn = rng.integers(0, 40, 40)
         means.append((by_image[drawn].mean() + by_text[drawn].mean()) / 2)
     assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
+    for outside in (np.array(means) < low, np.array(means) > high):
+        assert outside.mean() == pytest.approx(0.025, abs=0.012)
 
 
 def test_what_cannot_be_scored_is_refused_with_a_reason():
@@ -250,3 +252,10 @@ def test_objects_named_by_captions():
     assert rare["precision_interval"] == (1.0, 1.0), "a draw of images in which none is named has no precision"
     with pytest.raises(ValueError, match="no words for"):
         object_mentions(["x"], [["plane"]], words)
+
+
+def test_the_interval_of_recall_is_its_own():
+    there = [["ship", "tank", "road"]] * 10 + [["ship"]] * 10
+    found = object_mentions(["a ship"] * 20, there, {name: [name] for name in ("ship", "tank", "road")})
+    low, high = found["recall_interval"]
+    assert found["precision_interval"] == (1.0, 1.0) and low < found["recall"] < high < 1

@@ -402,3 +402,18 @@ def test_shares(tmp_path):
         shares_figure([0, 0, 0], [0, 0, 0], COLOURS)
     with pytest.raises(ValueError, match="3 classes"):
         shares_figure([1, 2], None, COLOURS)
+
+
+def test_the_best_pair_is_taken_first():
+    before = [box(0, 0, 1, 1), box(0.2, 0, 1.2, 1)]
+    assert [(i, j) for i, j, _ in match_footprints(before, [box(0.2, 0, 1.2, 1)])] == [(1, 0)]
+
+
+def test_a_place_is_not_among_its_own_neighbours():
+    z = change_scores(np.zeros((1, 4)), [[0, 0.3, 0, 0]], np.eye(2)[[0, 0, 1, 1]], neighbours=1)
+    assert z[0, 1] > 1 and z[0, 0] < -1 and not z[0, 2:].any()
+
+
+def test_spread_of_few_places_by_hand():
+    z = change_scores(np.zeros((1, 5)), [[-0.2, -0.1, 0, 0.1, 0.9]])
+    assert z[0, 4] == pytest.approx(0.9 / (1.4826 * 0.1 * 5 / 4.2))

@@ -845,3 +845,14 @@ def test_a_bare_list_of_karpathys_entries(folder):
     asked = {"questions": [{"question_id": 1, "image_id": 2, "question": "What?"}]}
     with pytest.raises(InputError, match="join them with the answers by question_id"):
         read_conversations(save(folder / "q.json", asked))
+
+
+def test_files_that_differ_behind_64_kb_are_two(tmp_path):
+    for name, end in (("a", b"1"), ("b", b"2")):
+        (tmp_path / name).write_bytes(bytes(1 << 17) + end)
+    assert len(set(by_content([str(tmp_path / "a"), str(tmp_path / "b")]).values())) == 2
+
+
+def test_a_caption_of_two_rows_counts_once(folder):
+    rows = [{"image": "a0.png", "caption": "a ship"}] * 2
+    assert read_scenes(save(folder / "c.json", rows)).scenes[0].listed == ["a ship"]

@@ -260,6 +260,15 @@ def test_resumed_run_ends_with_the_same_adapter(run, tmp_path):
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
 
 
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_answered(run, tmp_path, monkeypatch):
+    run("--no_blind_baseline", "--max_steps=1")
+    monkeypatch.setattr(train_vqa.VQA, "answer", None)
+    with pytest.raises(
+        InputError, match=r"adapter_model\.safetensors: tensors do not fit the model: .* of another shape"
+    ):
+        train_vqa.main([f"--resume_from_checkpoint={tmp_path / 'run'}", "--lora_rank=3"])
+
+
 def test_training_goes_on_from_an_adapter(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "peft.tuners.tuners_utils.MIN_TARGET_MODULES_FOR_OPTIMIZATION", 2

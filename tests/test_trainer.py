@@ -664,6 +664,34 @@ def test_a_run_that_is_over_may_be_moved(train, tmp_path, scripted):
     assert_identical(weights(tmp_path / "moved" / "best_model"), best)
 
 
+def test_a_moved_run_that_goes_on_elsewhere_knows_its_best_step(train, tmp_path, scripted, capsys):
+    scripted([0.5, 0.1, 0.3, 0.2])
+    train(tmp_path / "run", "--num_train_epochs 2")
+    best = weights(tmp_path / "run" / "checkpoint-4")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = ["--resume_from_checkpoint", str(tmp_path / "moved"), "--num_train_epochs=3"]
+    assert train_match.main([*again, f"--output_dir={tmp_path / 'other'}"])["best_step"] == 4
+    assert_identical(weights(tmp_path / "other" / "best_model"), best)
+    shutil.rmtree(tmp_path / "moved" / "checkpoint-4")
+    capsys.readouterr()
+    assert train_match.main([*again, f"--output_dir={tmp_path / 'third'}"])["best_step"] == 12
+    assert (
+        "checkpoint-4, the best step's, is not there any more: the best step is looked for" in capsys.readouterr().out
+    )
+    assert_identical(weights(tmp_path / "third" / "best_model"), weights(tmp_path / "third" / "checkpoint-12"))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "dual_encoder.json"])
+def test_a_checkpoint_that_was_copied_by_half_is_refused(train, uninterrupted, tmp_path, name):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    data = (run / "checkpoint-12" / name).read_bytes()
+    for size in (len(data) // 2, 0):
+        (run / "checkpoint-12" / name).write_bytes(data[:size])
+        with pytest.raises(InputError, match=r"checkpoint-12"):
+            train_match.main(["--resume_from_checkpoint", str(run), "--num_train_epochs=4"])
+
+
 def test_a_new_run_does_not_mix_with_an_old_one(train, tmp_path):
     """Saving would find the old folders in its way, and the best model be the old run's."""
     train(tmp_path / "run", "--num_train_epochs 1")
@@ -688,7 +716,10 @@ def test_flags_of_reading_processes_do_no_harm_where_none_have_room(train, tmp_p
 
 
 def test_metrics_of_a_resumed_run_continue(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
+    other = '[1]\n{"loss": 3}\n'  # somebody's own notes
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 1}\n' + other + '{"step": 2, "loss": 2}\n{"step": 3, "lo'
+    )
     assert [row["step"] for row in read_history(tmp_path)] == [1, 2]
     assert read_history(tmp_path / "none") == []
 

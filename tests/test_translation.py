@@ -1074,3 +1074,9 @@ def test_images_without_english_are_said(tmp_path, call, server):
     assert rows_in(tmp_path / "zh.json.report.json")["images_without_english"] == 1
     code, _, err = call("--output", ".")
     assert code == 2 and "is a folder" in err
+
+
+def test_captions_of_an_image_are_asked_for_in_different_words():
+    for seed in range(10):
+        items = [script.Item("x.png", [str(n)], None, [], f"text {n}") for n in range(3)]
+        assert sorted(row["prompt"] for row in script.rows_of(items, ["a", "b", "c"], 1, seed)) == ["a", "b", "c"]

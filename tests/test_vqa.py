@@ -15,6 +15,7 @@ from model import VQA, load_qwen
 from scenes import Question, QuestionScene
 from tests.conftest import loss_and_gradient, question_dataset, relative
 from tests.official_layout import write_qwen_vl
+from trainer import held_out_loss
 
 # ----------------------------------------------------------------------------------------------------
 # Packing
@@ -582,3 +583,10 @@ def test_official_layout_trains_saves_merges_and_answers_the_same(family, tie, t
         size = known["size"]
         assert (known["min_pixels"], known["max_pixels"]) == (size["shortest_edge"], size["longest_edge"])
         assert known["processor_class"] == type(merged).__name__.replace("ForConditionalGeneration", "Processor")
+
+
+def test_a_held_out_loss_is_without_dropout(answerer, scenes):
+    model = answerer(lora_dropout=0.5).train()
+    collator = QuestionCollator(10**6, pad_id=model.tokenizer.pad_token_id)
+    one, two = (held_out_loss(model, question_dataset(model, scenes), collator, 2) for _ in range(2))
+    assert one == two and model.training
