@@ -404,11 +404,14 @@ def drop_unreadable(
     return kept
 
 
-def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+def token_ids(tokenizer, texts: list[str]) -> list[np.ndarray]:
     """Token ids of each text, without marks around it. Equal texts are split once: a million questions of RSVQA HR are few
-    different ones."""
-    known = list(dict.fromkeys(texts))
-    ids = dict(zip(known, tokenizer(known, add_special_tokens=False, verbose=False)["input_ids"])) if known else {}
+    different ones. Some at a time: a tokenizer makes 150 bytes of each token."""
+    known, ids = list(dict.fromkeys(texts)), {}
+    for start in range(0, len(known), 1024):
+        part = known[start : start + 1024]
+        rows = tokenizer(part, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
+        ids |= zip(part, (np.array(row, dtype=np.int64) for row in rows))
     return [ids[text] for text in texts]
 
 
@@ -708,9 +711,9 @@ class ChatPrompt:
         """For each question its ids and how many at their end are to be predicted (0 without an answer)."""
         asked = token_ids(self.tokenizer, [question + self.after for question in questions])
         if answers is None:
-            return [(np.array(ids), 0) for ids in asked]
+            return [(ids, 0) for ids in asked]
         said = token_ids(self.tokenizer, [self.marks.sub(" ", answer) for answer in answers])
-        return [(np.array([*q, *a, self.end]), len(a) + 1) for q, a in zip(asked, said)]
+        return [(np.concatenate([q, a, [self.end]]), len(a) + 1) for q, a in zip(asked, said)]
 
 
 class CaptionPrompt:
@@ -753,9 +756,9 @@ class CaptionPrompt:
         """For each prompt its ids, with those of its caption, and how many at their end are to be predicted."""
         asked = token_ids(self.tokenizer, [f"{self.before}{prompt}{self.after}" for prompt in prompts])
         if captions is None:
-            return [(np.array(ids), 0) for ids in asked]
+            return [(ids, 0) for ids in asked]
         said = token_ids(self.tokenizer, captions)
-        return [(np.array([*q, *ids, self.end]), len(ids) + 1) for q, ids in zip(asked, said)]
+        return [(np.concatenate([q, ids, [self.end]]), len(ids) + 1) for q, ids in zip(asked, said)]
 
 
 def split_work(prefixes: list[int], branches: list[list[int]], budget: int) -> list[list[tuple[int, list[int]]]]:

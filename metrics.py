@@ -183,6 +183,18 @@ def _chance(counts: np.ndarray, gallery: int, k: int) -> float:
     return float(1 - miss.mean())
 
 
+def _directions(value, name: str, rows: int = 1024) -> np.ndarray:
+    """Rows of length 1, float32. Made in float64, some `rows` at a time: of a wide bag of words all would be gigabytes."""
+    made = []
+    for start in range(0, max(1, len(value)), rows):
+        array = _array(value[start : start + rows], name, 2)
+        length = np.linalg.norm(array, axis=1, keepdims=True)
+        if (length == 0).any():
+            raise ValueError(f"{name}: row {start + int(np.argmin(length))} is all zeros and has no direction")
+        made.append((array / length).astype(np.float32))
+    return np.concatenate(made)
+
+
 def retrieval(image_embeddings, text_embeddings, text_image, *, texts=None, ks=(1, 5, 10), seed=0) -> dict:
     """Image-to-text and text-to-image retrieval by cosine, each query against the whole other side.
 
@@ -206,14 +218,10 @@ def retrieval(image_embeddings, text_embeddings, text_image, *, texts=None, ks=(
     `chance_mR` is the exact expectation for a random order. Equal texts score equally and so come
     out together, ties against the model: with duplicates a model of no skill lies at or below it.
     """
-    sides = []
-    for name, value in (("image_embeddings", image_embeddings), ("text_embeddings", text_embeddings)):
-        array = _array(value, name, 2)
-        length = np.linalg.norm(array, axis=1, keepdims=True)
-        if (length == 0).any():
-            raise ValueError(f"{name}: row {int(np.argmin(length))} is all zeros and has no direction")
-        sides.append((array / length).astype(np.float32))
-    images, captions = sides
+    images, captions = (
+        _directions(image_embeddings, "image_embeddings"),
+        _directions(text_embeddings, "text_embeddings"),
+    )
     if images.shape[1] != captions.shape[1]:
         raise ValueError(f"embeddings: images have {images.shape[1]} dimensions, texts {captions.shape[1]}")
     text_image = _array(text_image, "text_image", 1, "index")

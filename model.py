@@ -8,7 +8,6 @@ Loading is strict: a missing, unexpected or misshapen tensor is an error, never 
 import contextlib
 import hashlib
 import heapq
-import itertools
 import json
 import re
 import shutil
@@ -64,6 +63,7 @@ from data import (
     row_align,
     split_work,
     token_batch,
+    token_ids,
 )
 from imagery import ImageSettings
 from scenes import Question, QuestionScene, load_json
@@ -648,9 +648,9 @@ class DualEncoder(Encoder):
     def tokenize(self, texts: list[str]) -> tuple[list[np.ndarray], int]:
         """Token ids of each text, the end-of-text token last; and how many texts were cut to max_text_tokens."""
         limit = self.settings.max_text_tokens - 1
-        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        rows = token_ids(self.tokenizer, texts)
         cut = sum(len(row) > limit for row in rows)
-        return [np.array([*row[:limit], self.tokenizer.eos_token_id]) for row in rows], cut
+        return [np.append(row[:limit], self.tokenizer.eos_token_id) for row in rows], cut
 
 
 TOKENIZING = threading.Lock()  # where a tokenizer cuts and how it fills is state of it, which the page's threads share
@@ -746,16 +746,19 @@ class ClipEncoder(Encoder):
         limit, known = self.settings.max_text_tokens, self.model.config.text_config.vocab_size
         if self.model.config.model_type == "siglip" and "Gemma" in type(self.tokenizer).__name__:
             texts = [text.lower() for text in texts]  # SigLIP 2 was trained so, and its tokenizer does not know
-        fill = {"padding": "max_length"} if self.fixed_length else {}
-        with TOKENIZING:  # not verbose: it would warn of what is cut below
-            whole = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
-            rows = self.tokenizer(texts, truncation=True, max_length=limit, **fill)["input_ids"] if texts else []
-        if (largest := max(itertools.chain.from_iterable(rows), default=0)) >= known:
+        fill, made, cut = {"padding": "max_length"} if self.fixed_length else {}, [], 0
+        for start in range(0, len(texts), 1024):  # some at a time, as in `token_ids`
+            part = texts[start : start + 1024]
+            with TOKENIZING:  # not verbose: it would warn of what is cut below
+                cut += sum(len(row) > limit for row in self.tokenizer(part, verbose=False)["input_ids"])
+                rows = self.tokenizer(part, truncation=True, max_length=limit, **fill)["input_ids"]
+            made += map(np.array, rows)
+        if (largest := max((int(row.max(initial=0)) for row in made), default=0)) >= known:
             raise InputError(
                 f"{self.settings.base_model}: its tokenizer knows a token {largest}, its text tower has {known}: they are not"
                 " of one model; load it again"
             )
-        return [np.array(row) for row in rows], sum(len(row) > limit for row in whole)
+        return made, cut
 
 
 def length_groups(lengths: list[int], fill: float = 0.8, least: int = 16) -> list[list[int]]:

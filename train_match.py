@@ -179,7 +179,7 @@ def score_scenes(image: np.ndarray, text: np.ndarray, scenes: list[Scene], texts
         if triplets:
             i, p, n = np.array(triplets).T
             found = metrics.triplet_accuracy(
-                (image[i] * text[p]).sum(1), (image[i] * text[n]).sum(1), margin=margin, image=i
+                _products(image, i, text, p), _products(image, i, text, n), margin=margin, image=i
             )
             for key in ("accuracy", "accuracy_margin", "interval", "count"):
                 result[f"{name}{key}"] = found[key]
@@ -200,6 +200,12 @@ def score_scenes(image: np.ndarray, text: np.ndarray, scenes: list[Scene], texts
         )
         result |= {f"{prefix}{key}": value for key, value in found.items()}
     return result
+
+
+def _products(image, i, text, j) -> np.ndarray:
+    """Of rows `i` (N,) of the one with rows `j` (N,) of the other; never all of these rows at once."""
+    parts = [slice(start, start + 1024) for start in range(0, len(i), 1024)]
+    return np.concatenate([(image[i[part]] * text[j[part]]).sum(1) for part in parts])
 
 
 def evaluate_scenes(
@@ -231,7 +237,7 @@ def _histogram(path: str, settings: ImageSettings) -> np.ndarray:
 def histogram_baseline(train: list[Scene], test: list[Scene], settings: ImageSettings, margin: float) -> dict:
     """The same metrics for a matcher that knows colour alone: a test image is described by the words of the captions of
     its 5 nearest training images by `imagery.colour_histogram` (histogram intersection, Swain & Ballard 1991);
-    words are weighted by inverse document frequency. What a model adds must lie above this."""
+    words, the most frequent 4,096, are weighted by inverse document frequency. What a model adds must lie above this."""
 
     def words(text):
         return re.findall(r"[a-z]+|\d+", text.lower()) + re.findall(r"(?=([\u4e00-\u9fff]{2}))", text)
@@ -239,7 +245,8 @@ def histogram_baseline(train: list[Scene], test: list[Scene], settings: ImageSet
     texts = list(dict.fromkeys([t for s in test for t in s.texts] + [n for s in test for _, n in s.rows if n]))
     # Sorted: a set has another order in every run, and so would the last bits of the sums that decide between near texts.
     documents = Counter(w for scene in train for w in sorted({w for t in scene.texts for w in words(t)}))
-    vocabulary = {w: i for i, w in enumerate(documents)}
+    frequent = dict(documents.most_common(4096))
+    vocabulary = {w: i for i, w in enumerate(word for word in documents if word in frequent)}
     weight = np.log((1 + len(train)) / np.array([documents[w] for w in vocabulary]))
 
     def add(row, text_list):

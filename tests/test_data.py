@@ -252,8 +252,10 @@ def test_equal_texts_are_split_into_tokens_once():
         asked.extend(texts)
         return {"input_ids": [[len(text)] for text in texts]}
 
-    assert data.token_ids(tokenizer, ["a", "bb", "a"]) == [[1], [2], [1]] and asked == ["a", "bb"]
-    assert data.token_ids(tokenizer, []) == []
+    assert [ids.tolist() for ids in data.token_ids(tokenizer, ["a", "bb", "a"])] == [[1], [2], [1]]
+    assert asked == ["a", "bb"] and data.token_ids(tokenizer, []) == []
+    many = ["x" * (n % 1500) for n in range(3000)]  # in several calls
+    assert [ids.tolist() for ids in data.token_ids(tokenizer, many)] == [[len(text)] for text in many]
 
 
 @pytest.mark.parametrize(("size", "batch"), [(13, 4), (12, 4), (5, 8), (8, 8), (1, 1), (100, 7)])
