@@ -9,7 +9,7 @@ Sides, all with the same weights, questions in the same order, questions an opti
 threads and dtype, and a frozen vision tower:
 
     ours    SceneTrainer, PackedTask, QuestionCollator of this project; image tokens from the cache of the frozen tower
-    tower   ours, but the vision tower runs in every step (what `--no_cache` costs)
+    tower   ours, but the vision tower runs in every step (`--cache_dir none` also decodes anew)
     compiled  ours with `train_vqa.py --torch_compile` (only with --torch_compile here: a minute of compiling first)
     rows    transformers.Trainer with one padded row per question, as popular fine-tuning repositories write it: the
             processor opens and cuts the image of every row, model(**inputs) with labels, logits of every position
