@@ -20,7 +20,7 @@ from pathlib import Path
 
 from config import SPLITS, InputError, by_content, places_beside, refuse_outside, user_errors
 from report import json_lines, json_list
-from scenes import SPECIAL_TOKEN, path_of, read_table
+from scenes import SPECIAL_TOKEN, Scene, find_leaks, path_of, read_table
 
 NEEDED = ("image_path", "question", "answer")
 KNOWN_SPLIT = re.compile(r"train|val|test(_\w+)?")
@@ -136,14 +136,6 @@ def draw_splits(images: list[str], val_fraction: float, test_fraction: float, se
     return {image: "test" if i < n_test else "val" if i < n_test + n_val else "train" for i, image in enumerate(order)}
 
 
-def find_leaks(rows, content: dict[str, str]) -> list[tuple]:
-    """Images that stand in two splits: [((path, split), (path, split))]."""
-    places: dict[str, dict[str, str]] = {}
-    for row in rows:
-        places.setdefault(content[row["image_path"]], {}).setdefault(row["split"], row["image_path"])
-    return [tuple((path, split) for split, path in at.items())[:2] for at in places.values() if len(at) > 1]
-
-
 # ----------------------------------------------------------------------------------------------------
 # Rows -> files
 
@@ -220,8 +212,11 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"rejected: {len(rejected)} rows, listed in {report}; first row {rejected[0]['row']}: {rejected[0]['reason']}"
         )
-    if leaks := find_leaks(usable.values(), content):
-        (a, x), (b, y) = leaks[0]
+    seen: dict[str, list[Scene]] = {}
+    for path, split in dict.fromkeys((row["image_path"], row["split"]) for row in usable.values()):
+        seen.setdefault(split, []).append(Scene(path))
+    if leaks := find_leaks(seen, content):  # as training will count them
+        a, x, b, y = leaks[0]
         print(f"warning: {len(leaks)} images are in two splits, e.g. {a} ({x}) = {b} ({y}); training will refuse this")
 
 
