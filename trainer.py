@@ -303,10 +303,11 @@ class SceneTrainer(Trainer):
     def best_checkpoint(self, resumed) -> str | Path | None:
         """Where the best checkpoint lies now: the run may have been moved, or end in another folder."""
         name = f"checkpoint-{self.state.best_global_step}"
+        # What was written down may be another run's by now: what lies beside the resumed one goes before.
         known = [
+            resumed and Path(resumed).parent / name,
             self.state.best_model_checkpoint,
             Path(self.args.output_dir) / name,
-            resumed and Path(resumed).parent / name,
         ]
         return next((path for path in known if path and Path(path).is_dir()), None)
 
