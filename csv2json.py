@@ -20,7 +20,7 @@ from pathlib import Path
 
 from config import SPLITS, InputError, by_content, places_beside, refuse_outside, user_errors
 from report import json_lines, json_list
-from scenes import SPECIAL_TOKEN, Scene, find_leaks, path_of, read_table
+from scenes import SPECIAL_TOKEN, Scene, find_leaks, path_of, read_table, refuse_choice
 
 NEEDED = ("image_path", "question", "answer")
 KNOWN_SPLIT = re.compile(r"train|val|test(_\w+)?")
@@ -117,6 +117,10 @@ def reason_against(row: dict[str, str]) -> str | None:
             return f"column {name!r} is empty"
         if token := SPECIAL_TOKEN.search(row[name]):
             return f"column {name!r} holds {token[0]!r}, which a model reads as a special token"
+    try:
+        refuse_choice(row, row["question"], row["answer"])
+    except InputError as error:
+        return str(error)
     return None
 
 
@@ -150,6 +154,8 @@ def conversation(number: int, row: dict[str, str]) -> dict:
 def write_together(texts: dict[Path, str]) -> None:
     """Write all files beside their places, then rename them: a failure leaves every old file as it was."""
     places = {path: Path(os.path.realpath(path)) for path in texts}  # a link stays one
+    if len(set(places.values())) < len(places):
+        raise InputError(f"two of {', '.join(map(str, places))} are one file, by a link; remove the link")
     temporary = {path: place.with_name(f".{place.name}.{os.getpid()}.tmp") for path, place in places.items()}
     try:
         for path, text in texts.items():

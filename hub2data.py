@@ -31,7 +31,7 @@ import pyarrow
 from config import SPLITS, InputError, user_errors
 from imagery import ImageError, image_format, image_size
 from report import csv_text
-from scenes import ANSWER_FIELDS, TEXT_FIELDS, TYPE_FIELDS
+from scenes import ANSWER_FIELDS, TEXT_FIELDS, TYPE_FIELDS, refuse_choice
 
 NAMES = {  # what is looked for, and the names of columns that hold it, best first
     "image": ("image", "img", "picture", "jpg", "png", "tif"),
@@ -47,7 +47,7 @@ ENDINGS = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}  # of the others:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="ORG/NAME on the hub, or a folder of parquet files")
+    parser.add_argument("dataset", help="ORG/NAME on the hub, or a folder of parquet files or of tar shards")
     parser.add_argument("--output", help="new folder to write (default: data/NAME)")
     parser.add_argument("--config", help="configuration of a dataset that has several")
     for what, names in NAMES.items():
@@ -133,12 +133,14 @@ def find_columns(features: dict, given: dict[str, str | None]) -> dict[str, str]
 
 def _base(column: str) -> str:
     """A column's name without its number: of caption_2 caption."""
-    return re.sub(r"[_ -]?\d+$", "", column)
+    return re.sub(r"[_ -]?\d{1,2}$", "", column)
 
 
-def caption_columns(features: dict, columns: dict[str, str]) -> list[str]:
+def caption_columns(features: dict, columns: dict[str, str], given: str | None) -> list[str]:
     """The column of captions and those that are it but for a number, raw and raw_1 to raw_4 of NWPU-Captions."""
     first = columns.get("caption")
+    if given or sum(map(_holds_pictures, features.values())) > 1:  # one that was asked for; image_0 has caption_0 alone
+        return [first] if first else []
     return [name for name in features if first and _base(name) == _base(first) and name not in
             {column for what, column in columns.items() if what != "caption"}]  # fmt: skip
 
@@ -206,7 +208,7 @@ def texts_of(value) -> list[str]:
 
 
 def collect(
-    splits: dict, ours: dict[str, str], columns: dict[str, str], folder: Folder
+    splits: dict, ours: dict[str, str], columns: dict[str, str], told: list[str], folder: Folder
 ) -> tuple[dict[str, dict], list[str]]:
     """({image: {"captions", "questions", "label", "split"}}, reasons why rows were left out) of {split: rows} and {split: our
     name for it}, which may be fewer."""
@@ -218,7 +220,6 @@ def collect(
         rows = splits[split].cast_column(columns["image"], datasets.Image(decode=False))
         label, *kinds = (rows.features.get(columns.get(what)) for what in ("label", "type", "answer"))
         kinds = [getattr(kind, "feature", kind) for kind in kinds]  # of a list: what it is a list of
-        told = caption_columns(rows.features, columns)
         bar = tqdm(rows, desc=split, unit="row", leave=False, disable=not sys.stderr.isatty())
         for number, row in enumerate(bar):
             image = row[columns["image"]] or {}
@@ -287,7 +288,7 @@ def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
     if odd := [v for v in answers if isinstance(v, dict) and "answer" not in v]:
         raise InputError(f"an answer that is an object of {sorted(odd[0])}, without 'answer'")
     answers = [v["answer"] if isinstance(v, dict) else v for v in answers]  # VQAv2's
-    own = [v.get("type") if isinstance(v, dict) else None for v in asked]
+    own = [next((v[name] for name in NAMES["type"] if name in v), None) if isinstance(v, dict) else None for v in asked]
     asked = [v.get("question") if isinstance(v, dict) else v for v in asked]
     if odd := [v for v in asked if not isinstance(v, str | None)]:
         raise InputError(f"a question that is no text: {str(odd[0])[:60]}")
@@ -299,8 +300,11 @@ def questions_of(row: dict, columns: dict[str, str]) -> list[dict]:
     if len(answers) != len(asked):
         raise InputError(f"{len(asked)} questions and {len(answers)} answers")
     kinds = row.get(columns.get("type"))
-    kinds = kinds if isinstance(kinds, list) and len(kinds) == len(asked) else [kinds] * len(asked) if kinds else own
+    if not isinstance(kinds, list) or len(kinds) != len(asked):
+        kinds = own if kinds in (None, "") else [kinds] * len(asked)
     kinds = [str(kind).strip() if isinstance(kind, (str, int)) else "" for kind in kinds]
+    for q, a in zip(asked, answers):
+        refuse_choice(row, q or "", a)
     said = [
         {"question": (q or "").strip(), "answer": _as_text(a), "type": kind}
         for q, a, kind in zip(asked, answers, kinds)
@@ -351,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     if features is None:
         raise InputError(f"{args.dataset}: its files do not say what their columns are")
     columns = find_columns(features, {what: getattr(args, what) for what in NAMES})
-    told = caption_columns(features, columns)
+    told = caption_columns(features, columns, args.caption)
     shown = columns | ({"caption": " and ".join(told)} if told else {})
     print("columns: " + ", ".join(f"{what} = {column}" for what, column in shown.items()))
     if unread := [name for name in features if name not in (*columns.values(), *told, "__url__")]:
@@ -368,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(prefix=partial, dir=output if empty else output.parent) as folder:
             made = Path(folder) / "made"
             try:
-                images, refused = collect(splits, ours, columns, Folder(made / "images"))
+                images, refused = collect(splits, ours, columns, told, Folder(made / "images"))
             except (InputError, pyarrow.ArrowException):
                 raise
             except (ValueError, TypeError) as error:  # datasets' own, of files with other columns

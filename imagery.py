@@ -641,10 +641,11 @@ def join_bands(paths: list, settings: ImageSettings) -> tuple[list, str | None]:
         else:
             for scene in alike:
                 del reds[scene]
+    joined = {GRID.sub("", scene) for scene in reds}
     apart = [
         files[0]
         for scene, files in scenes.items()
-        if scene not in reds and len(files) >= 3 and not settings.bands[0].isdigit()
+        if GRID.sub("", scene) not in joined and len(files) >= 3 and not settings.bands[0].isdigit()
     ]
     named = "`--bands sentinel2` (or landsat8, ...) makes one of B4, B3 and B2 that have one grid and a CRS; others "
     grey = (
@@ -653,7 +654,8 @@ def join_bands(paths: list, settings: ImageSettings) -> tuple[list, str | None]:
     ) if apart else None  # fmt: skip
     if not reds:
         return paths, grey
-    others = {path for scene, red in reds.items() for path in scenes[scene] if path != red}
+    whole = [files for scene, files in scenes.items() if GRID.sub("", scene) in joined]  # at all resolutions
+    others = {path for files in whole for path in files} - set(reds.values())
     same: dict[str, list[str]] = {}  # one place and time at several resolutions: the finest stands for all, and for TCI
     for scene in sorted(reds, key=lambda scene: int((GRID.findall(scene) or [0])[-1] or 0)):
         same.setdefault(GRID.sub("", scene), []).append(scene)

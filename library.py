@@ -87,14 +87,14 @@ OTHER_RASTERS = {
     ".dat", ".pix", ".asc", ".dem", ".dng", ".heic", ".avif", ".gpkg", ".mbtiles", ".zip", ".tar", ".tgz", ".gz", ".7z", ".rar",
 }  # fmt: skip
 MASK = re.compile(  # and previews, beside the pictures of Planet, Landsat, HLS and Sentinel-2
-    r"^MSK_.*|(?:^|[._])udm2?(?:_[a-z]+)*\.tiff?$"
-    r"|(?:^|[._])(?:B?QA(?:_PIXEL|_RADSAT|_AEROSOL)?|SCL|AOT|WVP|Fmask|CLD(?:PRB)?|SNW(?:PRB)?|PVI|S[AZ]A|V[AZ]A"
+    r"^MSK_.*|(?:^|[._])(?:udm2?(?:_(?:clip|reproject|file_format|composite|harmonize|coregister|bandmath|toar))*|B?QA(?:_PIXEL|_RADSAT|_AEROSOL)?|SCL|AOT|WVP|Fmask|CLD(?:PRB)?|SNW(?:PRB)?|PVI|S[AZ]A|V[AZ]A"
     r"|ST_(?:ATRAN|CDIST|DRAD|EMIS|EMSD|TRAD|URAD)|SR_ATMOS_OPACITY)(?:_\d+m)?(?:_clip)?\.(?:tiff?|jp2)$"
     r"|^(?:GF|ZY|CB|HJ|SV)\d.*-(?:MSS|PAN|MUX|PMS|NAD|FWD|BWD)\d*(?:_thumb)?\.jpe?g$"
     r"|^(?:GF|ZY|CB|HJ|SV)\d.*_L\d[A-Z](?:_[A-Z]+_L\d+|\d+(?:-[A-Z]+\d*)?)(?:[._-]thumb)?\.jpe?g$"
     r"|-QL_(?:VNIR|SWIR|QUALITY_\w+|PIXELMASK_\w+)\.tiff?$|^(?:PREVIEW|ICON)_.*\.jpe?g$|-BROWSE\.jpe?g$|^BROWSE\..*\.jpe?g$"
-    r"|^S2.*-ql\.jpg$|^L[A-Z]\d\d_.*_thumb_(?:large|small)\.jpe?g$|_reference_map\.tif$|_ls_map\.tif$"
-    r"|^SENTINEL2.*_(?:CLM|EDG|MG2|SAT|IAB|ATB)_R\d\.tif$|^SENTINEL2.*_QKL_ALL\.jpg$",
+    r"|^S2.*-ql\.jpg$|^L[A-Z]\d\d_.*_thumb_(?:large|small)\.jpe?g$|^S2.*_reference_map\.tif$"
+    r"|^S1[A-D]_.*_(?:ls_map|inc_map|dem|area)\.tif$"
+    r"|^(?:SENTINEL2|VENUS).*_(?:(?:CLM|EDG|MG2|SAT|IAB|ATB|FLG|IAO|DTS|WGT)_(?:R\d|XS)\.tif|QKL_ALL\.jpg)$",
     re.IGNORECASE,
 )
 SAFE_PAGE = re.compile(r"\.SAFE/(?:HTML|preview)/", re.IGNORECASE)  # what a Sentinel product shows of itself

@@ -133,7 +133,7 @@ TEXT_FIELDS = (
 NEGATIVE_FIELDS = ("negative", "negatives")
 QUESTION_FIELDS = ("question", "prompt", "query", "instruction")
 ANSWER_FIELDS = ("answer", "ground_truth", "response", "output", "label")
-TYPE_FIELDS = ("type", "question_type", "question type")
+TYPE_FIELDS = ("type", "question_type")
 NUMBERED = re.compile(rf"({'|'.join(TEXT_FIELDS)})([_ -]?\d+)?", re.IGNORECASE)  # caption_1, caption_2 ...
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)  # texts in a list as Python writes it
 
@@ -387,21 +387,24 @@ def _form_of(path: Path, content, roots: list[Path], left_out: list[Rejected]) -
     if isinstance(content, list):
         content = _gathered(content)
         first = next((entry for entry in content if isinstance(entry, dict)), {})
-        if isinstance(first.get("filename"), str) and isinstance(first.get("sentences"), list):
-            return "karpathy", content, ("filename", "sentences")
         image, text = _field(first, IMAGE_FIELDS), _field(first, TEXT_FIELDS, (str, list))
         # VRSBench has answers and boxes in files of this form, too.
         asked = text == "ground_truth" and "caption" not in str(first.get("type", "caption"))
         asked |= text is not None and text == _question_in(first)  # LLaVA's and GeoChat-Bench's
         if image and (positive := _field(first, ("positive",))):
             return "triplets", content, (image, positive)
+        folder = image == "filepath" and Path(str(first[image])).suffix.lower() not in IMAGE_SUFFIXES
+        if folder and text == "sentences" and isinstance(first.get("filename"), str):
+            return "karpathy", content, ("filename", "sentences")
         if image and text and not asked:
             return "captions", content, (image, text)
         if not content:
             raise InputError(f"{path}: the list is empty")
         have = f"its first row has {sorted(first)}" if first else "its rows are not objects"
         if "conversations" in first or _question_in(first):
-            have += " (questions and conversations are for train_vqa.py, the latter with --task chat)"
+            have += (
+                " (questions and conversations are for train_vqa.py, with their answers, the latter with --task chat)"
+            )
     else:
         have = f"its top level is {type(content).__name__}"
         if isinstance(content, dict):
@@ -449,8 +452,11 @@ def _rows_of(form: str, entry, fields: tuple[str, str]) -> tuple[str, list[tuple
     if not isinstance(entry, dict):
         raise InputError(f"expected an object, found {type(entry).__name__}")
     (image, field), split = fields, _split_in(entry)
-    if "changeflag" in entry:  # LEVIR-CC, SECOND-CC
-        raise InputError("a caption of what changed between two images; a row is read with one image")
+    if entry.get("changeflag") is not None:  # LEVIR-CC, SECOND-CC
+        raise InputError(
+            "field 'changeflag': a caption of what changed between two images, and a row is read with one; where an image shows"
+            " both dates, leave the field out"
+        )
     if form == "triplets":
         own = _field(entry, NEGATIVE_FIELDS, (str, list))
         given = entry.get(own)  # one, or several; a table has an empty cell where there is none
@@ -772,8 +778,9 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
     kind, number = entry.get(_field(entry, TYPE_FIELDS)), entry.get("id")
     if not (kind is None or isinstance(kind, str)):
         raise InputError(f"field 'type': expected a text, found {type(kind).__name__}")
-    if kind is None and isinstance(category := entry.get(_field(entry, ("category",))), str):  # COCO's is a number
-        kind = category
+    for name in ("question type", "category"):  # elsewhere a number
+        if not kind and isinstance(other := entry.get(_field(entry, (name,))), str):
+            kind = other
     number = None if number is None else str(number)
     form = next((form for form in CONVERSATIONS if form[0] in entry), None)
     if form is None:
@@ -793,7 +800,7 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
     images = VISION.findall(" ".join(said))
     said[::2] = [_words_of(text) for text in said[::2]]
     if not images:
-        images = [image for _, found in parts for image in found] or _listed_images(entry)
+        images = _listed_images(entry) or [image for _, found in parts for image in found]
     one = len(images) == 1 and isinstance(images[0], str) and images[0].strip()
     said[1::2] = [_sayable(text) for text in said[1::2]]
     if entry.get("objects") and re.search("<bbox>|<ref-object>", " ".join(said)):
@@ -814,8 +821,28 @@ def _questions_of(entry) -> tuple[str, list[Question]]:
 
 
 def _question_in(row: dict) -> str | None:
-    """The name of a row's question; `text` where it is numbered, as LLaVA's and GeoChat-Bench's are."""
-    return _field(row, (*QUESTION_FIELDS, "text") if "question_id" in row else QUESTION_FIELDS)
+    """The name of a row's question; `text` where it is numbered as a question, as LLaVA's and GeoChat-Bench's are."""
+    name, text = _field(row, QUESTION_FIELDS), _field(row, ("text",))
+    numbered = _field(row, ("question_id",)) and not _field(row, ("answer_id", "label"))
+    return text if name is None and numbered and isinstance(row.get(text), str) else name
+
+
+def refuse_choice(row: dict, question: str, answer) -> None:
+    """Raises InputError where the answer is the letter or the number of one of several choices that stand beside the question
+    and not in it: what is read has the question alone."""
+    choices = row.get(_field(row, ("options", "choices", "candidates")))
+    listed = (
+        list(choices.values()) if isinstance(choices, dict) else choices if isinstance(choices, list) else [choices]
+    )
+    told = [re.sub(r"^\(?[A-Z][.):]\s*", "", str(choice)).strip() for choice in listed]
+    value = str(answer).strip()
+    if not choices or value in map(str, listed) or all(choice in question for choice in told):
+        return
+    number = value.isdigit() and int(value) <= len(listed) > 1
+    if number or re.fullmatch(r"\(?[A-Za-z][.)]?", value):
+        raise InputError(
+            f"the answer {value!r} names one of several choices, which are not read: write them into the question"
+        )
 
 
 def _listed_images(entry: dict) -> list:
@@ -861,11 +888,7 @@ def _asked(entry: dict, kind: str | None, number: str | None) -> tuple[str, list
             f"there is neither 'conversations' nor {what} (the row has {', '.join(entry)}); {OTHER_QUESTIONS}"
         )
     value = entry[answer]
-    choices = entry.get(_field(entry, ("options", "choices", "candidates")))
-    if choices and isinstance(value, str) and re.fullmatch(r"\(?[A-Ha-h][.)]?", value.strip()):
-        raise InputError(
-            f"the answer {value!r} names one of several choices, which are not read: write them into the question"
-        )
+    refuse_choice(entry, str(entry[question]), value)
     if type(value) in (int, float) and math.isfinite(value):  # a count, perhaps out of a table that made it 3.0
         entry = {**entry, answer: str(int(value) if value == int(value) else value)}
     history = entry.get("history") or []

@@ -708,6 +708,8 @@ class Groups:
     def _alike(self, parts: set[str], sizes: array, having: dict[str, array]) -> np.ndarray:
         """Which first texts these parts are like. Compared with all at once: a template's texts have most parts in common."""
         found = [np.frombuffer(having[part], np.intc) for part in parts if part in having]
+        if len(found) < self.LIKENESS * len(parts):  # not even a text that had all of these
+            return np.empty(0, np.intp)
         shared = np.bincount(np.concatenate([np.empty(0, np.intc), *found]), minlength=len(sizes))
         return np.flatnonzero(shared >= self.LIKENESS * (len(parts) + np.array(sizes) - shared))
 

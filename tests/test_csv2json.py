@@ -472,3 +472,18 @@ def test_real_rsvqa(name, rows, tmp_path, call):
     assert len(made) == rows == len(train) + len(test)
     held = {Path(image_of(row)).read_bytes() for row in test}
     assert len(held) == 7 and not held & {Path(image).read_bytes() for image in {image_of(row) for row in train}}
+
+
+def test_outputs_that_are_one_file_are_refused(here, call):
+    write(here / "rsvqa-dataset.csv", [("tiles/0.tif", "Q?", "yes")])
+    (here / "data_vl.json").write_text("[]")
+    (here / "data_vl_train.json").symlink_to(here / "data_vl.json")
+    code, _, err = call("--val_fraction=0", "--test_fraction=0")
+    assert code == 2 and "are one file, by a link" in err and (here / "data_vl.json").read_text() == "[]"
+
+
+def test_a_letter_of_several_choices_is_no_answer(here, call):
+    rows = [("tiles/0.tif", "What?", "A", "ship; car"), ("tiles/1.tif", "What?", "car", "ship; car")]
+    write(here / "rsvqa-dataset.csv", rows, (*HEADER, "options"))
+    assert call("--max_rejected=1", "--val_fraction=0", "--test_fraction=0")[0] == 0
+    assert [row["conversations"][1]["value"] for row in load(here / "data_vl.json")] == ["car"]

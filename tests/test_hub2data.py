@@ -348,6 +348,12 @@ def test_numbered_columns_are_captions_and_what_is_not_read_is_said(tmp_path, ca
     columns = {"image": [image(0)], "caption 1": ["a"], "caption 2": ["b"]}
     hub2data.main([str(write(tmp_path / "spaces", "all", columns)), "--output", "two"])
     assert read_scenes("two").scenes[0].texts == ["a", "b"]
+    hub2data.main([str(tmp_path / "spaces"), "--output", "asked", "--caption", "caption 2"])
+    assert read_scenes("asked").scenes[0].texts == ["b"], "the one that was asked for"
+    columns = {"image": [image(0)], "image_1": [image(1)], "caption": ["a"], "caption_1": ["b"]}
+    source = write(tmp_path / "pairs", "all", columns, {"image_1": datasets.Image()})
+    hub2data.main([str(source), "--output", "pair", "--image", "image"])
+    assert read_scenes("pair").scenes[0].texts == ["a"], "the other is of the other image"
 
 
 def test_types_of_questions_that_are_objects(tmp_path, capsys, monkeypatch):
@@ -359,6 +365,11 @@ def test_types_of_questions_that_are_objects(tmp_path, capsys, monkeypatch):
     hub2data.main([str(source), "--output", "out", "--question", "qa", "--answer", "qa"])
     rows = Path("out/rsvqa-dataset.csv").read_text().splitlines()
     assert rows[1:] == ["images/all_000000.png,a?,1,count", "images/all_000000.png,b?,yes,presence"]
+    columns = {"image": [image(0), image(1)], "question": ["a?", "b?"], "answer": ["A", "yes"], "type": [0, 1],
+               "options": [["ship", "car"], None]}  # fmt: skip
+    hub2data.main([str(write(tmp_path / "mc", "all", columns)), "--output", "types"])
+    assert Path("types/rsvqa-dataset.csv").read_text().splitlines()[1:] == ["images/all_000001.png,b?,yes,1"]
+    assert "the answer 'A' names one of several choices" in Path("types/rejected.txt").read_text()
 
 
 def test_tar_shards_of_webdataset(tmp_path, capsys):

@@ -1271,6 +1271,10 @@ def test_bands_that_cannot_be_joined_are_said_beside_those_that_are(tmp_path):
     kept, note = imagery.join_bands([*sorted(tmp_path.glob("LE07*")), *patch], ImageSettings())
     assert [path.name for path in kept] == ["LE07_L1TP_1_02_T1_B3.TIF", *(path.name for path in patch)]
     assert "5 files beside them are left out" in note and "rect_B01.tif, each a grey picture by itself" in note
+    for band, metres in (("02", 10), ("03", 10), ("04", 10), ("05", 20), ("06", 20), ("8A", 20)):
+        write_band(tmp_path / f"T33UUP_B{band}_{metres}m.tif", data[: 120 // metres, : 120 // metres])
+    kept, note = imagery.join_bands(sorted(tmp_path.glob("T33*")), ImageSettings())
+    assert [path.name for path in kept] == ["T33UUP_B04_10m.tif"] and "grey" not in note
 
 
 # ----------------------------------------------------------------------------------------------------

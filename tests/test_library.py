@@ -125,10 +125,11 @@ def test_masks_beside_the_pictures_are_left_out(folder):
              "LC08_L2SP_1_02_T1_thumb_large.jpeg", "GF2_PMS1_E113.8_N22.5_20200615_L1A0004530123-MSS1_thumb.jpg",
              "GF1_WFV2_E113.8_N22.5_20200615_L1A0001738184.jpg", "IMG_PHR1A-BROWSE.JPG", "ENMAP01-QL_QUALITY_CLOUD.TIF",
              "PREVIEW_PHR1A_P.JPG", "GF3_MYN_WAV_E113.8_L1A_HH_L10003992720.jpg", "20200615_1_3B_udm2_clip_reproject.tif",
-             "20200615_1_3B_udm2_file_format.tif", "S2A_45_reference_map.tif",
+             "20200615_1_3B_udm2_file_format.tif", "S2A_MSIL2A_45_reference_map.tif", "S1A_IW_RTC10_ls_map.tif",
              "SENTINEL2A_20200615_L2A_T31TCJ_D_CLM_R1.tif"]  # fmt: skip
     tiles = ["GF2_PMS1__L1A0000564539-MSS1_0_1024.jpg", "GF2_PMS1_E113.8_L1A0004530123_tile_12.jpg",
-             "GF3_SAY_QPSI_L1A_HH_L10002188179__1__4320___10368.jpg", "road_map.tif"]  # fmt: skip
+             "GF3_SAY_QPSI_L1A_HH_L10002188179__1__4320___10368.jpg", "road_map.tif",
+             "udm_campus.tif", "park_ls_map.tif", "city_reference_map.tif"]  # fmt: skip
     assert not any(module.MASK.search(name) for name in tiles)
     for name in [*masks, "scl.png", "aqua_1.tif"]:
         write_tif(folder / "farm" / name, 60, 60)
@@ -141,7 +142,7 @@ def test_masks_beside_the_pictures_are_left_out(folder):
 
     names, notes = planned()
     assert names & {f"farm/{name}" for name in [*masks, "scl.png", "aqua_1.tif"]} == {"farm/scl.png", "farm/aqua_1.tif"}
-    assert [note for note in notes if note.startswith("masks, quality layers and previews left out: 21, such as")]
+    assert [note for note in notes if note.startswith("masks, quality layers and previews left out: 22, such as")]
     assert not any("banner" in name for name in names)
     shutil.rmtree(page.parent)
     assert planned("*_SCL_20m.jp2") == ({"farm/T33UUP_20200615_SCL_20m.jp2"}, [])
@@ -154,7 +155,7 @@ def test_masks_beside_the_pictures_are_left_out(folder):
         if path.name not in masks:
             path.unlink()
     names, notes = planned()
-    assert len(names) == 20 and notes == [], "a folder of masks is meant"
+    assert len(names) == 21 and notes == [], "a folder of masks is meant"
 
 
 def test_cells_that_are_numbered_like_bands_all_come_in(folder):

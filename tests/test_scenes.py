@@ -811,6 +811,8 @@ def test_numbered_texts_are_questions(folder):
         assert (question.text, question.answer, question.kind) == ("Is there water?", "yes", "presence")
     with pytest.raises(InputError, match=r"questions and conversations are for train_vqa\.py"):
         read_scenes(path)
+    classed = {"question_id": 1, "image": "a.png", "text": "a ship", "label": "harbour"}
+    assert read_scenes(save(folder / "classed.jsonl", classed)).scenes[0].texts == ["a ship"]
     answers = save(
         folder / "answers.jsonl", {"question_id": 1, "image": "a.png", "prompt": "Describe it.", "text": "a ship"}
     )
@@ -822,9 +824,11 @@ def test_a_letter_of_several_choices_is_no_answer(folder):
     row = {"image": "a.png", "question": "What?", "options": ["A. ship", "B. car"], "answer": "A"}
     with pytest.raises(InputError, match=r"the answer 'A' names one of several choices.*write them into the question"):
         read_conversations(save(folder / "q.json", [row]))
-    assert (
-        read_conversations(save(folder / "q.json", [row | {"answer": "ship"}])).scenes[0].questions[0].answer == "ship"
-    )
+    with pytest.raises(InputError, match="names one of several choices"):
+        read_conversations(save(folder / "q.json", [row | {"answer": 1}]))
+    written = {"question": "What? A. ship B. car"}
+    for more in ({"answer": "ship"}, written, {"options": ["A", "B", "H"]}, {"options": ["2", "3"], "answer": 3}):
+        assert len(read_conversations(save(folder / "q.json", [row | more])).scenes[0].questions) == 1
 
 
 @pytest.mark.parametrize("key", ["image", "path", "url"])
@@ -840,6 +844,10 @@ def test_a_bare_list_of_karpathys_entries(folder):
     picture(folder / "UCM" / "a.png")
     entry = {"filepath": "UCM", "filename": "a.png", "sentences": [{"raw": "a ship"}], "split": "train"}
     assert read_scenes(save(folder / "c.json", [entry])).scenes[0].texts == ["a ship"]
+    named = {"filename": "a0.png", "sentences": ["a car"]}  # other lists with these fields
+    for more in ({"image": "UCM/a.png"}, {"filepath": "UCM/a.png"}):
+        (scene,) = read_scenes(save(folder / "d.json", [named | more])).scenes
+        assert scene.image.endswith("UCM/a.png")
     with pytest.raises(InputError, match="what changed between two images"):
         read_scenes(save(folder / "cc.json", {"images": [entry | {"changeflag": 1}]}))
     asked = {"questions": [{"question_id": 1, "image_id": 2, "question": "What?"}]}

@@ -642,8 +642,9 @@ def test_kills_lose_nothing_and_pay_nothing_twice(tmp_path, server):
     cache = tmp_path / "zh.json.cache.jsonl"
     kept = 0
     for at in (1, 400, 1000, 1700, count + 15):  # the last one falls among the second tries
-        with forked(translate, words):
+        with forked(translate, words) as process:
             while server.total() < at:
+                assert process.is_alive()
                 time.sleep(0.002)
         assert not (tmp_path / "zh.json").exists()
         lines = cache.read_bytes().split(b"\n")[:-1] if cache.exists() else []
