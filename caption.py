@@ -296,9 +296,21 @@ def training_scenes(args, images: list[str], store, language: str) -> list[Scene
     if not known:
         raise InputError(f"{args.training}: no row of split 'train'")
     both = {"train": [scene for scene in known if scene.split], "test": [Scene(image) for image in images]}
-    if leaks := find_leaks(both, by_content(images_of(both))):
+    content = by_content(images_of(both | {"all": known}))
+    if leaks := find_leaks(both, content):
         print(
             f"warning: {len(leaks)} of these images are in the training split of {args.training}, first {leaks[0][2]}"
+        )
+    # A file without splits may list what was held out, too: the nearest training image would be the image itself.
+    scored = {content[image] for image in images}
+    if same := [scene for scene in known if not scene.split and content[scene.image] in scored]:
+        print(
+            f"{len(same)} of these images are in {args.training}, which names no splits: the baselines go without them"
+        )
+        known = [scene for scene in known if scene.split or content[scene.image] not in scored]
+    if not known:
+        raise InputError(
+            f"{args.training}: names no splits, and all of its images are scored; give what was trained on"
         )
     return drop_unreadable({"train": known}, store, args.max_rejected)["train"]
 

@@ -683,6 +683,8 @@ def _parser(classes: list[type], description: str):
         base.setdefault(action.dest, action.default)
         if action.dest in help_of:
             action.help = help_of[action.dest].replace("%", "%%")
+        if action.option_strings[-1] in (f"--no_{action.dest}", f"--no-{action.dest.replace('_', '-')}"):
+            action.help = f"turns --{action.dest} off"
     base.pop("help", None)
     return parser, base
 

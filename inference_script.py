@@ -62,7 +62,7 @@ def score_rows(
     def located(name: str) -> str:
         name = path_of(name)
         for path in (name, name.replace("\\", "/")):  # the second: written on Windows
-            for place in (root / path, Path(path)) if root else (Path(path),):
+            for place in (root / path, root / "images" / path, Path(path)) if root else (Path(path),):
                 if os.path.exists(place):
                     return str(place)
         return name

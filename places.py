@@ -126,7 +126,8 @@ def _groups(outlines: np.ndarray) -> np.ndarray:
 
 def stretch_of(bounds: np.ndarray) -> tuple[float, float]:
     """The shortest stretch of longitude (west, east >= west) that holds all of (N, 4) bounds; west in -180 to 180."""
-    west = (bounds[:, 0] + 180) % 360 - 180
+    west = bounds[:, 0]  # as it is where it can be: what is turned is also rounded, and would lie before itself
+    west = np.where((west >= -180) & (west < 180), west, (west + 180) % 360 - 180)
     order = np.argsort(west)
     west, width = west[order], (bounds[:, 2] - bounds[:, 0])[order]
     reach = np.maximum.accumulate(west + width)

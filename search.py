@@ -3,7 +3,7 @@
     python search.py index ./library --store ./library.index
     python search.py query --store ./library.index "a river winding through farmland" -k 10 --sheet out.png
     python search.py query --store ./library.index --like chip.tif --bbox 5 50 7 52 --from 2020-01-01 --geojson out.geojson
-    python search.py classify --store ./library.index --labels ucm --truth folders --out classes/
+    python search.py classify --store ./library.index --labels ucm --truth folders --out classified/
     python search.py monitor --before ./2020.index --after ./2023.index --queries queries.txt --out change/
     python search.py landuse --store ./library.index --classes eurosat --regions districts.geojson --out landuse/
     python search.py recall --store ./library.index
@@ -629,6 +629,8 @@ def run_monitor(args) -> int:
             top = [row for row in shown if row["query"] == query][: args.k]
             sections.append((query, pairs_html(top, pairs, before, after) if top else "<p>No change.</p>"))
         under = f"{args.before} to {args.after}; numbers are spreads of unchanged places"
+        if reference is not None:
+            under += ", of what a score changed beyond the mean of other words: it may fall and still be more"
         page("Change", sections, out / "index.html", under)
     print(f"-> {out / 'index.html'}, changes.csv, changes.geojson", file=sys.stderr)
     return 0
@@ -732,7 +734,8 @@ def run_landuse(args) -> int:
     sections = [("Shares", table_html(rows, heads) + said + figure_html(shares.read_bytes(), "shares"))]
     if placed:
         drawn = map_figure(polygons, [labels[best[n]] for n in placed], colours, out / "map.png")
-        sections.append(("Map", figure_html(drawn.read_bytes(), "map")))
+        under = "<p>Every tile in the colour of its own class; where tiles lie over one another, the table takes their mean.</p>"
+        sections.append(("Map", figure_html(drawn.read_bytes(), "map") + under))
     if by_region:
         sections.append(("Square kilometres by region", table_html(by_region, region_heads)))
     said = [

@@ -586,9 +586,13 @@ def table_rows(results: dict) -> list[dict]:
     return [{"model": "chance", "accuracy": 0.5, "hard_accuracy": 0.5, "mR": results["trained"]["chance_mR"]}, *rows]
 
 
+def shown_columns(results: dict) -> dict[str, str]:
+    """Of `COLUMNS` those in which more than chance has a number."""
+    return {k: v for k, v in COLUMNS.items() if any(row.get(k) is not None for row in table_rows(results)[1:])}
+
+
 def summary(results: dict, best) -> str:
-    trained = results["trained"]
-    columns = {k: v for k, v in COLUMNS.items() if any(row.get(k) is not None for row in table_rows(results)[1:])}
+    trained, columns = results["trained"], shown_columns(results)
     lines = [
         "",
         f"{results['split']} split, {results['images'][results['split']]} images, {int(trained['texts'])} texts "
@@ -639,7 +643,7 @@ def write_report(run, results, scenes, image, text, texts, picture) -> None:
             items.append({"image": shown, "title": title, "good": rank == 0, "lines": lines})
         return report.gallery_html(items)
 
-    columns = {k: v.strip() for k, v in COLUMNS.items()}
+    columns = {k: v.strip() for k, v in shown_columns(results).items()}
     curves = {"loss": "training loss", "eval_mR": "mR", "eval_accuracy": "triplet accuracy"}
     sections = [
         ("Scores", report.table_html(table_rows(results), columns, best={k: "max" for k in COLUMNS if k != "model"})

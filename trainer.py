@@ -110,14 +110,20 @@ class CheckpointAtSIGTERM(TrainerCallback):
         self.asked = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
 
+    @staticmethod
+    def _ends_an_epoch(state) -> bool:
+        return float(state.epoch).is_integer() or state.global_step >= state.max_steps
+
     def on_step_end(self, args, state, control, **_):
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+        if self.asked:  # what is scored at this step or at an epoch's end comes first: a resume would never score it
+            control.should_training_stop = True
+            control.should_save |= not self._ends_an_epoch(state)
 
     def on_epoch_end(self, args, state, control, **_):
-        if self.asked:
-            control.should_save = control.should_evaluate = False
+        if self.asked:  # the Trainer says so in the middle of one, too
+            control.should_training_stop = True
+            control.should_save = self._ends_an_epoch(state)
+            control.should_evaluate &= control.should_save
 
 
 def _ignoring_sigterm(begin, number: int) -> None:
@@ -274,20 +280,29 @@ class SceneTrainer(Trainer):
         ):
             try:
                 made = super().train(*args, **kwargs)
-                if self.sigterm and self.sigterm.asked:
-                    self._say_what_is_kept()
-                    raise SystemExit(128 + signal.SIGTERM)
-                return made
             except _Finished:
                 print(f"nothing is left to train: step {self.state.global_step} is the last of these settings")
                 if self.args.load_best_model_at_end and self.state.best_global_step:
                     self._find_best(self.resumed)
                     self._load_best_model()
                 self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-                return TrainOutput(self.state.global_step, 0.0, {})
+                made = TrainOutput(self.state.global_step, 0.0, {})
             except KeyboardInterrupt:
                 self._say_what_is_kept()
                 raise
+            self._end_at_sigterm()
+            return made
+
+    def _finalize_training(self, *args, **kwargs):
+        if self.sigterm and self.sigterm.asked:  # before checkpoints are taken away that are of no use after training
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self._end_at_sigterm()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _end_at_sigterm(self) -> None:
+        if self.sigterm and self.sigterm.asked:
+            self._say_what_is_kept()
+            raise SystemExit(128 + signal.SIGTERM)
 
     def _say_what_is_kept(self) -> None:
         folder = Path(self.args.output_dir)
@@ -295,6 +310,10 @@ class SceneTrainer(Trainer):
         run = folder.parent if stage else folder
         try:
             said = f"{resolve_checkpoint(run)} is kept: --resume_from_checkpoint {run} goes on"
+            if self.args.save_only_model:
+                said = (
+                    f"{resolve_checkpoint(run)} is kept, without the optimizer that a resume needs (--save_only_model)"
+                )
         except InputError:
             said = "no checkpoint is saved yet"
         if self.args.process_index == 0:

@@ -148,8 +148,9 @@ TEXT = {
     "more": ("more", "增多"),
     "less": ("less", "减少"),
     "change_note": (
-        "{n} places of both dates. Numbers are spreads of the unchanged places; 3 or more is a change.",
-        "两个时相共有 {n} 处。数值以未变化地点的离散度为单位，达到 3 即为变化。",
+        "{n} places of both dates. Numbers are spreads of the unchanged places; 3 or more is a change. They count what a score"
+        " changed beyond the mean of other words.",
+        "两个时相共有 {n} 处。数值以未变化地点的离散度为单位，达到 3 即为变化；计的是得分变化超出其他词平均变化的部分。",
     ),
 }
 CSS = """

@@ -49,6 +49,7 @@ def test_every_field_is_documented_and_a_flag(capsys):
         assert f"--{name} " in shown, name
         # argparse breaks lines at spaces and hyphens: compare without either
         assert documented[name].replace(" ", "").replace("-", "") in shown.replace(" ", "").replace("-", ""), name
+    assert "turns --whiten_init off" in shown
     assert "--warmup_steps" not in shown and "--help_all" in shown
     assert "--warmup_steps" in help_text(capsys, "--help_all")
 

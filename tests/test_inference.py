@@ -113,6 +113,9 @@ def test_paths_are_found_beside_the_file_and_under_image_root(call, images, tmp_
     (tmp_path / "a.png").rename(tmp_path / "sub" / "a.png")
     assert call("--json_input", tmp_path / "in.json")[0] == 1
     assert call("--json_input", tmp_path / "in.json", "--image_root", tmp_path / "sub")[0] == 0
+    (tmp_path / "images").mkdir()
+    shutil.copy(tmp_path / "sub" / "a.png", tmp_path / "images" / "a.png")
+    assert call("--json_input", tmp_path / "in.json")[0] == 0  # beside captions.json, as train_match.py finds it
     names = ["sub\\a.png", f"file://{tmp_path}/sub/a.png", str(tmp_path / "sub/a.png")]
     (tmp_path / "in.json").write_text(json.dumps([{"image_path": name, "text": "x"} for name in names]))
     code, _, _ = call("--json_input", tmp_path / "in.json", "--json_output", tmp_path / "out.json")

@@ -241,6 +241,14 @@ def test_map_has_a_grid_at_every_scale(side):
     assert "V" in lines and "H" in lines
 
 
+@pytest.mark.parametrize("lon", [8.77, 117.0])
+def test_map_of_places_side_by_side_is_no_map_of_the_earth(lon):
+    rng = np.random.default_rng(0)
+    for west in lon + rng.uniform(0, 1, (50, 12)):
+        made = map_svg([placed(x, 53.0, x + 0.002, 53.002) for x in west])
+        assert ">-90°<" not in made and ">0°<" not in made
+
+
 def test_map_keeps_the_antimeridian_together():
     made = map_svg([placed(179.7, -17, 179.8, -16.9), placed(-179.8, -17, -179.7, -16.9)])  # side by side
     drawn = sorted(
