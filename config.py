@@ -1075,23 +1075,51 @@ def put_in_place(partial: Path, folder: Path) -> None:
     doomed = f"{folder}{DOOMED}"
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
-    os.replace(partial, folder)
+    try:
+        os.replace(partial, folder)
+    except BaseException:
+        os.replace(doomed, folder)
+        raise
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path):
     """Gives a new folder to fill, which takes the place of `folder` at the end: whole or not at all, and nothing is left of what
-    failed."""
+    failed. Raises InputError where another process is at it."""
     folder = folder.resolve()  # a link, perhaps to a larger disk, stays
-    partial = Path(f"{folder}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, busy = Path(f"{folder}{PARTIAL}"), f"{folder}: another process is writing it; wait for its end"
+    partial.mkdir(parents=True, exist_ok=True)
+    with held_folder(partial, busy):
+        if not partial.is_dir():  # the other was done while this one waited
+            raise InputError(busy)
+        try:
+            for leftover in partial.iterdir():  # of a process that was killed
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield partial
+            put_in_place(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held_folder(folder: Path, busy: str):
+    """Hold a folder, which goes free with this process, whatever ends it. Raises InputError(busy) where another holds it."""
+    held = None
+    with contextlib.suppress(OSError):  # Windows opens no folder
+        held = os.open(folder, os.O_RDONLY)
+    if held is None:
+        yield
+        return
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        put_in_place(partial, folder)
+        if not take_lock(held):
+            raise InputError(busy)
+        try:
+            yield
+        finally:
+            flock(held, free=True)  # closing would leave it to processes that have it open too
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(held)
 
 
 def flock(file, free: bool = False) -> None:

@@ -1270,6 +1270,8 @@ class VQA(nn.Module):
         """Write base and adapter as one model in the layout of the base, which plain transformers and vLLM load, with the
         adapter's `vqa.json` (prompt, bands, stretch) for whoever asks it, unless not `settings`; `dtype` of the file: by
         default the base's. The model itself has no adapter any more after it."""
+        if Path(folder).is_dir() and any(path.name != "lost+found" for path in Path(folder).iterdir()):
+            raise InputError(f"{folder}: is there already; give a new folder, or empty it")
         base = base_folder(self.settings.base_model)
         record = json.loads((base / "config.json").read_text(encoding="utf-8"))
         name = record.get("dtype") or record.get("torch_dtype") or "float32"

@@ -33,10 +33,9 @@ from config import (
     PARTIAL,
     PROJECTOR_STAGE,
     InputError,
-    flock,
+    held_folder,
     put_in_place,
     resolve_checkpoint,
-    take_lock,
     whole_folder,
 )
 from data import SceneSampler, digest_of, fitting_workers, refuse_resume_on_held_out, rows_digest
@@ -100,7 +99,11 @@ class CheckpointAtSIGTERM(TrainerCallback):
 
     @contextlib.contextmanager
     def waits(self):
-        before = signal.signal(signal.SIGTERM, self._ask)
+        before = signal.getsignal(signal.SIGTERM)
+        if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+            yield  # no handler can be set there; who started this wants it to be passed over
+            return
+        signal.signal(signal.SIGTERM, self._ask)
         try:
             yield
         finally:
@@ -126,9 +129,10 @@ class CheckpointAtSIGTERM(TrainerCallback):
             control.should_evaluate &= control.should_save
 
 
-def _ignoring_sigterm(begin, number: int) -> None:
-    """A reading process begins. A job's end tells all of its processes: this one's batches are needed to end the step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _outliving_sigterm(begin, number: int) -> None:
+    """A reading process begins. A job's end tells all of its processes: this one's batches are needed to end the step. The
+    second one ends it, as torch does with one that hangs."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     begin(number)
 
 
@@ -150,14 +154,14 @@ def check_best_metric(args, promised: Collection[str], evaluate: Callable[[], di
 
 @contextlib.contextmanager
 def _read_whole(checkpoint):
-    """What torch and pickle say of files that are cut short becomes an InputError."""
+    """What torch and pickle say of files that are cut short, or otherwise no checkpoint's, becomes an InputError."""
     try:
         yield
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in reason:
             raise
-        raise InputError(f"{checkpoint}: a file in it is not whole ({reason}); give an earlier checkpoint") from None
+        raise InputError(f"{checkpoint}: a file in it cannot be read ({reason}); give an earlier checkpoint") from None
 
 
 class SceneTrainer(Trainer):
@@ -184,7 +188,7 @@ class SceneTrainer(Trainer):
             eval_dataset=train_dataset,  # the Trainer asks for one; `evaluate` below leaves evaluation to the task
         )  # fmt: skip
         self.sigterm = None
-        if self.args.world_size == 1 and threading.current_thread() is threading.main_thread():
+        if self.args.world_size == 1:
             self.sigterm = CheckpointAtSIGTERM()
             self.add_callback(self.sigterm)
         self.add_callback(NoStepAfterTheLast())  # after the progress bar's: it raises, and each that has begun is ended
@@ -225,7 +229,7 @@ class SceneTrainer(Trainer):
         loader = super().get_train_dataloader()
         if self.sigterm:
             inner = getattr(loader, "base_dataloader", loader)  # accelerate's own keeps what it wraps there
-            inner.worker_init_fn = partial(_ignoring_sigterm, inner.worker_init_fn)
+            inner.worker_init_fn = partial(_outliving_sigterm, inner.worker_init_fn)
         return loader
 
     def create_optimizer(self, model=None):
@@ -464,6 +468,8 @@ class SceneTrainer(Trainer):
         try:
             with _read_whole(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
+        except InputError:  # a ValueError, too
+            raise
         except ValueError as error:
             raise InputError(
                 f"{checkpoint}: cannot resume, its optimizer was made for other groups of parameters ({error}); resume with the"
@@ -483,6 +489,11 @@ class SceneTrainer(Trainer):
         if asked and hasattr(schedule, "base_lrs"):
             schedule.base_lrs = [rate for rate, _ in asked]
             schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _load_scaler(self, checkpoint):
+        if self.accelerator.scaler is not None:  # else of a run with --fp16 that goes on without
+            with _read_whole(checkpoint):
+                super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint):
         with _read_whole(checkpoint):
@@ -532,29 +543,19 @@ def dtype_of(args) -> torch.dtype:
 
 @contextlib.contextmanager
 def own_folder(args):
-    """Hold the folder of a run: another training in it would take this one's checkpoints for its own, and remove them. The
-    lock goes with the process, whatever ends it. Raises InputError."""
-    folder, held = Path(args.output_dir), None
-    if not args.process_index:
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # Windows opens no folder
-            held = os.open(folder, os.O_RDONLY)
-    if held is None:
+    """Hold the folder of a run: another training in it would take this one's checkpoints for its own, and remove them. Raises
+    InputError."""
+    folder = Path(args.output_dir)
+    if args.process_index:
         yield
         return
-    try:
-        if not take_lock(held):
-            raise InputError(
-                f"{folder}: another training is writing to it; wait for its end, or give another --output_dir"
-            )
-        try:
-            if args.resume_from_checkpoint:  # which may have gone meanwhile
-                resolve_checkpoint(args.resume_from_checkpoint)
-            yield
-        finally:
-            flock(held, free=True)  # closing would leave it to processes that have it open too
-    finally:
-        os.close(held)
+    folder.mkdir(parents=True, exist_ok=True)
+    with held_folder(
+        folder, f"{folder}: another training is writing to it; wait for its end, or give another --output_dir"
+    ):
+        if args.resume_from_checkpoint:  # which may have gone meanwhile
+            resolve_checkpoint(args.resume_from_checkpoint)
+        yield
 
 
 class Run:

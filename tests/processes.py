@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[1]
-FORKS = multiprocessing.get_context("forkserver")
+FORKS = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")  # Windows has no fork
 FORKS.set_forkserver_preload(["peft", "datasets", "train_match", "train_vqa", "train_caption", "library", "openai"])
 
 

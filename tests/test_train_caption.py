@@ -380,10 +380,10 @@ def test_what_captions_are_compared_with_is_read_first(trained, drawn, tmp_path,
         caption.main(
             [*common[:-2], str(tmp_path / "drawn.json"), "--language=en", "--training", str(tmp_path / "drawn.json")]
         )
-    (tmp_path / "one.json").write_text(json.dumps([row for row in rows if row["image"] == one]))
     args = caption.build_parser().parse_args([*common, "--training", str(tmp_path / "drawn.json")])
     scored = [str(drawn.images / one)]
-    known = caption.training_scenes(args, scored, {scene: None for scene in map(str, drawn.images.iterdir())}, "en")
+    monkeypatch.setattr("data.drop_unreadable", lambda splits, *_: splits)
+    known = caption.training_scenes(args, scored, None, "en")
     assert known and not {scene.image for scene in known} & set(scored)
     with pytest.raises(InputError, match="the page stands beside it"):
         caption.main([word.replace("r.json", "r.html") for word in common])
