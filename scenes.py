@@ -831,9 +831,9 @@ def refuse_choice(row: dict, question: str, answer) -> None:
     """Raises InputError where the answer is the letter or the number of one of several choices that stand beside the question
     and not in it: what is read has the question alone."""
     choices = row.get(_field(row, ("options", "choices", "candidates")))
-    listed = (
-        list(choices.values()) if isinstance(choices, dict) else choices if isinstance(choices, list) else [choices]
-    )
+    if isinstance(choices, dict):
+        choices = list(choices.values())
+    listed = choices if isinstance(choices, list) else [choices]
     told = [re.sub(r"^\(?[A-Z][.):]\s*", "", str(choice)).strip() for choice in listed]
     value = str(answer).strip()
     if not choices or value in map(str, listed) or all(choice in question for choice in told):

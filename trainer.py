@@ -98,10 +98,10 @@ class CheckpointAtSIGTERM(TrainerCallback):
         self.asked = False
 
     @contextlib.contextmanager
-    def waits(self):
-        before = signal.getsignal(signal.SIGTERM)
-        if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
-            yield  # no handler can be set there; who started this wants it to be passed over
+    def waits(self, processes: int):
+        before, thread = signal.getsignal(signal.SIGTERM), threading.current_thread()
+        if processes > 1 or thread is not threading.main_thread() or before is signal.SIG_IGN:
+            yield  # other threads can set no handler; who has it ignored wants it to be passed over
             return
         signal.signal(signal.SIGTERM, self._ask)
         try:
@@ -187,10 +187,8 @@ class SceneTrainer(Trainer):
             model=model, args=args, train_dataset=train_dataset, data_collator=collator, callbacks=callbacks,
             eval_dataset=train_dataset,  # the Trainer asks for one; `evaluate` below leaves evaluation to the task
         )  # fmt: skip
-        self.sigterm = None
-        if self.args.world_size == 1:
-            self.sigterm = CheckpointAtSIGTERM()
-            self.add_callback(self.sigterm)
+        self.sigterm = CheckpointAtSIGTERM()
+        self.add_callback(self.sigterm)
         self.add_callback(NoStepAfterTheLast())  # after the progress bar's: it raises, and each that has begun is ended
         self.saved_step = self.trained = None
         first = range(min(len(train_dataset), self.args.train_batch_size))
@@ -227,7 +225,7 @@ class SceneTrainer(Trainer):
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        if self.sigterm:
+        if self.args.world_size == 1:
             inner = getattr(loader, "base_dataloader", loader)  # accelerate's own keeps what it wraps there
             inner.worker_init_fn = partial(_outliving_sigterm, inner.worker_init_fn)
         return loader
@@ -280,7 +278,7 @@ class SceneTrainer(Trainer):
         self.resumed = kwargs.get("resume_from_checkpoint")
         with (
             disable_input_dtype_casting(self.model, active=self.args.bf16 or self.args.fp16),
-            self.sigterm.waits() if self.sigterm else contextlib.nullcontext(),
+            self.sigterm.waits(self.args.world_size),
         ):
             try:
                 made = super().train(*args, **kwargs)
@@ -298,13 +296,13 @@ class SceneTrainer(Trainer):
             return made
 
     def _finalize_training(self, *args, **kwargs):
-        if self.sigterm and self.sigterm.asked:  # before checkpoints are taken away that are of no use after training
+        if self.sigterm.asked:  # before checkpoints are taken away that are of no use after training
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self._end_at_sigterm()
         return super()._finalize_training(*args, **kwargs)
 
     def _end_at_sigterm(self) -> None:
-        if self.sigterm and self.sigterm.asked:
+        if self.sigterm.asked:
             self._say_what_is_kept()
             raise SystemExit(128 + signal.SIGTERM)
 
@@ -313,11 +311,11 @@ class SceneTrainer(Trainer):
         stage = folder.name in (PROJECTOR_STAGE, "blind") and (folder.parent / "config.json").is_file()  # of a run
         run = folder.parent if stage else folder
         try:
-            said = f"{resolve_checkpoint(run)} is kept: --resume_from_checkpoint {run} goes on"
+            said = f"{resolve_checkpoint(run)} is kept"
             if self.args.save_only_model:
-                said = (
-                    f"{resolve_checkpoint(run)} is kept, without the optimizer that a resume needs (--save_only_model)"
-                )
+                said += ", without the optimizer that a resume needs (--save_only_model)"
+            else:
+                said += f": --resume_from_checkpoint {run} goes on"
         except InputError:
             said = "no checkpoint is saved yet"
         if self.args.process_index == 0:
@@ -465,21 +463,19 @@ class SceneTrainer(Trainer):
         """A checkpoint brings the rates and the decay that it was made with; what this run asks for goes before."""
         groups = self.optimizer.param_groups if checkpoint else []
         asked = [(group["initial_lr"], group["weight_decay"]) for group in groups]
-        try:
-            with _read_whole(checkpoint):
+        with _read_whole(checkpoint):
+            try:
                 super()._load_optimizer_and_scheduler(checkpoint)
-        except InputError:  # a ValueError, too
-            raise
-        except ValueError as error:
-            raise InputError(
-                f"{checkpoint}: cannot resume, its optimizer was made for other groups of parameters ({error}); resume with the"
-                " --weight_decay that the run began with, or begin a new run"
-            ) from None
-        except KeyError as error:
-            raise InputError(
-                f"{checkpoint}: cannot resume, its schedule of rates was of another kind ({error} is missing); resume with the"
-                " --lr_scheduler_type that the run began with"
-            ) from None
+            except ValueError as error:
+                raise InputError(
+                    f"{checkpoint}: cannot resume, its optimizer was made for other groups of parameters ({error}); resume with"
+                    " the --weight_decay that the run began with, or begin a new run"
+                ) from None
+            except KeyError as error:
+                raise InputError(
+                    f"{checkpoint}: cannot resume, its schedule of rates was of another kind ({error} is missing); resume with"
+                    " the --lr_scheduler_type that the run began with"
+                ) from None
         for group, (rate, decay) in zip(self.optimizer.param_groups, asked):
             group["weight_decay"] = decay
             if group.get("initial_lr"):  # checkpoints of before kept none with a schedule that follows the loss

@@ -710,7 +710,7 @@ class Groups:
         found = [np.frombuffer(having[part], np.intc) for part in parts if part in having]
         if len(found) < self.LIKENESS * len(parts):  # not even a text that had all of these
             return np.empty(0, np.intp)
-        shared = np.bincount(np.concatenate([np.empty(0, np.intc), *found]), minlength=len(sizes))
+        shared = np.bincount(np.concatenate(found), minlength=len(sizes))
         return np.flatnonzero(shared >= self.LIKENESS * (len(parts) + np.array(sizes) - shared))
 
 
