@@ -15,6 +15,7 @@ the same command again; a model counts as present only after `verify_model` has 
 """
 
 import argparse
+import contextlib
 import errno
 import fnmatch
 import glob
@@ -463,6 +464,16 @@ def find_copy(source: Path, name: str, only: bool) -> Path:
     raise InputError(f"no {name} in {source}: expected {places[0]} or {places[1]} with a config.json")
 
 
+@contextlib.contextmanager
+def _said_of(place: Path, copy: Path):
+    """What is wrong with a copy is said of the folder that it was copied from."""
+    try:
+        yield
+    except InputError as error:
+        reason = str(error).rpartition(": ")[0].replace(str(copy), str(place))
+        raise InputError(f"{reason}: copy that folder again") from None
+
+
 def copy_model(name: str, source: Path, root=".", only: bool = True) -> Path:
     """Copy `name` from a folder into `root/org/model`, whole or not at all; at once if it is there and whole.
 
@@ -472,19 +483,17 @@ def copy_model(name: str, source: Path, root=".", only: bool = True) -> Path:
         return folder
     place = find_copy(source, name, only)
     sizes = choose_files({path.name: path.stat().st_size for path in place.iterdir() if path.is_file()})
-    partial = Path(f"{folder.resolve()}{PARTIAL}")
-    _check_space(partial, sizes)
-    try:
-        if not any(path.endswith(".bin") for path in sizes):
+    _check_space(Path(f"{folder.resolve()}{PARTIAL}"), sizes)
+    if not any(path.endswith(".bin") for path in sizes):
+        with _said_of(place, place):
             verify_model(place)  # before gigabytes are copied
+    try:
         with whole_folder(folder) as new:
             for path in sizes:
                 shutil.copyfile(place / path, new / path)
-            convert_bin(new)
-            verify_model(new)
-    except InputError as error:
-        reason = str(error).rpartition(": ")[0].replace(str(partial), str(place))
-        raise InputError(f"{reason}: copy that folder again") from None
+            with _said_of(place, new):
+                convert_bin(new)
+                verify_model(new)
     except OSError as error:
         raise InputError(_explain(error, name, "modelscope", str(place), folder)[0]) from error
     return folder

@@ -21,6 +21,7 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 
 import demo_bases
 import load
+from config import whole_folder
 from model import DualEncoder
 from tests import conftest
 from tests.conftest import free_port
@@ -328,6 +329,15 @@ def test_a_copy_of_old_weights_that_lacks_a_file_names_the_source(tiny, tmp_path
     lacking = f"{usb / 'tokenizer_config.json'} is missing: copy that folder again"
     refused(lambda: load.copy_model(NAME, usb, tmp_path), lacking)
     assert not list((tmp_path / NAME).parent.iterdir())
+
+
+def test_a_model_that_another_process_copies_is_not_copied_beside_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("config.time.sleep", lambda _: None)  # the wait for one that was killed
+    with whole_folder(tmp_path / NAME) as other:
+        refused(lambda: load.copy_model(NAME, tiny, tmp_path), "another process is writing it; wait for its end")
+        assert other.is_dir(), "it is the other's"
+        shutil.copytree(tiny, other, dirs_exist_ok=True)
+    assert load.copy_model(NAME, tiny, tmp_path) == tmp_path / NAME
 
 
 # --- the official layout, and the demo bases ---
