@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
@@ -1088,18 +1089,27 @@ def whole_folder(folder: Path):
     """Gives a new folder to fill, which takes the place of `folder` at the end: whole or not at all, and nothing is left of what
     failed. Raises InputError where another process is at it."""
     folder = folder.resolve()  # a link, perhaps to a larger disk, stays
-    partial, busy = Path(f"{folder}{PARTIAL}"), f"{folder}: another process is writing it; wait for its end"
-    partial.mkdir(parents=True, exist_ok=True)
-    with held_folder(partial, busy):
-        if not partial.is_dir():  # the other was done while this one waited
+    with fresh_folder(
+        Path(f"{folder}{PARTIAL}"), f"{folder}: another process is writing it; wait for its end"
+    ) as partial:
+        yield partial
+        put_in_place(partial, folder)
+
+
+@contextlib.contextmanager
+def fresh_folder(folder: Path, busy: str):
+    """Gives `folder`, empty and held by this process, and removes it at the end; what a killed process left in it goes at the
+    next beginning. Raises InputError(busy) where another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with held_folder(folder, busy):
+        if not folder.is_dir():  # the other was done while this one waited
             raise InputError(busy)
         try:
-            for leftover in partial.iterdir():  # of a process that was killed
+            for leftover in folder.iterdir():
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            yield partial
-            put_in_place(partial, folder)
+            yield folder
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -1161,7 +1171,9 @@ def in_workers(function, jobs: list, workers: int, chunksize: int = 1) -> list:
 
 
 def _die_with_parent() -> None:
-    """In a worker: end when the main process is killed, which a worker that waits for jobs would not notice."""
+    """In a worker: end when the main process is killed, which a worker that waits for jobs would not notice; and without a
+    word at Ctrl-C, of which the main process tells."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 

@@ -4,7 +4,8 @@
     python csv2json.py --csv mine.csv --output out/mine.json --val_fraction 0.05 --test_fraction 0.1
     python csv2json.py --preset demo                  # what data2csv.py --preset demo wrote
 
-Columns: image_path, question, answer and, where there are any, type, img_id, split. Beside data_vl.json stand
+Columns: image_path, question, answer and, where there are any, type, img_id, split; the first four also under the usual
+other names (image, filename, ground_truth, category, ...). Beside data_vl.json stand
 data_vl_train.json (train and val) and data_vl_test.json (the rest). A CSV without splits is split by image: all
 questions of one image, under whatever names its file lies on the disk, stay in one split; the same picture in another
 format is another file.
@@ -20,9 +21,26 @@ from pathlib import Path
 
 from config import SPLITS, InputError, by_content, places_beside, refuse_outside, user_errors
 from report import json_lines, json_list
-from scenes import SPECIAL_TOKEN, Scene, find_leaks, path_of, read_table, refuse_choice
+from scenes import (
+    ANSWER_FIELDS,
+    IMAGE_COLUMNS,
+    QUESTION_FIELDS,
+    SPECIAL_TOKEN,
+    TYPE_FIELDS,
+    Scene,
+    find_leaks,
+    path_of,
+    read_table,
+    refuse_choice,
+)
 
 NEEDED = ("image_path", "question", "answer")
+OTHER_NAMES = {  # in whatever case
+    "image_path": IMAGE_COLUMNS,
+    "question": QUESTION_FIELDS,
+    "answer": ANSWER_FIELDS,
+    "type": (*TYPE_FIELDS, "question type", "category"),
+}
 KNOWN_SPLIT = re.compile(r"train|val|test(_\w+)?")
 
 
@@ -55,7 +73,10 @@ def read_csv(path: Path, hint: str) -> list[dict[str, str]]:
     if not path.exists():
         raise InputError(f"{path}: no such file; {hint}")
     names, rows = read_table(path)
-    names = ["type" if name == "question_type" and "type" not in names else name for name in names]
+    for ours, known in OTHER_NAMES.items():
+        theirs = next((name for other in known for name in names if name.lower() == other), None)
+        if theirs and ours not in names:
+            names[names.index(theirs)] = ours
     if not names:
         raise InputError(f"{path}: line 1: expected the columns {', '.join(NEEDED)}, found nothing")
     for name in NEEDED:

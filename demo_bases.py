@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, in_workers, processors
+from config import PARTIAL, InputError, fresh_folder, in_workers, processors
 from demo_data import KINDS, LINES, NAMES, REGIONS, corners, one
 from imagery import ImageSettings, read_image
 from report import write_json
@@ -1006,9 +1006,8 @@ def build(data_dir, output_dir, seed: int, verify, more=None) -> dict:
 
     began = time.time()
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=output_dir) as temp:
-            temp = Path(temp)
+        busy = f"{output_dir}: another process is building these bases; wait for its end"
+        with fresh_folder(output_dir / PARTIAL, busy) as temp:
             for name in DEMO:
                 (temp / name).mkdir()
             scenes = demo_scenes(data_dir, DEMO_SIZES["side"])

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,7 +26,7 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 from rasterio.warp import transform as reproject
 
-from config import InputError, in_workers, processors, refuse_unwritable, user_errors
+from config import PARTIAL, InputError, fresh_folder, in_workers, processors, refuse_unwritable, user_errors
 
 VERSION = 8  # raise it whenever the same seed gives other bytes: folders of an older version are then not 'done'
 MANY = 9  # from nine on, captions say 'many'; seven and eight are never drawn, so no word is ever borderline
@@ -1265,9 +1264,7 @@ def generate(
                 "--force replaces it, or choose another --output"
             )
     refuse_unwritable(output.parent, "--output: its folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temp = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with fresh_folder(Path(f"{output}{PARTIAL}"), f"{output}: another process is drawing it; wait for its end") as temp:
         new = temp / "new"
         for name in ("images", "images_later", "rsvqa_images"):
             (new / name).mkdir(parents=True)
@@ -1283,12 +1280,9 @@ def generate(
         manifest = {"made_by": "demo_data.py", "settings": settings, "sha256": digest.hexdigest(),
                     "listing": hashlib.sha256(json.dumps(listing).encode()).hexdigest(), "counts": counts}  # fmt: skip
         _dump(new / "manifest.json", manifest)
-        new.chmod(0o755)
         if output.exists():
             output.rename(temp / "old")
         new.rename(output)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
     return manifest | {"fresh": True}
 
 

@@ -20,15 +20,13 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
 import pyarrow
 
-from config import SPLITS, InputError, user_errors
+from config import PARTIAL, SPLITS, InputError, fresh_folder, user_errors
 from imagery import ImageError, image_format, image_size
 from report import csv_text
 from scenes import ANSWER_FIELDS, TEXT_FIELDS, TYPE_FIELDS, refuse_choice
@@ -346,9 +344,10 @@ def files_of(images: dict[str, dict]) -> dict[str, tuple[str, str]]:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     output = Path(args.output or Path("data") / Path(args.dataset).resolve().name)
-    partial = f".{output.name}-"  # what a killed run left begins so
-    there = [path for path in output.iterdir() if path.name != "lost+found"] if output.is_dir() else []
-    if (output.exists() and not output.is_dir()) or any(not path.name.startswith(partial) for path in there):
+    empty = output.exists()  # if not refused; perhaps a link, or where a disk is mounted: it stays, and is filled
+    partial = output / PARTIAL if empty else Path(f"{output}{PARTIAL}")
+    nothing = {"lost+found", partial.name}  # a disk's own, and what a killed run left
+    if empty and not (output.is_dir() and nothing.issuperset(os.listdir(output))):
         raise InputError(f"{output}: is there already; give another --output, or remove it")
     splits = read_splits(args.dataset, args.config)
     features = next(iter(splits.values())).features
@@ -364,13 +363,9 @@ def main(argv: list[str] | None = None) -> None:
     for split in [split for split, name in ours.items() if name is None]:
         print(f"split {split}: left out, it is none of train, val and test")
         del ours[split]
-    empty = output.exists()  # as seen above; perhaps a link, or where a disk is mounted: it stays, and is filled
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for path in there:
-            shutil.rmtree(path)
-        with tempfile.TemporaryDirectory(prefix=partial, dir=output if empty else output.parent) as folder:
-            made = Path(folder) / "made"
+        with fresh_folder(partial, f"{output}: another process is writing it; wait for its end") as folder:
+            made = folder / "made"
             try:
                 images, refused = collect(splits, ours, columns, told, Folder(made / "images"))
             except (InputError, pyarrow.ArrowException):

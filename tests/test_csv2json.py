@@ -318,6 +318,20 @@ def test_broken_csv(here, call, content, message):
     assert not (here / "data_vl.json").exists()
 
 
+def test_other_names_of_columns(here, call):
+    text = "Image,Question Type,Prompt,Ground_Truth\n" + "".join(f"tiles/{i}.tif,presence,Q?,yes\n" for i in range(10))
+    (here / "rsvqa-dataset.csv").write_text(text)
+    assert call()[0] == 0
+    row = load(here / "data_vl.json")[3]
+    assert row["type"] == "presence" and row["conversations"][1]["value"] == "yes"
+    (here / "rsvqa-dataset.csv").write_text(
+        "image_path,image,question,answer,category\n" + "tiles/1.tif,x,Q?,3,count\n" * 10
+    )
+    code, _, err = call("--val_fraction=0", "--test_fraction=0")
+    assert code == 0, err
+    assert load(here / "data_vl.json")[0]["type"] == "count"
+
+
 def test_a_byte_order_mark_blank_lines_and_other_columns(here, call):
     text = "\ufeffnote, question ,answer,image_path\r\n" + "".join(
         f"x,Q?,yes, tiles/{i}.tif\r\n\r\n" for i in range(10)

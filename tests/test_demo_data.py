@@ -3,10 +3,13 @@
 import hashlib
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import pytest
 import rasterio
 
 import demo_data
-from config import InputError
+from config import InputError, processors
 from imagery import colour_histogram
 from scenes import read_chat
 
@@ -488,17 +491,25 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     assert digest(tmp_path) == before  # the old set is whole, nothing else is there
 
 
-def test_a_killed_run_leaves_no_half_data_set(tmp_path):
+@pytest.mark.parametrize("kill", ["SIGKILL", "SIGINT"])
+def test_a_killed_run_leaves_no_half_data_set(kill, tmp_path):
     out = tmp_path / "demo"
-    command = [sys.executable, "-c", f"import demo_data; demo_data.generate({str(out)!r}, 400, workers=2)"]
-    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
-    while not (drawn := list(tmp_path.glob(".demo-*/new/images/*.tif"))):
+    command = [sys.executable, str(ROOT / "demo_data.py"), "--output", str(out), "--scenes", "400"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    at_work = 0
+    while at_work < min(processors(), 8):  # each process draws eight scenes in a row
         assert run.poll() is None
-        time.sleep(0.05)
-    run.kill()
-    run.communicate(timeout=20)  # its workers, which hold its output too, go with it
-    assert drawn and not out.exists() and len(list(tmp_path.glob(".demo-*/new/images/*.tif"))) < 400
-    assert demo_data.generate(out, 2)["fresh"]  # what the killed run left behind is in nobody's way
+        time.sleep(0.02)
+        eights = Counter(int(path.stem[-5:]) // 8 for path in tmp_path.glob("demo.partial/new/images/*.tif"))
+        at_work = sum(count < 8 for count in eights.values())
+    if kill == "SIGINT":
+        os.killpg(run.pid, signal.SIGINT)  # Ctrl-C reaches the workers too
+    else:
+        run.kill()
+    _, said = run.communicate(timeout=20)  # its workers, which hold its output too, go with it
+    assert not out.exists() and len(list(tmp_path.glob("demo.partial/new/images/*.tif"))) < 400
+    assert kill == "SIGKILL" or said == "interrupted\n"
+    assert demo_data.generate(out, 2)["fresh"] and os.listdir(tmp_path) == ["demo"]  # what the killed run left is gone
 
 
 def test_command_line(tmp_path):
