@@ -134,6 +134,9 @@ NEGATIVE_FIELDS = ("negative", "negatives")
 QUESTION_FIELDS = ("question", "prompt", "query", "instruction")
 ANSWER_FIELDS = ("answer", "ground_truth", "response", "output", "label")
 TYPE_FIELDS = ("type", "question_type")
+CHOICE = re.compile(
+    r"(option|choice)[_ -]?[a-h\d]|[a-h]", re.IGNORECASE
+)  # one of a question's choices in a field of its own
 NUMBERED = re.compile(rf"({'|'.join(TEXT_FIELDS)})([_ -]?\d+)?", re.IGNORECASE)  # caption_1, caption_2 ...
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)  # texts in a list as Python writes it
 
@@ -831,6 +834,7 @@ def refuse_choice(row: dict, question: str, answer) -> None:
     """Raises InputError where the answer is the letter or the number of one of several choices that stand beside the question
     and not in it: what is read has the question alone."""
     choices = row.get(_field(row, ("options", "choices", "candidates")))
+    choices = choices or [row[name] for name in row if CHOICE.fullmatch(str(name))]
     if isinstance(choices, dict):
         choices = list(choices.values())
     listed = choices if isinstance(choices, list) else [choices]

@@ -826,6 +826,10 @@ def test_a_letter_of_several_choices_is_no_answer(folder):
         read_conversations(save(folder / "q.json", [row]))
     with pytest.raises(InputError, match="names one of several choices"):
         read_conversations(save(folder / "q.json", [row | {"answer": 1}]))
+    for names in (("A", "B"), ("option_a", "option_b"), ("Choice1", "Choice2")):
+        with pytest.raises(InputError, match="names one of several choices"):
+            one = {key: row[key] for key in ("image", "question", "answer")} | dict(zip(names, ("ship", "car")))
+            read_conversations(save(folder / "q.json", [one]))
     written = {"question": "What? A. ship B. car"}
     for more in ({"answer": "ship"}, written, {"options": ["A", "B", "H"]}, {"options": ["2", "3"], "answer": 3}):
         assert len(read_conversations(save(folder / "q.json", [row | more])).scenes[0].questions) == 1
