@@ -169,7 +169,7 @@ def named_like_a_picture(text: str) -> bool:
 
 def file_named(text: str) -> str:
     """The path that a user typed, pasted or dragged here: there is no shell to take its quotes, ~ and \\ away."""
-    path = os.path.expanduser(path_of(text.strip().strip("\"'")))
+    path = os.path.expanduser(path_of(text.strip().strip("\"'“”‘’")))
     if os.path.exists(path):
         return path
     with contextlib.suppress(ValueError):  # as a terminal writes what is dropped on it: it\'s.tif, a\(1\).tif
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         talk.take(path)
     while path is None:
         try:
-            path = file_named(read(talk.say("image")))
+            path = file_named(re.sub(r"^\s*(image|图像|换图)\s+", "", read(talk.say("image")), flags=re.IGNORECASE))
             if COMMANDS.get(path.lower()) == "stop":
                 return 0
             talk.take(path)

@@ -20,7 +20,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import report
-from config import PRESETS, InputError, VQAConfig, add_device_flags, record_of, refuse_unwritable, user_errors
+from config import (
+    PRESETS,
+    InputError,
+    VQAConfig,
+    add_device_flags,
+    record_of,
+    refuse_unwritable,
+    user_errors,
+    was_trained_on,
+)
 
 # What --preset fills in. `full` has no --lora: a run's folder carries its date.
 DEFAULTS = {
@@ -293,11 +302,12 @@ def full_score(args, base: str, config: VQAConfig) -> str:
     known = record_of(args.lora)
     words += ["--task", "chat"] if known.get("task") == "chat" else []
     words += [] if known else ["--train_file", config.train_file]  # another tool's adapter names none
+    again = known and was_trained_on(known, args.data)  # then --eval_only finds its held-out images by itself
     for flag, value, usual in (  # files have no usual one: --eval_only takes those of the adapter's training
         ("--base_model", base, config.base_model),
-        ("--test_file", args.data, None),
-        ("--image_root", args.image_root, None),
-        ("--test_split", args.test_split, None),
+        ("--test_file", None if again else args.data, None),
+        ("--image_root", None if again else args.image_root, None),
+        ("--test_split", None if again else args.test_split, None),
         ("--decode", args.decode, config.decode),
         ("--prompt", args.prompt, None),
     ):

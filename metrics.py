@@ -273,6 +273,9 @@ _TO_TWENTY = (
     "seventeen eighteen nineteen twenty"
 )
 _WORDS = {word: str(n) for n, word in enumerate(_TO_TWENTY.split())}
+_CHINESE = "零 一 二 三 四 五 六 七 八 九 十 十一 十二 十三 十四 十五 十六 十七 十八 十九 二十"
+_CHINESE = {word: str(n) for n, word in enumerate(_CHINESE.split())} | {"两": "2"}
+_COUNTED = re.compile(rf"([0-9]+|{'|'.join(_CHINESE)})\s*[个架艘辆条栋座幢幅片块棵株处所间]")
 _LARGE = re.compile("(?:thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|[mb]illion|dozen|half|percent")
 _LIMIT = re.compile(
     "than|over|under|above|below|upto|least|most|exceed(?:s|ing)|no|not|minus|[<>≤≥]=?"
@@ -284,7 +287,7 @@ _MISREAD = {ord(c): f"^{n}" for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
 _UNIT = re.compile(
     rf"([0-9]|\b(?:{'|'.join(_WORDS)}))\s*"
-    r"(?:m\^?2|sq\.? ?m(?:et(?:er|re)s?)?|square[ -]met(?:er|re)s?|met(?:er|re)s? squared)(?!\w)"
+    r"(?:m\^?2|sq\.? ?m(?:et(?:er|re)s?)?|square[ -]met(?:er|re)s?|met(?:er|re)s? squared|平方米)(?!\w)"
 )
 # "yes" or "no" and then a new word: neither "nothing", "no-one" and "no idea", nor "yes or no" and "no. 5".
 _YES_NO = re.compile(
@@ -335,7 +338,9 @@ def _spelled(text: str) -> str:
     text = text.strip(_QUOTES).rstrip(_QUOTES + ".,;:!?。")
     text = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
     text = _UNIT.sub(lambda m: _WORDS.get(m[1], m[1]) + "m2", text)
-    return _WORDS.get(text, text)
+    if counted := _COUNTED.fullmatch(text):
+        text = counted[1]
+    return _WORDS.get(text) or _CHINESE.get(text, text)
 
 
 def _says_more(truth: str, kind: str | None) -> bool:
@@ -351,8 +356,8 @@ def normalise_answer(text, kind=None) -> str:
 
     text: a string. kind: the question's type in RSVQA (presence, comp, count, rural_urban, area),
     or None; other types are read like None. NFKC, lower case, single spaces, no surrounding quotes
-    or trailing punctuation; "1,234" is "1234"; "34 m²", "34 m^2" and "34 square meters" are "34m2";
-    zero to twenty as the whole answer are digits. Then, by type:
+    or trailing punctuation; "1,234" is "1234"; "34 m²", "34 m^2", "34 square meters" and "34平方米" are "34m2";
+    zero to twenty, 零 to 二十, "十二架" as the whole answer are digits. Then, by type:
 
     - rural_urban: a sentence with one of the two words, and no denial, says that word;
     - count: a sentence with one whole number (digits, zero to twenty) says that number;

@@ -106,10 +106,10 @@ def _remedy(path: Path) -> str:
     """What to do with a file that is no text."""
     kind = path.suffix.lower()
     if kind in (".xlsx", ".xls", ".ods"):
-        return "a spreadsheet: export it as CSV"
+        return "a spreadsheet: export it as CSV UTF-8"
     if kind in (".parquet", ".tar"):
         return f"python hub2data.py {path.parent} makes images and captions, questions or labels of {kind} files"
-    return "save the file as UTF-8"
+    return "save the file as UTF-8" + (" (Excel: as CSV UTF-8)" if kind in (".csv", ".tsv", ".txt") else "")
 
 
 def parse_json(text: str, source: str, line: int | None = None, more: str = ""):
@@ -161,7 +161,9 @@ def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
         names = [name.strip() for name in next(lines, [])]
         if names and ";" in names[0]:
             raise InputError(f"{path}: its columns are parted by semicolons; save it with commas, or as .tsv with tabs")
-        for row in filter(None, lines):
+        for row in lines:
+            if not any(map(str.strip, row)):  # a spreadsheet writes an empty row as commas
+                continue
             if len(row) < len(names) or any(map(str.strip, row[len(names) :])):
                 raise InputError(
                     f"{path}: line {lines.line_num}: {len(row)} fields, expected {len(names)} ({', '.join(names)}); a field"

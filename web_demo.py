@@ -157,7 +157,7 @@ CSS = """
 footer { display: none !important; }
 /* A notice says what is wrong: no "Error" above it, nor over what was found before, whatever the language. */
 .toast-title, [data-testid="status-tracker"]:has(> .error) { display: none !important; }
-.talk button[aria-label="Clear"] { display: none; } /* empties one of two; ours forgets the turns, too */
+.talk .top-panel { display: none; } /* its bin empties one of two; ours forgets the turns, too */
 .gradio-container h1 { overflow-wrap: normal; word-break: normal; }
 .gradio-container .caption-label { max-width: 100%; font-size: .78rem; }
 .gradio-container .grid-wrap { max-height: none; }
@@ -170,6 +170,7 @@ footer { display: none !important; }
 .footprints text { font: 11px system-ui, sans-serif; fill: #33414d; }
 .footprints .shape { fill: #2563a8; fill-opacity: .22; stroke: #2563a8; stroke-width: 1.4; }
 .footprints .rank { fill: #fff; font-weight: 600; text-anchor: middle; } .footprints .dot { fill: #2563a8; }
+@media (max-width: 600px) { .footprints text { font-size: 20px; } .footprints .dot { r: 16px; } }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem; margin-bottom: 1.5rem; }
 .pairs figure { margin: 0; } .pairs div { display: grid; grid-template-columns: 1fr 1fr; gap: 3px; }
 .pairs img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 4px; } .pairs figcaption { font-size: .85rem; }
@@ -218,14 +219,19 @@ def bars_html(rows: list[tuple[str, float]], low: float = 0.0, high: float = 1.0
 
 
 def map_svg(payloads: list[dict], tile_url: str | None = None) -> str:
-    """Numbered footprints in Web Mercator, with a grid of degrees; over map tiles where there is a `tile_url`. Empty where
-    no payload has a place."""
+    """Numbered footprints in Web Mercator, with a grid of degrees; over map tiles where there is a `tile_url`. Without, places
+    beyond its 85 degrees are drawn in equal degrees instead. Empty where no payload has a place."""
     placed = [(rank, p["footprint"]) for rank, p in enumerate(payloads, 1) if p["footprint"]]
     if not placed:
         return ""
 
+    polar = not tile_url and max(abs(lat) for _, place in placed for lat in place[1::2]) > 85
+    rim = 90 if polar else 85
+
     def project(lon, lat):
-        """To x and y in 0 to 1 (EPSG:3857); y grows southward."""
+        """To x and y in 0 to 1 (EPSG:3857, or EPSG:4326 for places at a pole); y grows southward."""
+        if polar:
+            return lon / 360 + 0.5, 0.5 - lat / 360
         lat = max(-85.0, min(85.0, lat))
         return lon / 360 + 0.5, 0.5 - math.log(math.tan(math.pi / 4 + math.radians(lat) / 2)) / (2 * math.pi)
 
@@ -265,13 +271,16 @@ def map_svg(payloads: list[dict], tile_url: str | None = None) -> str:
     line = 'stroke="#9fb0bd" stroke-width=".7"'
     for n in range(math.ceil((view[0] - 0.5) * 360 / step), math.floor((view[1] - 0.5) * 360 / step) + 1):
         x, lon = x_of(n * step / 360 + 0.5), (n * step + 180) % 360 - 180
-        parts.append(
-            f'<path d="M{x:.1f} 0V{height}" {line}/><text x="{x + 3:.1f}" y="{height - 5}">{lon:.{digits}f}°</text>'
-        )
-    south, north = (math.degrees(2 * math.atan(math.exp((0.5 - y) * 2 * math.pi))) - 90 for y in (view[3], view[2]))
-    for n in range(math.ceil(max(-85, south) / step), math.floor(min(85, north) / step) + 1):
+        said = f'<text x="{x + 3:.1f}" y="{height - 5}">{lon:.{digits}f}°</text>' if x < width - 55 else ""
+        parts.append(f'<path d="M{x:.1f} 0V{height}" {line}/>{said}')
+
+    def latitude(y):
+        return (0.5 - y) * 360 if polar else math.degrees(2 * math.atan(math.exp((0.5 - y) * 2 * math.pi))) - 90
+
+    south, north = latitude(view[3]), latitude(view[2])
+    for n in range(math.ceil(max(-rim, south) / step), math.floor(min(rim, north) / step) + 1):
         y = y_of(project(0, n * step)[1])
-        if 0 < y < height - 16:
+        if 14 < y < height - 16:
             parts.append(
                 f'<path d="M0 {y:.1f}H{width}" {line}/><text x="4" y="{y - 3:.1f}">{n * step:.{digits}f}°</text>'
             )

@@ -44,6 +44,12 @@ ANY = {  # of every type
     "Twelve.": "12",
     "twenty": "20",
     "twenty-one": "twenty-one",
+    "十二": "12",
+    "两架。": "2",
+    "12 座": "12",
+    "37平方米": "37m2",
+    "三到四个": "三到四个",
+    "一百个": "一百个",
     "3²": "3^2",  # NFKC alone would say 32
     "between 11 and 100": "between 11 and 100",
     "More than 1,000": "more than 1000",

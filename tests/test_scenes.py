@@ -819,6 +819,12 @@ def test_numbered_texts_are_questions(folder):
     assert read_scenes(answers).scenes[0].texts == ["a ship"]
 
 
+def test_empty_rows_as_a_spreadsheet_writes_them(folder):
+    picture(folder / "a.png")
+    (folder / "t.csv").write_text("image,caption\na.png,a ship\n,\n , \n\n")
+    assert read_scenes(folder / "t.csv").scenes[0].texts == ["a ship"]
+
+
 def test_a_letter_of_several_choices_is_no_answer(folder):
     picture(folder / "a.png")
     row = {"image": "a.png", "question": "What?", "options": ["A. ship", "B. car"], "answer": "A"}

@@ -249,6 +249,15 @@ def test_map_of_places_side_by_side_is_no_map_of_the_earth(lon):
         assert ">-90°<" not in made and ">0°<" not in made
 
 
+def test_map_tells_places_at_a_pole_apart():
+    made = ElementTree.fromstring(map_svg([placed(10, -89.7, 11, -89.6), placed(10, -86.3, 11, -86.2)]))
+    near, far = (float(box.get("cy")) for box in made.iterfind("g/circle"))
+    assert near < far - 100 or far < near - 100
+    assert {"-88°", "-86°"} & {text.text for text in made.findall("text")}
+    tiled = map_svg([placed(10, -89.7, 11, -89.6)], "https://x.org/{z}/{x}/{y}.png")  # tiles end at 85 degrees
+    assert "-85" in tiled and "-89" not in tiled
+
+
 def test_map_keeps_the_antimeridian_together():
     made = map_svg([placed(179.7, -17, 179.8, -16.9), placed(-179.8, -17, -179.7, -16.9)])  # side by side
     drawn = sorted(
