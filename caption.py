@@ -14,6 +14,7 @@ import argparse
 import functools
 import html
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -125,7 +126,8 @@ def write_captions(
     model, store, paths: list[str], args, streamer=None, tokens=None
 ) -> tuple[dict[str, str], dict[str, str]]:
     """({image: caption}, {image: why it has none}) of images whose pixels `store` (`data.PixelStore`) reads, some of which
-    `tokens` (`data.TokenStore`) may hold encoded. What is written before an error or Ctrl-C is left beside the output file."""
+    `tokens` (`data.TokenStore`) may hold encoded. What is written before an error, Ctrl-C or SIGTERM is left beside the
+    output file."""
     from tqdm import tqdm
 
     from imagery import ImageError
@@ -155,7 +157,7 @@ def write_captions(
             part = f"{args.output_file}.partial"
             rows = [{"image": path, "caption": caption} for path, caption in captions.items()]
             write_json(part, rows)
-            print(f"\n{len(captions)} captions so far -> {part}", file=sys.stderr)
+            print(f"\n{len(captions)} captions so far -> {part}; another run writes all of them", file=sys.stderr)
         raise
     return captions, broken
 
@@ -182,7 +184,7 @@ def generate(args) -> int:
         paths += [str(path) for path in image_files(given)] if Path(given).is_dir() else [given]
     model = load(args)
     streamer = None
-    if len(paths) == 1 and not args.output_file and sys.stdout.isatty() and args.num_beams == 1:
+    if len(paths) == 1 and not args.output_file and sys.stdout and sys.stdout.isatty() and args.num_beams == 1:
         from transformers import TextStreamer
 
         streamer = TextStreamer(model.tokenizer, skip_special_tokens=True)
@@ -191,6 +193,7 @@ def generate(args) -> int:
         rows = [{"image": path, "caption": captions[path]} for path in paths if path in captions]
         rows += [{"image": path, "error": reason} for path, reason in broken.items()]
         write_json(args.output_file, rows)
+        Path(f"{args.output_file}.partial").unlink(missing_ok=True)  # of a run that was cut short
         print(f"{len(captions)} captions -> {args.output_file}")
     elif len(paths) == 1 and captions and streamer is None:
         print(captions[paths[0]])
@@ -394,5 +397,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # clusters end a job with it: what is written stays, as at Ctrl-C
     with user_errors():
         sys.exit(main())

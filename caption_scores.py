@@ -26,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import unicodedata
 import warnings
 from collections import Counter
@@ -165,13 +166,30 @@ def _ptb(texts: list[str]) -> dict:
     how the next line begins. So each text is followed by the same line, and its tokens are its own; the line also
     shows that no row was shifted, which PTBTokenizer itself would not notice.
     """
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    from pycocoevalcap.tokenizer import ptbtokenizer
 
     lines = [line for text in texts for line in (text, "The next line.")]
-    made = PTBTokenizer().tokenize({i: [{"caption": line}] for i, line in enumerate(lines)})
+    with _writable(ptbtokenizer):
+        made = ptbtokenizer.PTBTokenizer().tokenize({i: [{"caption": line}] for i, line in enumerate(lines)})
     if len(made) != len(lines) or any(made[i] != ["the next line"] for i in range(1, len(lines), 2)):
         raise RuntimeError(f"PTBTokenizer read {len(lines)} lines and gave {len(made)}, or shifted them")
     return {"texts": [made[i][0] for i in range(0, len(lines), 2)]}
+
+
+@contextlib.contextmanager
+def _writable(ptbtokenizer):
+    """PTBTokenizer writes a file beside its jar, where a user of a shared environment may not: then beside a link to the jar."""
+    home, jar = Path(ptbtokenizer.__file__), ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
+    if os.access(home.parent, os.W_OK):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(home.with_name(jar), Path(folder) / jar)
+        ptbtokenizer.__file__ = str(Path(folder) / home.name)
+        try:
+            yield
+        finally:
+            ptbtokenizer.__file__ = str(home)
 
 
 def _keyed(candidates: list[str], references: list[list[str]]) -> tuple[dict, dict]:

@@ -1075,11 +1075,14 @@ def put_in_place(partial: Path, folder: Path) -> None:
         return
     doomed = f"{folder}{DOOMED}"
     shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
     try:
+        os.replace(folder, doomed)
         os.replace(partial, folder)
-    except BaseException:
-        os.replace(doomed, folder)
+    except BaseException:  # Ctrl-C may come when either of the two is done
+        if folder.exists():
+            shutil.rmtree(doomed, ignore_errors=True)
+        else:
+            os.replace(doomed, folder)
         raise
     shutil.rmtree(doomed, ignore_errors=True)
 

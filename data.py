@@ -21,7 +21,7 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -531,7 +531,8 @@ class TokenStore:
             chunk = missing[start : start + batch]
             for path, made in zip(chunk, encode(chunk)):
                 with _kept(self._entry(path), "image tokens") as temporary:
-                    save_file({name: value.contiguous().cpu() for name, value in made.items()}, temporary)
+                    # Not by save_file, whose files no other user may read.
+                    temporary.write_bytes(save({name: value.contiguous().cpu() for name, value in made.items()}))
 
 
 def _whole_safetensors(path: Path) -> bool:

@@ -58,7 +58,7 @@ def read_splits(source: str, config: str | None) -> dict:
     second run takes what is there. Raises InputError."""
     import datasets
 
-    if not sys.stderr.isatty():
+    if not watched():
         datasets.disable_progress_bars()
     local = Path(source).is_dir()
     if local and not any(path.suffix in (".parquet", ".tar") for path in Path(source).rglob("*")):
@@ -69,7 +69,14 @@ def read_splits(source: str, config: str | None) -> dict:
         return dict(datasets.load_dataset(source, config, streaming=local))
     except Exception as error:  # for a user's mistakes: its own, the hub client's, ValueError and RuntimeError
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, PermissionError):
+            reason += "; set HF_HOME to a folder that you may write to"
         raise InputError(f"{source}: cannot be loaded as a dataset: {type(error).__name__}: {reason}") from None
+
+
+def watched() -> bool:
+    """Whether somebody sees a progress bar."""
+    return bool(sys.stderr and sys.stderr.isatty())
 
 
 def split_names(splits) -> dict[str, str | None]:
@@ -218,7 +225,7 @@ def collect(
         rows = splits[split].cast_column(columns["image"], datasets.Image(decode=False))
         label, *kinds = (rows.features.get(columns.get(what)) for what in ("label", "type", "answer"))
         kinds = [getattr(kind, "feature", kind) for kind in kinds]  # of a list: what it is a list of
-        bar = tqdm(rows, desc=split, unit="row", leave=False, disable=not sys.stderr.isatty())
+        bar = tqdm(rows, desc=split, unit="row", leave=False, disable=not watched())
         for number, row in enumerate(bar):
             image = row[columns["image"]] or {}
             wanted = row.get(columns.get("name")) or image.get("path") or f"{split}_{number:06d}"
@@ -348,7 +355,8 @@ def main(argv: list[str] | None = None) -> None:
     partial = output / PARTIAL if empty else Path(f"{output}{PARTIAL}")
     nothing = {"lost+found", partial.name}  # a disk's own, and what a killed run left
     if empty and not (output.is_dir() and nothing.issuperset(os.listdir(output))):
-        raise InputError(f"{output}: is there already; give another --output, or remove it")
+        cut = ", cut short by a kill" if partial.exists() else ""
+        raise InputError(f"{output}: is there already{cut}; give another --output, or remove it")
     splits = read_splits(args.dataset, args.config)
     features = next(iter(splits.values())).features
     if features is None:
@@ -383,7 +391,8 @@ def main(argv: list[str] | None = None) -> None:
             if refused:
                 (made / "rejected.txt").write_text("\n".join(refused) + "\n", encoding="utf-8")
             if empty:
-                for child in made.iterdir():
+                # The images last: without them what a killed run left is seen to be no data set.
+                for child in sorted(made.iterdir(), key=lambda child: child.name == "images"):
                     child.rename(output / child.name)
             else:
                 made.rename(output)

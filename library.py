@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -239,17 +239,17 @@ def marks_of(attributes: dict[str, str]) -> str:
     return hashlib.blake2b(repr(sorted(attributes.items())).encode(), digest_size=4).hexdigest()
 
 
-def shared_end(one: str, other: str) -> int:
-    """How many of their last parts two paths have in common."""
-    pairs = zip(reversed(one.split("/")), reversed(other.split("/")))
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+def ends_of(path: str) -> list[str]:
+    """The last parts of a path, the longest first; at last "", the end of all."""
+    parts = path.split("/")
+    return ["/".join(parts[n:]) for n in range(len(parts) + 1)]
 
 
 def renamed_files(files: list[PlannedFile], done: dict, found: dict, kept: dict) -> dict[str, PlannedFile]:
     """{path in the index (`done`): the one of `files` that it is now}: a path that is not among those `found` any more, and a
     new file of the same content whose name says the same date. They take their attributes along (`kept`). Files that changed
     places are new: each path is there still."""
-    gone: dict[tuple, list[str]] = {}
+    gone: dict[tuple, dict[str, deque[str]]] = {}  # by content, the paths with each end
 
     def key(path: str, size: int, mtime_ns: int, digest: str) -> tuple:
         # Of a larger file the hash did not see every byte.
@@ -257,13 +257,20 @@ def renamed_files(files: list[PlannedFile], done: dict, found: dict, kept: dict)
 
     for path, known in done.items():
         if path not in found:
-            gone.setdefault(key(path, *known), []).append(path)
-    renamed = {}
+            for end in ends_of(path):
+                gone.setdefault(key(path, *known), defaultdict(deque))[end].append(path)
+    renamed: dict[str, PlannedFile] = {}
     for file in files:
-        if file.path in done or not (same := gone.get(key(file.path, file.size, file.mtime_ns, file.hash))):
+        same = {} if file.path in done else gone.get(key(file.path, file.size, file.mtime_ns, file.hash), {})
+        before = None
+        for waiting in (same[end] for end in ends_of(file.path) if end in same):  # of copies the likeliest
+            while waiting and waiting[0] in renamed:
+                waiting.popleft()
+            if waiting:
+                before = waiting[0]
+                break
+        if before is None:
             continue
-        before = max(same, key=lambda path: shared_end(path, file.path))  # of copies the likeliest
-        same.remove(before)
         file.attributes = {k: v for k, v in kept.get(before, {}).items() if k != "folder"} | file.attributes
         file.hash = f"{file.hash.partition('.')[0]}.{marks_of(file.attributes)}"
         renamed[before] = file
@@ -1081,20 +1088,25 @@ def _places_once(hits: list[Hit], k: int) -> list[Hit]:
     """The first k hits that show no place of an earlier one. `same_place` is asked of those alone that may be one."""
     boxes = np.array([hit.payload["footprint"] or [np.nan] * 4 for hit in hits]).reshape(-1, 4)
     boxes[:, 2] += 360 * (boxes[:, 2] < boxes[:, 0])  # across the antimeridian
-    kept: list[int] = []
-    of_path: dict[str, list[int]] = {}
+    windows = np.array([hit.payload["window"] or [np.nan] * 4 for hit in hits], float).reshape(-1, 4)
+    windows[:, 2:] += windows[:, :2]
+    files: dict[str, int] = {}
+    owner = np.array([files.setdefault(hit.payload["path"], len(files)) for hit in hits], int)
+    kept, count = np.empty(len(hits), int), 0
     for n, hit in enumerate(hits):
-        mine, box, others = of_path.setdefault(hit.payload["path"], []), boxes[n], boxes[kept]
+        known = kept[:count]
+        box, others, window, cut = boxes[n], boxes[known], windows[n], windows[known]
         turn = 360 * np.round((box[0] + box[2] - others[:, 0] - others[:, 2]) / 720)
         meet = (others[:, 0] + turn < box[2]) & (others[:, 2] + turn > box[0])
         meet &= (others[:, 1] < box[3]) & (others[:, 3] > box[1])
-        near = {*mine, *(kept[i] for i in np.flatnonzero(meet))}
-        if not any(same_place(hit.payload, hits[m].payload) for m in near):
-            kept.append(n)
-            mine.append(n)
-            if len(kept) == k:
+        apart = (cut[:, :2] >= window[2:]) | (cut[:, 2:] <= window[:2])  # never, where one of them is a whole file
+        meet |= (owner[known] == owner[n]) & ~apart.any(1)
+        if not any(same_place(hit.payload, hits[m].payload) for m in known[meet]):
+            kept[count] = n
+            count += 1
+            if count == k:
                 break
-    return [hits[n] for n in kept]
+    return [hits[n] for n in kept[:count]]
 
 
 def same_place(a: dict, b: dict) -> bool:

@@ -495,7 +495,8 @@ def copy_model(name: str, source: Path, root=".", only: bool = True) -> Path:
                 convert_bin(new)
                 verify_model(new)
     except OSError as error:
-        raise InputError(_explain(error, name, "modelscope", str(place), folder)[0]) from error
+        reason = _explain(error, name, "modelscope", str(place), folder)[0]
+        raise InputError(reason.replace(", what has arrived is kept", "")) from error  # nothing is: it lies there still
     return folder
 
 

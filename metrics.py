@@ -185,14 +185,14 @@ def _chance(counts: np.ndarray, gallery: int, k: int) -> float:
 
 def _directions(value, name: str, rows: int = 1024) -> np.ndarray:
     """Rows of length 1, float32. Made in float64, some `rows` at a time: of a wide bag of words all would be gigabytes."""
-    made = []
+    made = np.empty(np.shape(value), np.float32)
     for start in range(0, max(1, len(value)), rows):
         array = _array(value[start : start + rows], name, 2)
         length = np.linalg.norm(array, axis=1, keepdims=True)
         if (length == 0).any():
             raise ValueError(f"{name}: row {start + int(np.argmin(length))} is all zeros and has no direction")
-        made.append((array / length).astype(np.float32))
-    return np.concatenate(made)
+        made[start : start + rows] = array / length
+    return made
 
 
 def retrieval(image_embeddings, text_embeddings, text_image, *, texts=None, ks=(1, 5, 10), seed=0) -> dict:

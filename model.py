@@ -829,7 +829,7 @@ def load_processor(folder: str | Path, min_pixels: int | None = None, max_pixels
     return processor, tokenizer
 
 
-def _ends(language, tokenizer) -> list[int]:
+def end_tokens(language, tokenizer) -> list[int]:
     """The tokens that end what a language model says."""
     ends = language.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] if ends else [])})
@@ -1044,7 +1044,7 @@ class VQA(nn.Module):
         self.settings, self.peft, self.tokenizer, self.processor = settings, peft_model, tokenizer, processor
         config = self.qwen.config
         self.prompt = ChatPrompt(tokenizer, settings.prompt, config.image_token_id, processor.merge_size)
-        self.ends = _ends(self.qwen, tokenizer)
+        self.ends = end_tokens(self.qwen, tokenizer)
         # A base's file brings sampling and a repetition penalty, which would fill what `chat` and a server leave open:
         # other answers than those that are scored.
         self.qwen.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=tokenizer.pad_token_id)
@@ -1270,12 +1270,21 @@ class VQA(nn.Module):
         """Write base and adapter as one model in the layout of the base, which plain transformers and vLLM load, with the
         adapter's `vqa.json` (prompt, bands, stretch) for whoever asks it, unless not `settings`; `dtype` of the file: by
         default the base's. The model itself has no adapter any more after it."""
+        from peft.tuners.lora import LoraLayer
+
         if Path(folder).is_dir() and any(path.name != "lost+found" for path in Path(folder).iterdir()):
             raise InputError(f"{folder}: is there already; give a new folder, or empty it")
         base = base_folder(self.settings.base_model)
         record = json.loads((base / "config.json").read_text(encoding="utf-8"))
         name = record.get("dtype") or record.get("torch_dtype") or "float32"
-        merged = self.peft.merge_and_unload(safe_merge=True).to(dtype or getattr(torch, name))
+        for module in self.peft.modules():
+            if isinstance(module, LoraLayer):  # one at a time: the whole in float32 is twice a base of 16 bits
+                layer = module.get_base_layer()
+                kept = layer.weight.dtype
+                layer.float()
+                module.merge(safe_merge=True)
+                layer.to(kept)
+        merged = self.peft.unload().to(dtype or getattr(torch, name))
         with whole_folder(Path(folder)) as new:
             merged.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
@@ -1669,7 +1678,7 @@ class Captioner(nn.Module):
         train_in_float32(self)
         self.set_stage(stage)
         self.prompt = CaptionPrompt(tokenizer, self.projector.tokens)
-        self.ends = _ends(language, tokenizer)
+        self.ends = end_tokens(language, tokenizer)
         vocabulary = tokenizer.get_vocab()
         self.never = [vocabulary[mark] for mark in ("<think>", "</think>") if mark in vocabulary] or None
 

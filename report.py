@@ -16,6 +16,7 @@ import numbers
 import os
 import random
 import sys
+import tempfile
 import unicodedata
 import warnings
 from pathlib import Path
@@ -23,6 +24,11 @@ from pathlib import Path
 import numpy as np
 
 from config import is_stream
+
+try:
+    Path.home()
+except RuntimeError:  # a user without an entry, as in a container: matplotlib would look there for a folder of its own
+    os.environ.setdefault("MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), "matplotlib"))
 
 
 def json_to_print(value, indent: int = 2) -> str:

@@ -646,7 +646,8 @@ def merge(argv: list[str]) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output}: is there already and not empty; give another --output")
     refuse_unwritable(output.resolve().parent, "--output: its folder")
-    model = VQA.from_pretrained(args.lora, base_model=args.base)
+    read_as = "auto" if args.dtype == "auto" else torch.float32  # asked for more, the sum is not rounded to less
+    model = VQA.from_pretrained(args.lora, base_model=args.base, dtype=read_as)
     ours = (Path(args.lora) / VQA_SETTINGS).is_file()
     if not ours:
         model.processor, _ = load_processor(model.settings.base_model)  # the base's pixel limits, not our preset's

@@ -191,6 +191,7 @@ class SceneTrainer(Trainer):
         self.add_callback(self.sigterm)
         self.add_callback(NoStepAfterTheLast())  # after the progress bar's: it raises, and each that has begun is ended
         self.saved_step = self.trained = None
+        self.moved = False  # whether a step had a rate above 0: the first of a warm-up has none
         first = range(min(len(train_dataset), self.args.train_batch_size))
         self.args.dataloader_num_workers = fitting_workers(
             self.args.dataloader_num_workers,
@@ -349,6 +350,7 @@ class SceneTrainer(Trainer):
         return best or self.state.global_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self.moved = self.moved or any(group["lr"] for group in self.optimizer.param_groups)
         return self.task.step(self, model, self._prepare_inputs(inputs), num_items_in_batch).detach()
 
     def _clip_grad_norm(self, model):
@@ -389,6 +391,8 @@ class SceneTrainer(Trainer):
         return metrics
 
     def _determine_best_metric(self, metrics, trial):
+        if not self.moved:  # these are the weights it began with
+            return False
         better = super()._determine_best_metric(metrics, trial)
         if better and self.args.load_best_model_at_end:  # --eval_steps may be below --save_steps
             self.control.should_save = True

@@ -1000,9 +1000,10 @@ class Local:
     """A language model of a folder, greedy, batch by batch."""
 
     def __init__(self, args):
+        from transformers import GenerationConfig
         from transformers.utils import logging
 
-        from model import base_folder, fingerprint, load_language, pick_device
+        from model import base_folder, end_tokens, fingerprint, load_language, pick_device
 
         logging.disable_progress_bar()
         folder = base_folder(args.local)
@@ -1012,6 +1013,10 @@ class Local:
         self.model.set_attn_implementation("sdpa")  # nothing is packed here
         self.model.to(device).eval()
         self.tokenizer.padding_side = "left"
+        # Not the base's own: Qwen2.5's brings a repetition penalty, under which the likeliest word is another.
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=end_tokens(self.model, self.tokenizer), pad_token_id=self.tokenizer.pad_token_id
+        )
         self.name = f"{args.local} {fingerprint(folder)}"
         self.sampling = {}
 
@@ -1035,12 +1040,9 @@ class Local:
             ).to(self.model.device)
             self.requests += len(keys)
             with torch.inference_mode():
-                made = self.model.generate(
-                    **batch, max_new_tokens=self.args.max_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )[:, batch["input_ids"].shape[1] :]  # fmt: skip
-            ends = self.model.generation_config.eos_token_id or end
-            ends = set(ends if isinstance(ends, list) else [ends]) | {end, self.tokenizer.pad_token_id}
+                made = self.model.generate(**batch, max_new_tokens=self.args.max_tokens, do_sample=False)
+                made = made[:, batch["input_ids"].shape[1] :]
+            ends = {*self.model.generation_config.eos_token_id, end, self.tokenizer.pad_token_id}
             for key, row in zip(keys, made.tolist()):
                 cut = len(row) == self.args.max_tokens and not ends & set(row)
                 keep(key, Answer(self.tokenizer.decode(row, skip_special_tokens=True), cut))

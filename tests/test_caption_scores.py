@@ -527,6 +527,21 @@ def test_java_prints_nothing(capfd):
 
 
 @needs_java
+def test_ptb_where_its_folder_is_not_ours_to_write(monkeypatch, tmp_path):
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    (tmp_path / "shared").mkdir()
+    jar = ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
+    shutil.copyfile(Path(ptbtokenizer.__file__).with_name(jar), tmp_path / "shared" / jar)
+    monkeypatch.setattr(ptbtokenizer, "__file__", str(tmp_path / "shared" / "ptbtokenizer.py"))
+    (tmp_path / "shared").chmod(0o555)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # for root every folder is
+    before = (tmp_path / "shared").stat().st_mtime_ns
+    assert caption_scores._ptb(["A ship, at sea."])["texts"] == ["a ship at sea"]
+    assert (tmp_path / "shared").stat().st_mtime_ns == before and Path(ptbtokenizer.__file__).parent.name == "shared"
+
+
+@needs_java
 def test_own_tokens_against_ptb_on_real_captions(scenes):
     """The numbers of the module's docstring: -s prints them."""
     test = [s for s in scenes if s["split"] == "test"]
@@ -642,3 +657,14 @@ def test_what_cannot_be_scored_is_refused_with_a_reason():
 
 def test_of_training_images_as_near_as_each_other_the_first_one_speaks():
     assert nearest_captions([[1.0, 0]], [[1, 5e-4], [1, 0]], [["first"], ["second"]]) == ["first"]
+
+
+def test_an_interval_of_bleu_takes_the_closest_reference_length():
+    given = ["a road near a river"] * 3, [["a road near a small river", "a road near"]] * 3
+    part = scores(*given, java=False)["parts"][0]
+    for name in BLEU:  # all images are one: so is every draw
+        assert part["scores"][name]["interval"] == pytest.approx([part["scores"][name]["value"]] * 2), name
+
+
+def test_of_training_images_as_near_the_first_is_taken():
+    assert nearest_captions([[1.0, 0.0]], [[1.0, 5e-4], [1.0, 0.0]], [["first"], ["second"]]) == ["first"]

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -362,6 +363,24 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         raise ValueError("broken")
     assert [path.name for path in link.iterdir()] == ["2.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"] and link.is_symlink()
+
+
+@pytest.mark.parametrize("number, left", [(1, "old"), (2, "new")])
+def test_an_interruption_between_two_renames_loses_no_folder(number, left, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("")
+    rename, done = os.replace, []
+
+    def interrupted(source, target):
+        rename(source, target)
+        done.append(target)
+        if len(done) == number:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "model") as new:
+        (new / "new").write_text("")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["model", f"model/{left}"]
 
 
 def test_new_run_into_a_used_folder(tmp_path):

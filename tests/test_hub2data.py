@@ -385,3 +385,10 @@ def test_tar_shards_of_webdataset(tmp_path, capsys):
                 shard.addfile(member, io.BytesIO(data))
     hub2data.main([str(tmp_path / "shards"), "--output", str(tmp_path / "out")])
     assert sorted(scene.texts[0] for scene in read_scenes(tmp_path / "out").scenes) == ["ship 0", "ship 1"]
+
+
+def test_every_row_of_an_image_that_is_held_out_is_told(tmp_path, capsys):
+    write(tmp_path / "source", "train", {"image": [image(0)] * 2 + [image(1)], "caption": ["a", "b", "c"]})
+    source = write(tmp_path / "source", "test", {"image": [image(0)], "caption": ["d"]})
+    hub2data.main([str(source), "--output", str(tmp_path / "made")])
+    assert "left out: 2 rows" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ from library import (
 )
 from model import DualEncoder, pixel_store
 from scenes import files_below
-from store import Filter
+from store import Filter, Hit
 from tests.official_layout import write_clip
 from tests.processes import FORKS, forked, run_on_two
 
@@ -965,3 +966,64 @@ def test_a_table_without_a_header_is_refused(tmp_path):
     (tmp_path / "labels.csv").write_text("101.jpg,airplane\n102.jpg,harbour\n")
     with pytest.raises(InputError, match=r"labels\.csv: line 1: '101\.jpg' is an image; expected a header"):
         read_attributes(tmp_path / "labels.csv")
+
+
+def a_hit(name, path, footprint=None, window=None):
+    return Hit(name, 1.0, {"path": path, "window": window, "footprint": footprint, "time": "2020", "extra": {}})
+
+
+def test_more_is_asked_for_where_the_best_show_one_place():
+    hits = [a_hit(str(n), "a" if n < 9 else f"b{n}") for n in range(12)]
+    library = Library.__new__(Library)
+    library.index = SimpleNamespace(search=lambda vector, k, filter, exact: hits[:k])
+    assert [hit.id for hit in library.search(None, 2)] == ["0", "9"]
+
+
+def test_neighbours_across_the_antimeridian_are_left_out():
+    hits = [a_hit("0", "a", [179.9, 0, -179.9, 0.2]), a_hit("1", "b", [-179.99, 0, -179.8, 0.2])]
+    assert [hit.id for hit in module._places_once(hits, 2)] == ["0"]
+
+
+def test_places_shown_once_are_those_of_every_pair_looked_at():
+    rng = np.random.default_rng(0)
+    hits = []
+    for n in range(300):
+        c, r = rng.integers(0, 12, 2) * 8
+        lon, lat = 179.9 + 0.02 * rng.integers(0, 10), 0.02 * rng.integers(0, 10)
+        place = [lon - 360 * (lon > 180), lat, lon + 0.025 - 360 * (lon + 0.025 > 180), lat + 0.025]
+        hits.append(
+            a_hit(str(n), f"{n % 9}", place if n % 4 else None, [int(c), int(r), 16, 16] if n % 9 < 7 else None)
+        )
+    kept: list[Hit] = []
+    for hit in hits:
+        if not any(module.same_place(hit.payload, other.payload) for other in kept):
+            kept.append(hit)
+    assert module._places_once(hits, 300) == kept and 20 < len(kept) < 200
+    assert module._places_once(hits, 20) == kept[:20]
+
+
+def test_of_equal_files_the_one_with_the_longest_same_end_was_renamed():
+    def planned(path):
+        return module.PlannedFile(path, 1, 0, "x", [], {})
+
+    done = {f"old/{side}/{n}.png": (1, 0, "x") for side in "ab" for n in range(3)}
+    files = [planned(f"new/{side}/{n}.png") for side in "ba" for n in (2, 0, 1)] + [planned("new/c/9.png")]
+    renamed = module.renamed_files(files, done, dict.fromkeys(file.path for file in files), {})
+    assert {before: file.path for before, file in renamed.items()} == {
+        path: path.replace("old", "new") for path in done
+    }  # and nothing is left for the last one
+
+
+def test_where_is_latitude_and_longitude():
+    hit = a_hit("0", "a", [179.0, -18.0, -179.5, -17.0])
+    hit.payload["attributes"] = {}
+    assert result_row(1, hit)["where"] == "-17.50000, 179.75000"
+
+
+def test_the_hash_of_a_large_file_sees_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "HASHED", 4 << 20)
+    path, seen = tmp_path / "large", set()
+    for change in (b"", b"x"):
+        path.write_bytes(bytes((6 << 20) - len(change)) + change)
+        seen.add(module.content_hash(path))
+    assert len(seen) == 2

@@ -430,3 +430,13 @@ def test_a_candidate_within_the_margin_is_taken_for_true():
     assert mine_negatives(image, text, [np.array([0])], [(0, 0)], margin=0.05).tolist() == [2]
     assert mine_negatives(image, text, [np.array([0])], [(0, 0)], margin=0.0).tolist() == [1]
     assert mine_negatives(image, text, [np.array([0])], [(0, 0)], margin=0.2).tolist() == [-1]
+
+
+def test_what_is_true_of_an_image_is_mined_for_none_of_its_rows():
+    image, text = np.array([[1.0, 0.0]]), np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    assert mine_negatives(image, text, [np.array([0, 1])], [(0, 0)], margin=0.0).tolist() == [2]
+
+
+def test_a_candidate_just_at_the_margin_is_taken():
+    image, text = np.array([[1.0, 0.0]]), np.array([[1.0, 0.0], [0.5, 0.75**0.5]])
+    assert mine_negatives(image, text, [np.array([0])], [(0, 0)], margin=0.5).tolist() == [1]

@@ -11,6 +11,7 @@ from rasterio.features import is_valid_geom
 from rasterio.warp import transform as warp_points
 from shapely.geometry import mapping, shape
 
+import places
 from config import InputError
 from places import (
     change_scores,
@@ -417,3 +418,39 @@ def test_a_place_is_not_among_its_own_neighbours():
 def test_spread_of_few_places_by_hand():
     z = change_scores(np.zeros((1, 5)), [[-0.2, -0.1, 0, 0.1, 0.9]])
     assert z[0, 4] == pytest.approx(0.9 / (1.4826 * 0.1 * 5 / 4.2))
+
+
+def test_the_images_of_a_time_series_vote_together():
+    scores = [[0.1, 0.9], [0.2, 0.8], [0.6, 0.4]]
+    made = land_use_areas([box(10, 0, 10.1, 0.1)] * 3, scores)
+    assert made.areas == pytest.approx([0, km2(10, 0, 10.1, 0.1)], rel=1e-4)
+
+
+def test_degrees_of_a_map():
+    given = ((13.4, "EW", 1), (-70, "EW", 0), (190, "EW", 0), (-33.9, "NS", 1), (48, "NS", 0))
+    assert [places._degrees(*one) for one in given] == ["13.4°E", "70°W", "170°W", "33.9°S", "48°N"]
+
+
+def test_a_box_of_all_holds_what_reaches_furthest_across_the_antimeridian():
+    rows = [{"footprint": [-179, 0, -178, 1]}, {"footprint": [100, 0, -175, 1]}]
+    assert feature_collection(rows)["bbox"] == [100, 0, -175, 1]
+
+
+def test_a_region_is_named_by_its_finest_level(tmp_path):
+    ring, named = [[0, 0], [1, 0], [1, 1], [0, 0]], {"NAME_0": "Germany", "NAME_1": "Bayern", "NAME_2": "Oberbayern"}
+    geometry = {"type": "Polygon", "coordinates": [ring]}
+    (tmp_path / "g.json").write_text(json.dumps({"type": "Feature", "properties": named, "geometry": geometry}))
+    assert [name for name, _ in read_regions(tmp_path / "g.json")] == ["Oberbayern"]
+
+
+def test_the_alike_are_sought_among_places_spread_evenly(monkeypatch):
+    monkeypatch.setattr(places, "POOL", 12)
+    rng, kind = np.random.default_rng(0), np.arange(60) >= 45  # the last are of another kind, whose season is stronger
+    vectors = np.eye(2)[kind.astype(int)] + 0.01 * rng.standard_normal((60, 2))
+    before = rng.uniform(0, 1, (1, 60))
+    after = before + 0.3 * kind + 0.01 * rng.standard_normal((1, 60))
+    assert abs(change_scores(before, after, vectors, neighbours=2)).max() < 4
+
+
+def test_a_pair_of_just_the_least_overlap_is_taken():
+    assert match_footprints([box(0, 0, 2, 1)], [box(0, 0, 1, 1)], 0.5) == [(0, 0, 0.5)]

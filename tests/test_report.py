@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import report
 from report import (
     CJK_FONTS,
     FLIPS,
@@ -382,3 +383,14 @@ def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
     with open(tmp_path / "log", "a") as log:
         subprocess.run([sys.executable, "-c", code], stdout=log, check=True, cwd=Path(__file__).parents[1])
     assert (tmp_path / "log").read_text().split() == ["zero", "one", "two", "three"]
+
+
+def test_a_confusion_matrix_has_the_truth_in_its_rows(monkeypatch):
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figure)
+    axes = report.confusion_figure(np.array([[3, 1], [0, 4]]), ["a", "b"]).axes[0]
+    assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0, 1]]
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {(0, 0): "3", (1, 0): "1", (1, 1): "4"}
+
+
+def test_a_smoothed_line_keeps_its_ends():
+    assert report._smooth(np.ones(60), 2) == pytest.approx(np.ones(60))

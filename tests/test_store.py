@@ -621,3 +621,19 @@ def test_killed_in_create(tmp_path):
         with store.open(place) as index:
             index.upsert([Point("a", unit(32))])
             assert index.count() == 1
+
+
+def test_a_footprint_across_the_antimeridian_is_found_at_its_end(opened):
+    with opened(record=RECORD, dim=DIM) as index:
+        index.upsert([Point("a", unit(DIM), footprint=(175, -18, -165, -17))])
+        assert index.count(Filter(bbox=(-166, -18, -165.5, -17))) == 1
+
+
+def test_recall_in_an_index_of_few(opened):
+    with opened(record=RECORD, dim=DIM) as index:
+        index.upsert(made(3))
+        assert index.recall(unit(2, DIM), 10) == 1.0
+
+
+def test_a_month_ends_with_its_last_day():
+    assert [store.last_moment(text, "").day for text in ("2024-01", "2024-02", "2023")] == [31, 29, 31]

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 import threading
 import time
@@ -919,6 +920,11 @@ def test_local_model(tmp_path, call_main, qwen3_base, monkeypatch):
     (tmp_path / "zh.json.cache.jsonl").unlink()
     assert call_main(script.main, *words[:-1], 1)[0] == 0
     assert rows_in(tmp_path / "zh.json") == batched and len(batched) == 15  # padding changes nothing
+    base = Path(shutil.copytree(qwen3_base, tmp_path / "penalised"))
+    (base / "generation_config.json").write_text(json.dumps({"repetition_penalty": 9.0, "do_sample": True}))
+    words[words.index("--local") + 1] = base
+    assert call_main(script.main, *words)[0] == 0
+    assert rows_in(tmp_path / "zh.json") == batched  # greedy is greedy, whatever the base would do
     code, _, err = call_main(script.main, *words[:4], "--local", tmp_path / "nothing")
     assert code == 2 and "no model here" in err
 

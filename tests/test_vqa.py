@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -590,3 +591,32 @@ def test_a_held_out_loss_is_without_dropout(answerer, scenes):
     collator = QuestionCollator(10**6, pad_id=model.tokenizer.pad_token_id)
     one, two = (held_out_loss(model, question_dataset(model, scenes), collator, 2) for _ in range(2))
     assert one == two and model.training
+
+
+@pytest.mark.parametrize("asked, made", [(None, torch.bfloat16), (torch.float16, torch.float16)])
+def test_a_merged_model_has_the_numbers_of_its_base(base, answerer, tmp_path, asked, made):
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    record = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(record))
+    answerer(base_model=str(folder)).merge(tmp_path / "merged", asked)
+    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {made}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_merging_into_a_base_of_16_bits_is_merging_in_float32(base, answerer, tmp_path, dora):
+    """Layer by layer, rounded once: the base is not held in float32."""
+    folder = Path(shutil.copytree(base, tmp_path / "base"))
+    record = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(record))
+    rounded = {}
+    for shard in folder.glob("*.safetensors"):
+        part = {name: tensor.bfloat16() for name, tensor in load_file(shard).items()}
+        save_file(part, shard, {"format": "pt"})
+        rounded |= part
+    answerer(base_model=str(folder), strength=0.3, use_dora=dora).save_pretrained(tmp_path / "adapter")
+    for name, dtype in (("whole", torch.float32), ("layers", "auto")):
+        VQA.from_pretrained(tmp_path / "adapter", dtype=dtype).merge(tmp_path / name)
+    whole, layers = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "layers"))
+    assert whole.keys() == layers.keys() and all(torch.equal(whole[key], layers[key]) for key in whole)
+    assert sum(not torch.equal(rounded[key], layers[key]) for key in rounded.keys() & layers.keys()) > 5

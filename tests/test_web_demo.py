@@ -315,6 +315,13 @@ def test_texts_are_lines_within_limits(page):
         assert str(error.value) == TEXT[key][0].format(n=2000)
 
 
+def test_the_weight_of_a_picture_reaches_the_query(page, shown, monkeypatch):
+    query, seen = page.library.query, {}
+    monkeypatch.setattr(page.library, "query", lambda words, **more: seen.update(more) or query(words, **more))
+    page.search("a farm", "", str(shown.images / "farm/0.tif"), 0.9, 1, "", "", "", "", "en")
+    assert seen["like_weight"] == 0.9 and len(seen["like"]) == 1
+
+
 def test_search_fills_gallery_map_and_geojson(page, shown):
     status, pictures, drawn, path = page.search("water", "", None, 0.5, 20, "", "", "", "", "en")
     assert status == "13 of 13 images, best first" and len(pictures) == 13
