@@ -393,6 +393,8 @@ class LandUse:
     """(C,) km2 over all places."""
     by_region: np.ndarray
     """(R, C) km2 within each region."""
+    lost: int = 0
+    """Tiles narrower than two cells of the grid, which a far larger tile of their place makes coarse: cells miss them."""
 
 
 def land_use_areas(polygons, scores, regions=()) -> LandUse:
@@ -419,7 +421,7 @@ def land_use_areas(polygons, scores, regions=()) -> LandUse:
     rings, totals = rings[kept], np.zeros((len(kept), scores.shape[1]), np.float32)
     np.add.at(totals, same.reshape(-1), scores)
     outlines = _outlines(rings)
-    places = _groups(outlines)
+    places, lost = _groups(outlines), 0
     whole = shapely.area(outlines) > 0  # a picture of one line or none covers no ground
     moved = [translate(region, turn) for turn in (-360, 0, 360) for region in regions]
     shapely.prepare(moved)
@@ -435,7 +437,8 @@ def land_use_areas(polygons, scores, regions=()) -> LandUse:
             mask = _clipped(moved[index], box, centre)
             if mask is None or mask.area:
                 masks.append((index % len(regions), mask))
-        counts, within = _count(flat, totals[tiles], [geometry for _, geometry in masks])
+        counts, within, missed = _count(flat, totals[tiles], [geometry for _, geometry in masks])
+        lost += missed
         ground = shapely.union_all(flat)
         areas += ground.area / 1e6 * counts / max(counts.sum(), 1)
         for (index, mask), counted in zip(masks, within):
@@ -444,7 +447,7 @@ def land_use_areas(polygons, scores, regions=()) -> LandUse:
                 under = shapely.intersects(flat, shapely.point_on_surface(part))
                 counted[totals[tiles][under].sum(0).argmax()] = 1
             by_region[index] += part.area / 1e6 * counted / max(counted.sum(), 1)
-    return LandUse(areas, by_region)
+    return LandUse(areas, by_region, lost)
 
 
 def _flat(rings: np.ndarray, outlines: np.ndarray):
@@ -484,14 +487,14 @@ def _clipped(region, box, centre):
 
 
 def _count(flat: np.ndarray, scores: np.ndarray, masks: list):
-    """((C,) cells of each class, (M, C) those within each mask) of N polygons in metres with (N, C) scores; a mask None
-    holds all, the others are MultiPolygons."""
+    """((C,) cells of each class, (M, C) those within each mask, number of polygons narrower than two cells) of N polygons in
+    metres with (N, C) scores; a mask None holds all, the others are MultiPolygons."""
     boxes = shapely.bounds(flat)
     (x0, y0), (x1, y1) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
     # The narrow side of the rectangle of that area and perimeter, slanted or not.
     area, half = shapely.area(flat), shapely.length(flat) / 2
-    narrow = (area * 2 / (half + np.sqrt(np.maximum(half**2 - 4 * area, 0)))).min()
-    cell = max(narrow / 64, math.sqrt((x1 - x0) * (y1 - y0) / MAX_CELLS))
+    narrow = area * 2 / (half + np.sqrt(np.maximum(half**2 - 4 * area, 0)))
+    cell = max(narrow.min() / 64, math.sqrt((x1 - x0) * (y1 - y0) / MAX_CELLS))
     width, height = math.ceil((x1 - x0) / cell), math.ceil((y1 - y0) / cell)
     columns = np.stack([(boxes[:, 0] - x0) // cell, (boxes[:, 2] - x0) // cell + 1], axis=1).astype(int).clip(0, width)
     lines = np.stack([(y1 - boxes[:, 3]) // cell, (y1 - boxes[:, 1]) // cell + 1], axis=1).astype(int)
@@ -520,7 +523,7 @@ def _count(flat: np.ndarray, scores: np.ndarray, masks: list):
         for n, geometry in enumerate(masks):
             inside = covered if geometry is None else covered & (burnt(geometry, 0, top, width, bottom - top) > 0)
             within[n] += by_class(winners[inside])
-    return cells, within
+    return cells, within, int((narrow < 2 * cell).sum())
 
 
 # ------------------------------------------------------------------------------------------------------------

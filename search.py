@@ -717,6 +717,10 @@ def run_landuse(args) -> int:
         notes.append(f"{len(payloads) - len(placed)} of them have no georeference: they count as images, not as area")
     if partly := sum(payloads[n]["extra"].get("valid", 1) < 0.9 for n in placed):
         notes.append(f"{partly} tiles hold data on less than 90% of their area, which is counted whole")
+    if land.lost:
+        notes.append(
+            f"{land.lost} tiles are too small beside a far larger one to count on its grid; index them apart (--only)"
+        )
     print("; ".join(notes))
     by_region = [
         {"region": name, **dict(zip(labels, areas.tolist())), "all": float(areas.sum())}

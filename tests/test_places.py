@@ -426,6 +426,14 @@ def test_the_images_of_a_time_series_vote_together():
     assert made.areas == pytest.approx([0, km2(10, 0, 10.1, 0.1)], rel=1e-4)
 
 
+def test_small_tiles_under_a_far_larger_one_are_told_of():
+    small = [box(103 + k * 0.0137, 23.003, 103.0025 + k * 0.0137, 23.0055) for k in range(5)]
+    scores = [[0.6, 0.4]] + [[0, 1.0]] * 5
+    assert land_use_areas(small, scores[1:]).lost == 0
+    assert land_use_areas([box(103, 23, 103.1, 23.1), *small], scores).lost == 0
+    assert land_use_areas([box(80, 0, 140, 50), *small], scores).lost == 5
+
+
 def test_degrees_of_a_map():
     given = ((13.4, "EW", 1), (-70, "EW", 0), (190, "EW", 0), (-33.9, "NS", 1), (48, "NS", 0))
     assert [places._degrees(*one) for one in given] == ["13.4°E", "70°W", "170°W", "33.9°S", "48°N"]
