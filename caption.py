@@ -397,8 +397,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # clusters end a job with it: what is written stays, as at Ctrl-C
+    # Clusters end a job with it: what is written stays, as at Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with user_errors():
         sys.exit(main())

@@ -1092,9 +1092,8 @@ def whole_folder(folder: Path):
     """Gives a new folder to fill, which takes the place of `folder` at the end: whole or not at all, and nothing is left of what
     failed. Raises InputError where another process is at it."""
     folder = folder.resolve()  # a link, perhaps to a larger disk, stays
-    with fresh_folder(
-        Path(f"{folder}{PARTIAL}"), f"{folder}: another process is writing it; wait for its end"
-    ) as partial:
+    busy = f"{folder}: another process is writing it; wait for its end"
+    with fresh_folder(Path(f"{folder}{PARTIAL}"), busy) as partial:
         yield partial
         put_in_place(partial, folder)
 

@@ -273,8 +273,8 @@ _TO_TWENTY = (
     "seventeen eighteen nineteen twenty"
 )
 _WORDS = {word: str(n) for n, word in enumerate(_TO_TWENTY.split())}
-_CHINESE = "零 一 二 三 四 五 六 七 八 九 十 十一 十二 十三 十四 十五 十六 十七 十八 十九 二十"
-_CHINESE = {word: str(n) for n, word in enumerate(_CHINESE.split())} | {"两": "2"}
+_TO_TWENTY_CHINESE = "零 一 二 三 四 五 六 七 八 九 十 十一 十二 十三 十四 十五 十六 十七 十八 十九 二十"
+_CHINESE = {word: str(n) for n, word in enumerate(_TO_TWENTY_CHINESE.split())} | {"两": "2"}
 _COUNTED = re.compile(rf"([0-9]+|{'|'.join(_CHINESE)})\s*[个架艘辆条栋座幢幅片块棵株处所间]")
 _LARGE = re.compile("(?:thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|[mb]illion|dozen|half|percent")
 _LIMIT = re.compile(

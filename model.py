@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import threading
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -1284,7 +1285,9 @@ class VQA(nn.Module):
                 layer.float()
                 module.merge(safe_merge=True)
                 layer.to(kept)
-        merged = self.peft.unload().to(dtype or getattr(torch, name))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")  # what is no LoraLayer is not
+            merged = self.peft.merge_and_unload(safe_merge=True).to(dtype or getattr(torch, name))
         with whole_folder(Path(folder)) as new:
             merged.save_pretrained(new)
             self.tokenizer.save_pretrained(new)

@@ -134,9 +134,8 @@ NEGATIVE_FIELDS = ("negative", "negatives")
 QUESTION_FIELDS = ("question", "prompt", "query", "instruction")
 ANSWER_FIELDS = ("answer", "ground_truth", "response", "output", "label")
 TYPE_FIELDS = ("type", "question_type")
-CHOICE = re.compile(
-    r"(option|choice)[_ -]?[a-h\d]|[a-h]", re.IGNORECASE
-)  # one of a question's choices in a field of its own
+# One of a question's choices in a field of its own.
+CHOICE = re.compile(r"(option|choice)[_ -]?[a-h\d]|[a-h]", re.IGNORECASE)
 NUMBERED = re.compile(rf"({'|'.join(TEXT_FIELDS)})([_ -]?\d+)?", re.IGNORECASE)  # caption_1, caption_2 ...
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)  # texts in a list as Python writes it
 

@@ -867,12 +867,10 @@ def main(argv: list[str] | None = None) -> int:
     base = {} if args.store else {"base_model": args.base_model}
     if args.vqa:
         vqa = VQA.from_pretrained(args.vqa, **base, **options)
-    same = bool(args.vqa and args.from_pretrained) and os.path.realpath(args.vqa) == os.path.realpath(
-        args.from_pretrained
-    )
-    chatter = vqa if same else None
-    if args.from_pretrained and not same:
-        chatter = VQA.from_pretrained(args.from_pretrained, **base, **options)
+    chatter = None
+    if args.from_pretrained:
+        same = args.vqa and os.path.realpath(args.vqa) == os.path.realpath(args.from_pretrained)
+        chatter = vqa if same else VQA.from_pretrained(args.from_pretrained, **base, **options)
     page = Page(args, library=library, after=after, captioner=captioner, vqa=vqa, chatter=chatter)
     app = build(page)
     fonts = [
