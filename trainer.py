@@ -95,7 +95,19 @@ class CheckpointAtSIGTERM(TrainerCallback):
     process alone: several might stop at different steps, and wait for each other for ever."""
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.at_once = False, None
+
+    @contextlib.contextmanager
+    def scoring(self, save: Callable[[], None]):
+        """While scores are made, perhaps for minutes, `save` is called at SIGTERM itself, or now where it came in the step: the
+        job may be killed before they are there."""
+        self.at_once = save
+        try:
+            if self.asked:
+                save()
+            yield
+        finally:
+            self.at_once = None
 
     @contextlib.contextmanager
     def waits(self, processes: int):
@@ -112,6 +124,8 @@ class CheckpointAtSIGTERM(TrainerCallback):
     def _ask(self, *_):
         self.asked = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+        if self.at_once:
+            self.at_once()
 
     @staticmethod
     def _ends_an_epoch(state) -> bool:
@@ -379,7 +393,7 @@ class SceneTrainer(Trainer):
         start = time.perf_counter()
         training = self.model.training
         self.model.eval()
-        with self.accelerator.autocast():
+        with self.sigterm.scoring(self._save_unscored), self.accelerator.autocast():
             found = self.task.evaluate(self.model)
         if self.args.world_size > 1:  # one's word counts: what is saved and when to stop must not differ by a last bit
             (found,) = broadcast_object_list([found])
@@ -439,6 +453,11 @@ class SceneTrainer(Trainer):
             put_in_place(partial, final)  # one may be there from before this run went back to an earlier checkpoint
             self._drop_old(run)
         self.accelerator.wait_for_everyone()
+
+    def _save_unscored(self) -> None:
+        """A checkpoint of this step, which is written once more when its scores are there."""
+        self._save_checkpoint(self.model)
+        self.saved_step = None
 
     def _drop_old(self, run: Path) -> None:
         """Delete checkpoints above --save_total_limit, and those of a run that went back to an earlier one: a resume would

@@ -819,6 +819,34 @@ def test_sigterm_saves_the_step_that_is_under_way(flags, uninterrupted, tmp_path
     assert_same_run(uninterrupted, run, 12)
 
 
+def train_and_score_slowly(argv, scoring):
+    """Training that says so when it scores its first step, and then takes a minute."""
+
+    def slow(self, model):
+        scoring.send("now")
+        time.sleep(60)
+
+    train_match.MatchRun.evaluate = slow
+    train_bare([argv])
+
+
+def test_sigterm_while_scores_are_made_saves_at_once(flags, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    argv = [*flags, f"--output_dir={run}", *HARD.split(), "--save_strategy=no", "--load_best_model_at_end=false"]
+    said, scoring = FORKS.Pipe(duplex=False)
+    with forked(train_and_score_slowly, argv, scoring, log=log) as process:
+        scoring.close()
+        assert said.poll(120), log.read_text()
+        assert not list(run.glob("checkpoint-*"))
+        process.terminate()
+        end = time.monotonic() + 60
+        while not (run / "checkpoint-3").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        process.kill()  # before its scores are there
+        process.join(20)
+    assert assert_whole(run) == ["checkpoint-3"]
+
+
 def assert_whole(run: Path) -> list[str]:
     found = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
     for path in found:
