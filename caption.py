@@ -162,6 +162,14 @@ def write_captions(
     return captions, broken
 
 
+def write_whole(path, content) -> None:
+    """Write results, and remove what a run that was cut short left beside their place."""
+    from report import write_json
+
+    write_json(path, content)
+    Path(f"{path}.partial").unlink(missing_ok=True)
+
+
 def say_broken(broken: dict[str, str]) -> int:
     """Print what could not be read; the exit code."""
     for reason in list(broken.values())[:5]:
@@ -177,7 +185,6 @@ def say_broken(broken: dict[str, str]) -> int:
 
 def generate(args) -> int:
     from model import pixel_store
-    from report import write_json
 
     paths = []
     for given in args.image_path:
@@ -192,8 +199,7 @@ def generate(args) -> int:
     if args.output_file:
         rows = [{"image": path, "caption": captions[path]} for path in paths if path in captions]
         rows += [{"image": path, "error": reason} for path, reason in broken.items()]
-        write_json(args.output_file, rows)
-        Path(f"{args.output_file}.partial").unlink(missing_ok=True)  # of a run that was cut short
+        write_whole(args.output_file, rows)
         print(f"{len(captions)} captions -> {args.output_file}")
     elif len(paths) == 1 and captions and streamer is None:
         print(captions[paths[0]])
@@ -383,7 +389,7 @@ def evaluate(args) -> int:
 
     result["captions"] = rows
     result["errors"] = broken
-    report.write_json(output, result)
+    write_whole(output, result)
     sections += report.caption_sections(rows, store.picture)
     page = report.page("Captions", sections, output.with_suffix(".html"), subtitle=f"{args.model_path}: {prompt}")
     print(f"{len(rows)} captions -> {output}, {page}")
@@ -397,7 +403,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Clusters end a job with it: what is written stays, as at Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if (
+        signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
+    ):  # clusters end a job with it: what is written stays, as at Ctrl-C
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with user_errors():
         sys.exit(main())

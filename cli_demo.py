@@ -169,6 +169,8 @@ def named_like_a_picture(text: str) -> bool:
 
 def file_named(text: str) -> str:
     """The path that a user typed, pasted or dragged here: there is no shell to take its quotes, ~ and \\ away."""
+    if os.path.isfile(text.strip()):
+        return text.strip()
     path = os.path.expanduser(path_of(text.strip().strip("\"'“”‘’")))
     if os.path.exists(path):
         return path
@@ -227,7 +229,10 @@ def main(argv: list[str] | None = None) -> int:
         talk.take(path)
     while path is None:
         try:
-            path = file_named(re.sub(r"^\s*(image|图像|换图)\s+", "", read(talk.say("image")), flags=re.IGNORECASE))
+            said = read(talk.say("image"))
+            path = file_named(said)
+            if not os.path.isfile(path):
+                path = file_named(re.sub(r"^\s*(image|图像|换图)\s+", "", said, flags=re.IGNORECASE))
             if COMMANDS.get(path.lower()) == "stop":
                 return 0
             talk.take(path)

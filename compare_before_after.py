@@ -302,12 +302,15 @@ def full_score(args, base: str, config: VQAConfig) -> str:
     known = record_of(args.lora)
     words += ["--task", "chat"] if known.get("task") == "chat" else []
     words += [] if known else ["--train_file", config.train_file]  # another tool's adapter names none
-    again = known and was_trained_on(known, args.data)  # then --eval_only finds its held-out images by itself
+    settings = known.get("settings", {})
+    again = (
+        known and was_trained_on(known, args.data) and not settings.get("test_file")
+    )  # --eval_only finds them by itself
     for flag, value, usual in (  # files have no usual one: --eval_only takes those of the adapter's training
         ("--base_model", base, config.base_model),
         ("--test_file", None if again else args.data, None),
-        ("--image_root", None if again else args.image_root, None),
-        ("--test_split", None if again else args.test_split, None),
+        ("--image_root", args.image_root, None),
+        ("--test_split", args.test_split, settings.get("test_split", "test") if again else None),
         ("--decode", args.decode, config.decode),
         ("--prompt", args.prompt, None),
     ):

@@ -40,6 +40,8 @@ OTHER_NAMES = {  # in whatever case
     "question": QUESTION_FIELDS,
     "answer": ANSWER_FIELDS,
     "type": (*TYPE_FIELDS, "question type", "category"),
+    "img_id": ("img_id",),
+    "split": ("split",),
 }
 KNOWN_SPLIT = re.compile(r"train|val|test(_\w+)?")
 
@@ -73,6 +75,7 @@ def read_csv(path: Path, hint: str) -> list[dict[str, str]]:
     if not path.exists():
         raise InputError(f"{path}: no such file; {hint}")
     names, rows = read_table(path)
+    given = ", ".join(names)
     for ours, known in OTHER_NAMES.items():
         theirs = next((name for other in known for name in names if name.lower() == other), None)
         if theirs and ours not in names:
@@ -81,7 +84,7 @@ def read_csv(path: Path, hint: str) -> list[dict[str, str]]:
         raise InputError(f"{path}: line 1: expected the columns {', '.join(NEEDED)}, found nothing")
     for name in NEEDED:
         if name not in names:
-            raise InputError(f"{path}: line 1: column {name!r} is missing (the file has {', '.join(names)})")
+            raise InputError(f"{path}: line 1: column {name!r} is missing (the file has {given})")
     if not rows:
         raise InputError(f"{path}: no row below the column names")
     return [{name: cell.strip() for name, cell in zip(names, row)} for row in rows]

@@ -274,8 +274,9 @@ _TO_TWENTY = (
 )
 _WORDS = {word: str(n) for n, word in enumerate(_TO_TWENTY.split())}
 _TO_TWENTY_CHINESE = "零 一 二 三 四 五 六 七 八 九 十 十一 十二 十三 十四 十五 十六 十七 十八 十九 二十"
-_CHINESE = {word: str(n) for n, word in enumerate(_TO_TWENTY_CHINESE.split())} | {"两": "2"}
-_COUNTED = re.compile(rf"([0-9]+|{'|'.join(_CHINESE)})\s*[个架艘辆条栋座幢幅片块棵株处所间]")
+_CHINESE = {word: str(n) for n, word in enumerate(_TO_TWENTY_CHINESE.split())} | {"〇": "0", "两": "2", "兩": "2"}
+_NUMBERS = _WORDS | _CHINESE
+_COUNTED = re.compile(rf"([0-9]+|{'|'.join(_CHINESE)})\s*[个架艘辆条栋座幢幅片块棵株颗处所间只口台道]")
 _LARGE = re.compile("(?:thir|for|fif|six|seven|eigh|nine)ty|hundred|thousand|[mb]illion|dozen|half|percent")
 _LIMIT = re.compile(
     "than|over|under|above|below|upto|least|most|exceed(?:s|ing)|no|not|minus|[<>≤≥]=?"
@@ -286,7 +287,7 @@ _MISREAD = {ord(c): f"^{n}" for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 _THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
 _UNIT = re.compile(
-    rf"([0-9]|\b(?:{'|'.join(_WORDS)}))\s*"
+    rf"([0-9]|\b(?:{'|'.join(_WORDS)})|(?<![{''.join(_CHINESE)}百千万])(?:{'|'.join(_CHINESE)}))\s*"
     r"(?:m\^?2|sq\.? ?m(?:et(?:er|re)s?)?|square[ -]met(?:er|re)s?|met(?:er|re)s? squared|平方米)(?!\w)"
 )
 # "yes" or "no" and then a new word: neither "nothing", "no-one" and "no idea", nor "yes or no" and "no. 5".
@@ -337,10 +338,10 @@ def _spelled(text: str) -> str:
     text = " ".join(unicodedata.normalize("NFKC", text.translate(_MISREAD)).casefold().split())
     text = text.strip(_QUOTES).rstrip(_QUOTES + ".,;:!?。")
     text = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
-    text = _UNIT.sub(lambda m: _WORDS.get(m[1], m[1]) + "m2", text)
+    text = _UNIT.sub(lambda m: _NUMBERS.get(m[1], m[1]) + "m2", text)
     if counted := _COUNTED.fullmatch(text):
         text = counted[1]
-    return _WORDS.get(text) or _CHINESE.get(text, text)
+    return _NUMBERS.get(text, text)
 
 
 def _says_more(truth: str, kind: str | None) -> bool:

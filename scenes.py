@@ -835,16 +835,19 @@ def refuse_choice(row: dict, question: str, answer) -> None:
     """Raises InputError where the answer is the letter or the number of one of several choices that stand beside the question
     and not in it: what is read has the question alone."""
     choices = row.get(_field(row, ("options", "choices", "candidates")))
-    choices = choices or [row[name] for name in row if CHOICE.fullmatch(str(name))]
     if isinstance(choices, dict):
         choices = list(choices.values())
+    value = str(answer).strip()
+    letter = re.fullmatch(r"\(?[A-Za-z][.)]?", value)
+    if not choices:  # columns r, g and b are none where the answer is a number
+        fields = [name for name in row if CHOICE.fullmatch(str(name)) and (letter or len(str(name)) > 1)]
+        choices = [row[name] for name in fields if row[name] not in (None, "")]
     listed = choices if isinstance(choices, list) else [choices]
     told = [re.sub(r"^\(?[A-Z][.):]\s*", "", str(choice)).strip() for choice in listed]
-    value = str(answer).strip()
     if not choices or value in map(str, listed) or all(choice in question for choice in told):
         return
     number = value.isdigit() and int(value) <= len(listed) > 1
-    if number or re.fullmatch(r"\(?[A-Za-z][.)]?", value):
+    if number or letter:
         raise InputError(
             f"the answer {value!r} names one of several choices, which are not read: write them into the question"
         )

@@ -266,12 +266,14 @@ def map_svg(payloads: list[dict], tile_url: str | None = None) -> str:
                 place = f'x="{x_of(i / count):.1f}" y="{y_of(j / count):.1f}" width="256.5" height="256.5"'
                 parts.append(f'<image href="{html.escape(address)}" {place}/>')
     steps = [m * 10.0**e for e in range(-6, 1) for m in (1, 2, 5)] + [10, 20, 45]
-    step = next((s for s in steps if s / 360 * scale > 90), 90)
+    step = next((s for s in steps if s / 360 * scale > (90 if s > 0.01 else 120)), 90)  # more digits, more room
     digits = max(0, -math.floor(math.log10(step)))
     line = 'stroke="#9fb0bd" stroke-width=".7"'
     for n in range(math.ceil((view[0] - 0.5) * 360 / step), math.floor((view[1] - 0.5) * 360 / step) + 1):
         x, lon = x_of(n * step / 360 + 0.5), (n * step + 180) % 360 - 180
-        said = f'<text x="{x + 3:.1f}" y="{height - 5}">{lon:.{digits}f}°</text>' if x < width - 55 else ""
+        name = f"{lon:.{digits}f}°"
+        fits = x + 3 + 11.5 * len(name) < width  # on a phone, where letters are larger
+        said = f'<text x="{x + 3:.1f}" y="{height - 5}">{name}</text>' if fits else ""
         parts.append(f'<path d="M{x:.1f} 0V{height}" {line}/>{said}')
 
     def latitude(y):

@@ -664,7 +664,3 @@ def test_an_interval_of_bleu_takes_the_closest_reference_length():
     part = scores(*given, java=False)["parts"][0]
     for name in BLEU:  # all images are one: so is every draw
         assert part["scores"][name]["interval"] == pytest.approx([part["scores"][name]["value"]] * 2), name
-
-
-def test_of_training_images_as_near_the_first_is_taken():
-    assert nearest_captions([[1.0, 0.0]], [[1.0, 5e-4], [1.0, 0.0]], [["first"], ["second"]]) == ["first"]

@@ -156,3 +156,6 @@ def test_paths_as_a_terminal_gives_them(tmp_path, monkeypatch):
     ):
         assert cli_demo.file_named(said) == str(odd), said
     assert cli_demo.file_named("it's a lake") == "it's a lake"
+    quoted = tmp_path / "“a b” c.tif"
+    quoted.write_bytes(b"")
+    assert cli_demo.file_named(str(quoted)) == str(quoted) and cli_demo.file_named(f"“{odd}”") == str(odd)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -442,3 +443,22 @@ def test_real_process(world, tmp_path):
     code = "import sys, compare_before_after; print(*[m for m in ('torch', 'transformers') if m in sys.modules])"
     light = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert light.stdout.strip() == "" and light.returncode == 0  # so --help and mistakes answer at once
+
+
+def test_the_full_score_of_the_file_that_was_trained_on(tmp_path):
+    """--eval_only finds the images that training held out; asked of the whole file, it would refuse the others as leaks."""
+    config, data = VQAConfig(), str(tmp_path / "all.json")
+
+    def said(settings, **asked):
+        (tmp_path / "config.json").write_text(json.dumps({"task": "vqa", "settings": settings}))
+        args = {"preset": "full", "lora": str(tmp_path), "data": data, "image_root": None, "test_split": "test"}
+        args |= {"decode": config.decode, "prompt": None} | asked
+        return compare_before_after.full_score(SimpleNamespace(**args), config.base_model, config)
+
+    alone = f"python train_vqa.py --eval_only --lora {tmp_path}"
+    assert said({"train_file": data}) == alone
+    assert (
+        said({"train_file": data}, test_split="test_b", image_root="p") == f"{alone} --image_root p --test_split test_b"
+    )
+    for other in ({"train_file": "b.json"}, {"train_file": data, "test_file": "c.json"}):
+        assert said(other) == f"{alone} --test_file {data} --test_split test"

@@ -319,11 +319,14 @@ def test_broken_csv(here, call, content, message):
 
 
 def test_other_names_of_columns(here, call):
-    text = "Image,Question Type,Prompt,Ground_Truth\n" + "".join(f"tiles/{i}.tif,presence,Q?,yes\n" for i in range(10))
-    (here / "rsvqa-dataset.csv").write_text(text)
+    rows = [f"tiles/{i}.tif,presence,Q?,yes,{'test' if i > 4 else 'train'}\n" for i in range(10)]
+    (here / "rsvqa-dataset.csv").write_text("Image,Question Type,Prompt,Ground_Truth,Split\n" + "".join(rows))
     assert call()[0] == 0
     row = load(here / "data_vl.json")[3]
     assert row["type"] == "presence" and row["conversations"][1]["value"] == "yes"
+    assert [row["split"] for row in load(here / "data_vl.json")] == ["train"] * 5 + ["test"] * 5
+    (here / "rsvqa-dataset.csv").write_text("Image,Prompt\na,b\n")
+    assert "column 'answer' is missing (the file has Image, Prompt)" in call()[2]
     (here / "rsvqa-dataset.csv").write_text(
         "image_path,image,question,answer,category\n" + "tiles/1.tif,x,Q?,3,count\n" * 10
     )

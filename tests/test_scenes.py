@@ -837,7 +837,11 @@ def test_a_letter_of_several_choices_is_no_answer(folder):
             one = {key: row[key] for key in ("image", "question", "answer")} | dict(zip(names, ("ship", "car")))
             read_conversations(save(folder / "q.json", [one]))
     written = {"question": "What? A. ship B. car"}
-    for more in ({"answer": "ship"}, written, {"options": ["A", "B", "H"]}, {"options": ["2", "3"], "answer": 3}):
+    bands, none = {"r": 100, "g": 90, "b": 80}, {"A": None, "B": None, "option_c": None}
+    for more in (
+        {"answer": "ship"}, written, {"options": ["A", "B", "H"]}, {"options": ["2", "3"], "answer": 3},
+        {"options": None, "answer": "2"} | bands, {"options": None, "answer": "2"} | none,
+    ):  # fmt: skip
         assert len(read_conversations(save(folder / "q.json", [row | more])).scenes[0].questions) == 1
 
 
