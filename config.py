@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Literal
 
@@ -1094,21 +1094,30 @@ def whole_folder(folder: Path):
     folder = folder.resolve()  # a link, perhaps to a larger disk, stays
     busy = f"{folder}: another process is writing it; wait for its end"
     with fresh_folder(Path(f"{folder}{PARTIAL}"), busy) as partial:
-        yield partial
-        put_in_place(partial, folder)
+        new = partial / "new"  # what is held keeps its name: at the end another's would be removed
+        new.mkdir()
+        yield new
+        put_in_place(new, folder)
 
 
 @contextlib.contextmanager
 def fresh_folder(folder: Path, busy: str):
     """Gives `folder`, empty and held by this process, and removes it at the end; what a killed process left in it goes at the
-    next beginning. Raises InputError(busy) where another process holds it."""
+    next beginning. Raises InputError: another process holds it (`busy`), something in its place that is not ours to remove."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder}: is in the way of what is written; move it")
     folder.mkdir(parents=True, exist_ok=True)
     with held_folder(folder, busy):
         if not folder.is_dir():  # the other was done while this one waited
             raise InputError(busy)
         try:
-            for leftover in folder.iterdir():
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            try:
+                for leftover in folder.iterdir():
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            except OSError as error:  # another user's
+                raise InputError(
+                    f"{folder}: a killed run left it, and it cannot be emptied: {error.strerror}"
+                ) from None
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -1169,13 +1178,40 @@ def in_workers(function, jobs: list, workers: int, chunksize: int = 1) -> list:
         return [function(job) for job in jobs]
     # Spawned, not forked: a caller may already hold threads.
     with ProcessPoolExecutor(workers, get_context("spawn"), _die_with_parent) as pool:
-        return list(pool.map(function, jobs, chunksize=chunksize))
+        try:
+            with _interrupted_later():
+                parts = [pool.submit(_each, function, jobs[i : i + chunksize]) for i in range(0, len(jobs), chunksize)]
+            return [made for part in parts for made in part.result()]
+        except BaseException:  # the rest is of no use; a pool that cancels what waits may trip over workers that ended
+            for process in active_children():
+                process.terminate()
+            raise
+
+
+def _each(function, jobs: list) -> list:
+    return [function(job) for job in jobs]
+
+
+@contextlib.contextmanager
+def _interrupted_later():
+    """Ctrl-C waits for the end: Python cannot close a pool that is half made, and a worker that begins would print where it
+    was."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _die_with_parent() -> None:
     """In a worker: end when the main process is killed, which a worker that waits for jobs would not notice; and without a
     word at Ctrl-C, of which the main process tells."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):  # blocked where it was made
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 

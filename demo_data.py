@@ -26,7 +26,16 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 from rasterio.warp import transform as reproject
 
-from config import PARTIAL, InputError, fresh_folder, in_workers, processors, refuse_unwritable, user_errors
+from config import (
+    PARTIAL,
+    InputError,
+    fresh_folder,
+    in_workers,
+    processors,
+    put_in_place,
+    refuse_unwritable,
+    user_errors,
+)
 
 VERSION = 8  # raise it whenever the same seed gives other bytes: folders of an older version are then not 'done'
 MANY = 9  # from nine on, captions say 'many'; seven and eight are never drawn, so no word is ever borderline
@@ -1264,7 +1273,8 @@ def generate(
                 "--force replaces it, or choose another --output"
             )
     refuse_unwritable(output.parent, "--output: its folder")
-    with fresh_folder(Path(f"{output}{PARTIAL}"), f"{output}: another process is drawing it; wait for its end") as temp:
+    place, busy = Path(os.path.abspath(output)), f"{output}: another process is drawing it; wait for its end"
+    with fresh_folder(place.with_name(f".{place.name}{PARTIAL}"), busy) as temp:
         new = temp / "new"
         for name in ("images", "images_later", "rsvqa_images"):
             (new / name).mkdir(parents=True)
@@ -1280,9 +1290,7 @@ def generate(
         manifest = {"made_by": "demo_data.py", "settings": settings, "sha256": digest.hexdigest(),
                     "listing": hashlib.sha256(json.dumps(listing).encode()).hexdigest(), "counts": counts}  # fmt: skip
         _dump(new / "manifest.json", manifest)
-        if output.exists():
-            output.rename(temp / "old")
-        new.rename(output)
+        put_in_place(new, output)
     return manifest | {"fresh": True}
 
 

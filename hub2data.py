@@ -352,7 +352,8 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     output = Path(args.output or Path("data") / Path(args.dataset).resolve().name)
     empty = output.exists()  # if not refused; perhaps a link, or where a disk is mounted: it stays, and is filled
-    partial = output / PARTIAL if empty else Path(f"{output}{PARTIAL}")
+    place = Path(os.path.abspath(output))
+    partial = output / PARTIAL if empty else place.with_name(f".{place.name}{PARTIAL}")
     nothing = {"lost+found", partial.name}  # a disk's own, and what a killed run left
     if empty and not (output.is_dir() and nothing.issuperset(os.listdir(output))):
         cut = ", cut short by a kill" if partial.exists() else ""

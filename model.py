@@ -1277,7 +1277,7 @@ class VQA(nn.Module):
             raise InputError(f"{folder}: is there already; give a new folder, or empty it")
         base = base_folder(self.settings.base_model)
         record = json.loads((base / "config.json").read_text(encoding="utf-8"))
-        name = record.get("dtype") or record.get("torch_dtype") or "float32"
+        name = record.get("dtype") or record.get("torch_dtype")
         for module in self.peft.modules():
             if isinstance(module, LoraLayer):  # one at a time: the whole in float32 is twice a base of 16 bits
                 layer = module.get_base_layer()
@@ -1287,7 +1287,8 @@ class VQA(nn.Module):
                 layer.to(kept)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")  # what is no LoraLayer is not
-            merged = self.peft.merge_and_unload(safe_merge=True).to(dtype or getattr(torch, name))
+            merged = self.peft.merge_and_unload(safe_merge=True)
+        merged = merged.to(dtype or (getattr(torch, name) if name else merged.dtype))
         with whole_folder(Path(folder)) as new:
             merged.save_pretrained(new)
             self.tokenizer.save_pretrained(new)

@@ -1018,7 +1018,7 @@ class Local:
             eos_token_id=end_tokens(self.model, self.tokenizer), pad_token_id=self.tokenizer.pad_token_id
         )
         self.name = f"{args.local} {fingerprint(folder)}"
-        self.sampling = {}
+        self.sampling = {"greedy": True}  # answers of before, under a base's penalty, are not taken from the cache
 
     def text_of(self, messages: list[dict]) -> str:
         if not self.tokenizer.chat_template:
@@ -1032,7 +1032,6 @@ class Local:
 
         texts = {key: self.text_of(messages) for key, messages in jobs}
         order = sorted(texts, key=lambda key: -len(texts[key]))  # like lengths together; too long shows at once
-        end = self.tokenizer.eos_token_id
         for start in range(0, len(order), self.args.batch_size):
             keys = order[start : start + self.args.batch_size]
             batch = self.tokenizer(
@@ -1042,7 +1041,7 @@ class Local:
             with torch.inference_mode():
                 made = self.model.generate(**batch, max_new_tokens=self.args.max_tokens, do_sample=False)
                 made = made[:, batch["input_ids"].shape[1] :]
-            ends = {*self.model.generation_config.eos_token_id, end, self.tokenizer.pad_token_id}
+            ends = {*self.model.generation_config.eos_token_id, self.tokenizer.pad_token_id}
             for key, row in zip(keys, made.tolist()):
                 cut = len(row) == self.args.max_tokens and not ends & set(row)
                 keep(key, Answer(self.tokenizer.decode(row, skip_special_tokens=True), cut))

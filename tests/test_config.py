@@ -363,6 +363,10 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         raise ValueError("broken")
     assert [path.name for path in link.iterdir()] == ["2.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"] and link.is_symlink()
+    (tmp_path / "disk.partial").write_text("mine")
+    with pytest.raises(InputError, match="is in the way"), whole_folder(link):
+        pass
+    assert (tmp_path / "disk.partial").read_text() == "mine"
 
 
 @pytest.mark.parametrize("number, left", [(1, "old"), (2, "new")])

@@ -491,23 +491,26 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     assert digest(tmp_path) == before  # the old set is whole, nothing else is there
 
 
-@pytest.mark.parametrize("kill", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("kill", ["SIGKILL", "SIGINT", "SIGINT at once"])
 def test_a_killed_run_leaves_no_half_data_set(kill, tmp_path):
     out = tmp_path / "demo"
     command = [sys.executable, str(ROOT / "demo_data.py"), "--output", str(out), "--scenes", "400"]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     at_work = 0
-    while at_work < min(processors(), 8):  # each process draws eight scenes in a row
+    while not (tmp_path / ".demo.partial" / "new").exists():
+        assert run.poll() is None
+        time.sleep(0.01)
+    while at_work < min(processors(), 8) and "at once" not in kill:  # each process draws eight scenes in a row
         assert run.poll() is None
         time.sleep(0.02)
-        eights = Counter(int(path.stem[-5:]) // 8 for path in tmp_path.glob("demo.partial/new/images/*.tif"))
+        eights = Counter(int(path.stem[-5:]) // 8 for path in tmp_path.glob(".demo.partial/new/images/*.tif"))
         at_work = sum(count < 8 for count in eights.values())
-    if kill == "SIGINT":
+    if "SIGINT" in kill:
         os.killpg(run.pid, signal.SIGINT)  # Ctrl-C reaches the workers too
     else:
         run.kill()
     _, said = run.communicate(timeout=20)  # its workers, which hold its output too, go with it
-    assert not out.exists() and len(list(tmp_path.glob("demo.partial/new/images/*.tif"))) < 400
+    assert not out.exists() and len(list(tmp_path.glob(".demo.partial/new/images/*.tif"))) < 400
     assert kill == "SIGKILL" or said == "interrupted\n"
     assert demo_data.generate(out, 2)["fresh"] and os.listdir(tmp_path) == ["demo"]  # what the killed run left is gone
 

@@ -249,9 +249,9 @@ def test_an_empty_folder_is_filled_where_it_is(captions, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     hub2data.main([str(captions), "--output", "."])
     assert sorted(os.listdir()) == ["captions.json", "images", "lost+found", "rejected.txt"]
-    (tmp_path / "new.partial" / "made").mkdir(parents=True)
+    (tmp_path / ".new.partial" / "made").mkdir(parents=True)
     hub2data.main([str(captions), "--output", str(tmp_path / "new")])
-    assert read_scenes(tmp_path / "new").scenes and not (tmp_path / "new.partial").exists()
+    assert read_scenes(tmp_path / "new").scenes and not (tmp_path / ".new.partial").exists()
 
 
 def test_long_names(tmp_path):
